@@ -1,0 +1,44 @@
+# demo and test set up everything they need in .venv; gpu uses the python3 that is there.
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+NATIVE := $(shell find csrc -type f)
+export FASTDISTILL_ISA ?= native
+
+.PHONY: demo test bench lint gpu build clean
+
+demo: $(VENV)/ready
+	$(BIN)/fastdistill kd --task docstrings --teacher minilm --student-layers 2 --output runs/demo
+
+test: $(VENV)/ready
+	$(BIN)/python -m pytest
+
+bench: $(VENV)/ready
+	mkdir -p runs
+	$(BIN)/python -m pytest benchmarks --benchmark-only --benchmark-json=runs/benchmarks.json
+	$(BIN)/python -m benchmarks.report runs/benchmarks.json
+
+lint: $(VENV)/ready
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+
+# Builds, tests and measures on the GPU of this machine; installs nothing from outside.
+gpu:
+	python3 -m pip install -q --no-index --no-deps --no-build-isolation -e .
+	python3 -m pytest tests/ops tests/cuda -m gpu
+	mkdir -p runs
+	python3 -m pytest benchmarks --benchmark-only --benchmark-json=runs/benchmarks.json
+	python3 -m benchmarks.report runs/benchmarks.json
+
+# Rebuilds what changed, where it stands.
+build: $(VENV)/ready
+	$(BIN)/python setup.py -q build_ext --inplace
+
+$(VENV)/ready: pyproject.toml setup.py constraints.txt $(NATIVE)
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install -q -c constraints.txt torch ninja pybind11 setuptools wheel
+	$(BIN)/python -m pip install -q -c constraints.txt --no-build-isolation -e '.[dev]'
+	touch $@
+
+clean:
+	rm -rf build runs $(VENV) fastdistill/*.so fastdistill/_build.json *.egg-info

@@ -1,0 +1,39 @@
+"""Compiled kernels and a training API for distilling and pruning transformers.
+
+``fastdistill.ops`` holds differentiable functions for any training loop; the names below work on Hugging Face models.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import Any
+
+from fastdistill import ops
+
+__version__ = "0.1.0"
+
+# Imported when first used: they bring transformers and datasets with them.
+_LAZY = {
+    "DistillationConfig": "trainer",
+    "DistillationTrainer": "trainer",
+    "LogitsKD": "objectives",
+    "MSE": "objectives",
+    "WeightedSum": "objectives",
+    "first_layers": "students",
+    "load_task": "data",
+    "tokenize": "data",
+    "doctor": "diagnosis",
+}
+__all__ = ["__version__", "kd_ce_loss", "ops", *_LAZY]
+
+kd_ce_loss = ops.kd_ce_loss
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _LAZY:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(f"fastdistill.{_LAZY[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

@@ -1,0 +1,174 @@
+"""Knowledge distillation and cross-entropy in one loss."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from fastdistill import reference
+from fastdistill.ops.checks import (
+    FLOATING,
+    INTEGER,
+    check_choice,
+    check_number,
+    check_same_device,
+    check_tensor,
+)
+from fastdistill.ops.library import define, define_autograd
+from fastdistill.ops.scale_rows import scale_rows
+
+Divergence = Literal["forward_kl", "soft_ce", "reverse_kl"]
+Reduction = Literal["mean", "sum", "none"]
+DIVERGENCES = ("forward_kl", "soft_ce", "reverse_kl")
+REDUCTIONS = ("mean", "sum", "none")
+
+
+def kd_ce_loss(
+    student_logits: Tensor,
+    teacher_logits: Tensor,
+    labels: Tensor | None = None,
+    *,
+    temperature: float = 1.0,
+    kd_weight: float = 1.0,
+    ce_weight: float = 1.0,
+    divergence: Divergence = "forward_kl",
+    scale_by_temperature: bool = True,
+    ignore_index: int = -100,
+    label_smoothing: float = 0.0,
+    reduction: Reduction = "mean",
+) -> Tensor:
+    r"""Temperature-scaled distillation plus cross-entropy on hard labels, in one pass over the logits.
+
+    .. math::
+        \ell = w_{kd}\,\tau^2\,D(p_t^\tau, p_s^\tau) + w_{ce}\,\mathrm{CE}(z_s, y), \qquad p^\tau = \mathrm{softmax}(z/\tau)
+
+    with the divergence :math:`D` one of
+
+    * ``"forward_kl"``: :math:`\sum p_t^\tau (\log p_t^\tau - \log p_s^\tau)` (Hinton et al. 2015; DeKD, Pea-KD);
+    * ``"soft_ce"``: :math:`-\sum p_t^\tau \log p_s^\tau` (STARK). Its gradient to the student is forward KL's, its
+      gradient to the teacher is not;
+    * ``"reverse_kl"``: :math:`\sum p_s^\tau (\log p_s^\tau - \log p_t^\tau)` (MiniLLM, Gu et al. 2024).
+
+    A class with probability 0 (a logit of -inf) on the side that weighs adds 0.
+
+    Args:
+        student_logits, teacher_logits: ``[..., C]`` with C >= 2; float32, float64, bfloat16 or float16, each its own.
+            Gradients go to whichever requires one. Computed in float32 (float64 if either is), also under autocast.
+        labels: ``[...]``, any integer dtype; None for the distillation term alone (``ce_weight`` must then be left
+            at its default or be 0).
+        temperature: tau > 0, on both sides of the distillation term; cross-entropy is always at temperature 1.
+        kd_weight, ce_weight: >= 0, not both 0. A term with weight 0 is not computed.
+        scale_by_temperature: multiply the distillation term by tau^2, so that its gradient does not shrink with tau.
+        ignore_index: rows with this label count in neither term, nor in the mean's denominator; gradient 0.
+        label_smoothing: in [0, 1), as in :func:`torch.nn.functional.cross_entropy`; acts on the hard labels only.
+        reduction: ``"mean"`` over the rows that count (NaN if none does), ``"sum"``, or ``"none"`` for ``[...]``.
+
+    Returns:
+        The loss, float32 (float64 if either input is), of shape ``[]`` or, for ``"none"``, ``[...]``.
+
+    Raises:
+        TypeError: an argument of the wrong type or dtype.
+        ValueError: shapes that differ, a number or name out of its range, a label outside ``[0, C)`` that is not
+            ``ignore_index`` (on CPU; on CUDA, where looking would cost a synchronisation, that row's loss and
+            gradients are NaN, and nothing is read out of bounds).
+
+    The gradient is computed in the forward call, when one is wanted; the backward only scales it, in place where the
+    graph is not retained, and not at all for an upstream gradient of 1. It cannot be differentiated twice.
+    """
+    check_tensor("student_logits", student_logits, FLOATING)
+    check_tensor("teacher_logits", teacher_logits, FLOATING)
+    if student_logits.shape != teacher_logits.shape:
+        _explain_shapes(student_logits, teacher_logits)
+    if student_logits.dim() == 0 or student_logits.shape[-1] < 2:
+        raise ValueError(
+            f"student_logits has shape {tuple(student_logits.shape)}; expected [..., C] with at least 2 classes. "
+            "For regression (one output) use torch.nn.functional.mse_loss"
+        )
+    if student_logits.device != teacher_logits.device:
+        check_same_device("teacher_logits", teacher_logits, "student_logits", student_logits)
+    check_number("temperature", temperature, above=0)
+    check_number("kd_weight", kd_weight, minimum=0)
+    check_number("ce_weight", ce_weight, minimum=0)
+    check_number("label_smoothing", label_smoothing, minimum=0, below=1)
+    check_choice("divergence", divergence, DIVERGENCES)
+    check_choice("reduction", reduction, REDUCTIONS)
+    if not isinstance(ignore_index, int) or isinstance(ignore_index, bool):
+        raise TypeError(f"ignore_index is {ignore_index!r}; expected an int")
+    if labels is None:
+        if ignore_index != -100:
+            raise ValueError(f"ignore_index is {ignore_index} but labels is None; expected labels to ignore")
+        if label_smoothing != 0:
+            raise ValueError(f"label_smoothing is {label_smoothing} but labels is None; expected labels to smooth")
+        if ce_weight not in (0, 1):
+            raise ValueError(f"ce_weight is {ce_weight} but labels is None; expected labels, or ce_weight left alone")
+        ce_weight = 0.0
+    else:
+        check_tensor("labels", labels, INTEGER)
+        if labels.shape != student_logits.shape[:-1]:
+            raise ValueError(
+                f"labels has shape {tuple(labels.shape)}; expected {tuple(student_logits.shape[:-1])}, "
+                "the leading shape of student_logits"
+            )
+        check_same_device("labels", labels, "student_logits", student_logits)
+    if kd_weight == 0 and ce_weight == 0:
+        raise ValueError("kd_weight and ce_weight are both 0 (there is no cross-entropy without labels); expected a positive one")
+    loss: Tensor = _op(
+        student_logits, teacher_logits, labels, temperature, kd_weight, ce_weight, divergence, scale_by_temperature,
+        ignore_index, label_smoothing, reduction,
+        torch.is_grad_enabled() and student_logits.requires_grad,
+        torch.is_grad_enabled() and teacher_logits.requires_grad,
+    )[0]  # fmt: skip
+    return loss
+
+
+def _explain_shapes(student: Tensor, teacher: Tensor) -> None:
+    what = "leading shape" if student.shape[:-1] != teacher.shape[:-1] else "number of classes"
+    raise ValueError(
+        f"teacher_logits has shape {tuple(teacher.shape)}, student_logits {tuple(student.shape)}; "
+        f"expected the same {what}"
+    )
+
+
+def _fake(
+    student_logits: Tensor, teacher_logits: Tensor, labels: Tensor | None, *args: Any
+) -> tuple[Tensor, Tensor, Tensor]:
+    reduction, student_grad, teacher_grad = args[-3:]
+    shape = student_logits.shape[:-1] if reduction == "none" else ()
+    loss = student_logits.new_empty(shape, dtype=reference.accumulation_dtype(student_logits, teacher_logits))
+    grad_student, grad_teacher = (
+        torch.empty_like(x, memory_format=torch.contiguous_format) if wanted else x.new_empty(0)
+        for x, wanted in ((student_logits, student_grad), (teacher_logits, teacher_grad))
+    )
+    return loss, grad_student, grad_teacher
+
+
+_op = define(
+    "kd_ce_loss(Tensor student_logits, Tensor teacher_logits, Tensor? labels, float temperature, float kd_weight, "
+    "float ce_weight, str divergence, bool scale_by_temperature, int ignore_index, float label_smoothing, "
+    "str reduction, bool student_grad, bool teacher_grad) -> (Tensor loss, Tensor grad_student, Tensor grad_teacher)",
+    reference.kd_ce_loss,
+    _fake,
+    triton="kd_ce_loss",
+)
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(*output[1:])
+    ctx.mark_non_differentiable(*output[1:])
+    ctx.student_grad, ctx.teacher_grad = inputs[-2:]
+
+
+def _backward(ctx: Any, upstream: Tensor | None, *unused: None) -> tuple[Tensor | None, ...]:
+    if torch.is_grad_enabled():
+        raise RuntimeError("kd_ce_loss cannot be differentiated twice (create_graph=True)")
+    grads = (
+        scale_rows(grad, upstream) if wanted and upstream is not None else None
+        for grad, wanted in zip(ctx.saved_tensors, (ctx.student_grad, ctx.teacher_grad), strict=True)
+    )
+    return *grads, *(None,) * 11
+
+
+define_autograd("kd_ce_loss", _backward, _setup_context)

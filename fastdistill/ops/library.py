@@ -1,0 +1,62 @@
+"""The operator library: every op's schema, its reference implementation, and who serves it on each device."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from fastdistill.native import NATIVE
+
+LIBRARY = torch.library.Library("fastdistill", "DEF")
+
+OPS: list[str] = []
+
+# op -> name of the module in fastdistill.kernels that serves it on CUDA
+TRITON: dict[str, str] = {}
+
+
+def triton_available() -> bool:
+    """Whether Triton kernels can serve CUDA tensors in this process."""
+    return torch.version.cuda is not None and importlib.util.find_spec("triton") is not None
+
+
+def define(
+    schema: str, reference: Callable[..., Any], fake: Callable[..., Any], *, triton: str | None = None
+) -> Callable[..., Any]:
+    """Define ``fastdistill::<schema>``: ``reference`` on every device, ``fake`` for shapes, and the function of the
+    same name in ``fastdistill.kernels.<triton>`` on CUDA. C++ kernels register themselves when they load."""
+    name = schema[: schema.index("(")]
+    OPS.append(name)
+    LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
+    LIBRARY.impl(name, reference, "CompositeExplicitAutograd")
+    torch.library.register_fake(f"fastdistill::{name}", fake, lib=LIBRARY)
+    if triton is not None and triton_available():
+        TRITON[name] = triton
+        LIBRARY.impl(name, _on_first_call(name, triton), "CUDA")
+    op: Callable[..., Any] = getattr(torch.ops.fastdistill, name).default
+    return op
+
+
+def define_autograd(name: str, backward: Callable[..., Any], setup_context: Callable[..., Any]) -> None:
+    """Autograd for ``fastdistill::<name>``, unless csrc/autograd has already registered the same in C++."""
+    if NATIVE.cpu is None:
+        torch.library.register_autograd(
+            f"fastdistill::{name}", backward, setup_context=setup_context, lib=LIBRARY
+        )
+
+
+def _on_first_call(name: str, module: str) -> Callable[..., Any]:
+    """Triton costs a third of a second to import: only who launches a kernel pays it."""
+    kernel: Callable[..., Any] | None = None
+
+    def launch(*args: Any) -> Any:
+        nonlocal kernel
+        if kernel is None:
+            kernel = getattr(importlib.import_module(f"fastdistill.kernels.{module}"), name)
+        return kernel(*args)
+
+    return launch

@@ -1,0 +1,21 @@
+"""The backward of a loss whose forward already holds its gradient: rows times their upstream gradient."""
+
+from __future__ import annotations
+
+import torch
+
+from fastdistill import reference
+from fastdistill.ops.library import define
+
+scale_rows = define(
+    "scale_rows(Tensor grad, Tensor upstream) -> Tensor",
+    reference.scale_rows,
+    lambda grad, upstream: torch.empty_like(grad),
+    triton="kd_ce_loss",
+)
+scale_rows_ = define(
+    "scale_rows_(Tensor(a!) grad, Tensor upstream) -> ()",
+    reference.scale_rows_,
+    lambda grad, upstream: None,
+    triton="kd_ce_loss",
+)

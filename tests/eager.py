@@ -1,0 +1,47 @@
+"""What a user would write in plain PyTorch: the tests' second opinion, and in the same dtype the measure of what
+error is ordinary."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def kd_ce_loss(
+    student_logits: Tensor,
+    teacher_logits: Tensor,
+    labels: Tensor | None = None,
+    *,
+    temperature: float = 1.0,
+    kd_weight: float = 1.0,
+    ce_weight: float = 1.0,
+    divergence: str = "forward_kl",
+    scale_by_temperature: bool = True,
+    ignore_index: int = -100,
+    label_smoothing: float = 0.0,
+    reduction: str = "mean",
+) -> Tensor:
+    log_s = F.log_softmax(student_logits / temperature, -1)
+    log_t = F.log_softmax(teacher_logits / temperature, -1)
+    if divergence == "forward_kl":
+        kd = F.kl_div(log_s, log_t, reduction="none", log_target=True).sum(-1)
+    elif divergence == "reverse_kl":
+        kd = F.kl_div(log_t, log_s, reduction="none", log_target=True).sum(-1)
+    else:
+        kd = -(log_t.exp() * log_s).sum(-1)
+    loss = kd_weight * kd * (temperature**2 if scale_by_temperature else 1)
+    counted = torch.ones_like(loss, dtype=torch.bool)
+    if labels is not None:
+        counted = labels != ignore_index
+        ce = F.cross_entropy(
+            student_logits.flatten(0, -2),
+            labels.flatten().long(),
+            ignore_index=ignore_index,
+            label_smoothing=label_smoothing,
+            reduction="none",
+        )
+        loss = torch.where(counted, loss + ce_weight * ce.view(labels.shape), 0)
+    if reduction == "none":
+        return loss
+    return loss.sum() / counted.sum() if reduction == "mean" else loss.sum()

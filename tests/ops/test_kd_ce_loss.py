@@ -1,0 +1,363 @@
+from __future__ import annotations
+
+import itertools
+import math
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from fastdistill import kd_ce_loss, reference
+from tests import eager
+from tests.accuracy import assert_accurate
+
+DIVERGENCES = ("forward_kl", "soft_ce", "reverse_kl")
+REDUCTIONS = ("mean", "sum", "none")
+DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+
+
+def make(*shape: int, device: str = "cpu", dtypes: tuple = (torch.float64,) * 2, scale: float = 3.0, seed: int = 0) -> tuple:
+    """Student logits, teacher logits, labels of which about a tenth is ignored."""
+    g = torch.Generator().manual_seed(seed)
+    student, teacher = (
+        (torch.randn(*shape, generator=g, dtype=torch.float64) * scale).to(device, d).requires_grad_() for d in dtypes
+    )
+    labels = torch.randint(shape[-1], shape[:-1], generator=g)
+    labels[torch.rand(labels.shape, generator=g) < 0.1] = -100
+    return student, teacher, labels.to(device)
+
+
+def with_gradients(function: Any, student: Tensor, teacher: Tensor, labels: Tensor | None, **options: Any) -> tuple:
+    loss = function(student, teacher, labels, **options)
+    upstream = torch.linspace(0.5, 2, max(loss.numel(), 1), dtype=torch.float64)[: loss.numel()].view(loss.shape)
+    grads = torch.autograd.grad(loss, (student, teacher), upstream.to(loss), allow_unused=True)
+    return loss, *(torch.zeros_like(x) if g is None else g for g, x in zip(grads, (student, teacher), strict=True))
+
+
+def check_against_eager(student: Tensor, teacher: Tensor, labels: Tensor | None, **options: Any) -> None:
+    exact_inputs = [x.detach().double().requires_grad_() for x in (student, teacher)]
+    same_dtype = [x.detach().clone().requires_grad_() for x in (student, teacher)]
+    ours = with_gradients(kd_ce_loss, student, teacher, labels, **options)
+    exact = with_gradients(eager.kd_ce_loss, *exact_inputs, labels, **options)
+    plain = with_gradients(eager.kd_ce_loss, *same_dtype, labels, **options)
+    for what, *values in zip(("loss", "student gradient", "teacher gradient"), ours, exact, plain, strict=True):
+        assert_accurate(*values, what=what)
+
+
+@pytest.mark.parametrize("classes", [2, 3, 7, 16, 17, 32, 33, 100, 129, 2049])
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("divergence", DIVERGENCES)
+def test_every_dtype_and_width(device: str, classes: int, dtype: torch.dtype, divergence: str, nan_filled: None) -> None:
+    for temperature, smoothing in ((1.0, 0.0), (2.0, 0.1), (3.7, 0.0)):
+        inputs = make(37, classes, device=device, dtypes=(dtype, dtype))
+        check_against_eager(*inputs, temperature=temperature, divergence=divergence, label_smoothing=smoothing)
+
+
+@pytest.mark.parametrize("classes", [3, 70])
+@pytest.mark.parametrize("reduction", REDUCTIONS)
+@pytest.mark.parametrize("weights", [(1.0, 1.0), (0.7, 0.0), (0.0, 0.3)])
+@pytest.mark.parametrize("divergence", DIVERGENCES)
+def test_every_option(device: str, classes: int, reduction: str, weights: tuple, divergence: str, nan_filled: None) -> None:
+    for temperature, scaled, labelled in itertools.product((0.5, 1.0, 2.0), (True, False), (True, False)):
+        student, teacher, labels = make(4, 5, classes, device=device, dtypes=(torch.float32, torch.float32))
+        if not labelled and weights[0] == 0:
+            continue
+        check_against_eager(
+            student, teacher, labels if labelled else None, temperature=temperature, scale_by_temperature=scaled,
+            kd_weight=weights[0], ce_weight=weights[1] if labelled else 0.0, divergence=divergence, reduction=reduction,
+        )  # fmt: skip
+
+
+@pytest.mark.parametrize("dtypes", [d for d in itertools.product(DTYPES, DTYPES) if d[0] != d[1]])
+def test_mixed_dtypes(device: str, dtypes: tuple, nan_filled: None) -> None:
+    student, teacher, labels = make(9, 40, device=device, dtypes=dtypes)
+    ours = with_gradients(kd_ce_loss, student, teacher, labels, temperature=2.0)
+    wide = [x.detach().double().requires_grad_() for x in (student, teacher)]
+    exact = with_gradients(kd_ce_loss, *wide, labels, temperature=2.0)
+    assert ours[0].dtype == (torch.float64 if torch.float64 in dtypes else torch.float32)
+    for value, true, dtype in zip(ours, exact, (torch.float32, *dtypes), strict=True):
+        torch.testing.assert_close(value.double(), true, rtol=4 * torch.finfo(dtype).eps, atol=1e-6)
+        assert value is ours[0] or value.dtype == dtype
+
+
+@settings(deadline=None, max_examples=60)
+@given(
+    leading=st.lists(st.integers(0, 5), min_size=0, max_size=3),
+    classes=st.integers(2, 80),
+    divergence=st.sampled_from(DIVERGENCES),
+    reduction=st.sampled_from(REDUCTIONS),
+    temperature=st.floats(0.25, 8),
+    layout=st.sampled_from(["contiguous", "sliced", "transposed", "expanded"]),
+    label_dtype=st.sampled_from([torch.int64, torch.int32, torch.int16]),
+)
+def test_any_shape_and_layout(
+    leading: list[int], classes: int, divergence: str, reduction: str, temperature: float, layout: str, label_dtype: torch.dtype
+) -> None:
+    student, teacher, labels = make(*leading, classes)
+    if layout == "sliced":
+        teacher = torch.cat([teacher, teacher], -1)[..., :classes].detach().requires_grad_()
+    elif layout == "transposed":
+        teacher = teacher.detach().movedim(-1, 0).contiguous().movedim(0, -1).requires_grad_()
+    elif layout == "expanded":
+        teacher = teacher.detach().reshape(-1, classes)[:1].sum(0).expand(student.shape).requires_grad_()
+    options = dict(divergence=divergence, reduction=reduction, temperature=temperature)
+    ours = with_gradients(kd_ce_loss, student, teacher, labels.to(label_dtype), **options)
+    plain = with_gradients(eager.kd_ce_loss, student, teacher, labels, **options) if leading else None
+    if plain is None:  # F.cross_entropy wants a batch dimension
+        plain = with_gradients(
+            eager.kd_ce_loss,
+            *(x.detach()[None].requires_grad_() for x in (student, teacher)), labels[None], **options,
+        )  # fmt: skip
+        plain = tuple(p if reduction != "none" and i == 0 else p[0] for i, p in enumerate(plain))
+    for value, expected in zip(ours, plain, strict=True):
+        if reduction == "mean" and not (labels != -100).any():
+            assert ours[0].isnan()
+            break
+        torch.testing.assert_close(value, expected, rtol=1e-9, atol=1e-11)
+
+
+@pytest.mark.parametrize("divergence", DIVERGENCES)
+@pytest.mark.parametrize("reduction", REDUCTIONS)
+@pytest.mark.parametrize("classes", [4, 40])
+def test_gradcheck(divergence: str, reduction: str, classes: int) -> None:
+    student, teacher, labels = make(3, classes, scale=1.0)
+    options = dict(temperature=1.7, divergence=divergence, reduction=reduction, label_smoothing=0.1, ce_weight=0.5)
+    assert torch.autograd.gradcheck(lambda s, t: kd_ce_loss(s, t, labels, **options), (student, teacher))
+
+
+@pytest.mark.parametrize("reduction", REDUCTIONS)
+@pytest.mark.parametrize("wanted", [(True, True), (True, False), (False, False)])
+def test_opcheck(device: str, reduction: str, wanted: tuple[bool, bool]) -> None:
+    student, teacher, labels = make(5, 7, device=device)
+    student.requires_grad_(wanted[0]), teacher.requires_grad_(wanted[1])
+    args = (2.0, 1.0, 0.5, "forward_kl", True, -100, 0.1, reduction, *wanted)
+    torch.library.opcheck(torch.ops.fastdistill.kd_ce_loss.default, (student, teacher, labels, *args))
+
+
+@pytest.mark.parametrize("op", ["scale_rows", "scale_rows_"])
+@pytest.mark.parametrize("upstream", [torch.tensor(2.0), torch.tensor(1.0), torch.linspace(0, 1, 5)])
+def test_opcheck_scale_rows(device: str, op: str, upstream: Tensor) -> None:
+    args = (torch.randn(5, 7, device=device), upstream.to(device))
+    torch.library.opcheck(getattr(torch.ops.fastdistill, op).default, args)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("classes", [3, 2049])
+def test_scale_rows(device: str, dtype: torch.dtype, classes: int, nan_filled: None) -> None:
+    grad = torch.randn(6, classes, device=device).to(dtype)
+    for upstream in (torch.tensor(1.0), torch.tensor(2.5), torch.tensor([1.0, 0.0, 1.0, -2.0, 0.5, 3.0])):
+        expected = reference.scale_rows(grad, upstream.to(device))
+        in_place = grad.clone()
+        torch.ops.fastdistill.scale_rows_(in_place, upstream.to(device))
+        assert torch.equal(torch.ops.fastdistill.scale_rows(grad, upstream.to(device)), expected)
+        assert torch.equal(in_place, expected)
+
+
+@pytest.mark.parametrize("dynamic", [False, True])
+def test_compiles_whole(device: str, dynamic: bool) -> None:
+    torch.compiler.reset()
+    compiled = torch.compile(lambda *a: kd_ce_loss(*a, temperature=2.0) * 3, fullgraph=True, dynamic=dynamic)
+    for rows in (4, 6):
+        inputs = make(rows, 9, device=device, dtypes=(torch.float32, torch.float32))
+        plain = with_gradients(lambda *a: kd_ce_loss(*a, temperature=2.0) * 3, *inputs)
+        for value, expected in zip(with_gradients(compiled, *inputs), plain, strict=True):
+            torch.testing.assert_close(value, expected)
+
+
+def test_autocast_computes_in_float32(device: str) -> None:
+    student, teacher, labels = make(8, 33, device=device, dtypes=(torch.bfloat16, torch.bfloat16))
+    plain = with_gradients(kd_ce_loss, student, teacher, labels)
+    with torch.autocast(device, dtype=torch.bfloat16):
+        loss = kd_ce_loss(student, teacher, labels)
+    assert loss.dtype == torch.float32
+    assert torch.equal(loss, plain[0])
+
+
+def test_backward_twice_over_a_retained_graph(device: str) -> None:
+    student, teacher, labels = make(6, 50, device=device)
+    loss = kd_ce_loss(student, teacher, labels, temperature=2.0)
+    first = torch.autograd.grad(loss * 3, student, retain_graph=True)[0]
+    kept = first.clone()
+    second = torch.autograd.grad(loss, student)[0]
+    assert torch.equal(first, kept)
+    torch.testing.assert_close(first, 3 * second)
+
+
+def test_gradients_accumulate_and_reach_only_who_asks(device: str) -> None:
+    student, teacher, labels = make(6, 50, device=device)
+    frozen = teacher.detach()
+    for _ in range(2):
+        kd_ce_loss(student, frozen, labels).backward()
+    expected = torch.autograd.grad(eager.kd_ce_loss(student, frozen, labels), student)[0]
+    torch.testing.assert_close(student.grad, 2 * expected)
+    assert frozen.grad is None
+    with torch.no_grad():
+        assert not kd_ce_loss(student, teacher, labels).requires_grad
+
+
+def test_second_derivative_is_an_error() -> None:
+    student, teacher, labels = make(6, 5)
+    with pytest.raises(RuntimeError, match="differentiated twice"):
+        torch.autograd.grad(kd_ce_loss(student, teacher, labels) ** 2, student, create_graph=True)
+
+
+@pytest.mark.parametrize("classes", [5, 50])
+@pytest.mark.parametrize("reduction", REDUCTIONS)
+def test_ignored_rows_count_for_nothing(device: str, classes: int, reduction: str, nan_filled: None) -> None:
+    student, teacher, labels = make(20, classes, device=device, dtypes=(torch.float32, torch.float32))
+    labels[:] = torch.arange(20) % classes
+    labels[::3] = 7 - 10
+    with torch.no_grad():
+        student[::3], teacher[::3] = torch.nan, torch.nan
+    loss, *grads = with_gradients(kd_ce_loss, student, teacher, labels, ignore_index=-3, reduction=reduction)
+    kept = labels != -3
+    expected = kd_ce_loss(student[kept], teacher[kept], labels[kept], reduction=reduction)
+    torch.testing.assert_close(loss[kept] if reduction == "none" else loss, expected)
+    if reduction == "none":
+        assert (loss[~kept] == 0).all()
+    for grad in grads:
+        assert (grad[~kept] == 0).all() and torch.isfinite(grad).all() and (grad[kept] != 0).any()
+
+
+def test_all_rows_ignored_is_nan_with_no_gradient(device: str) -> None:
+    student, teacher, labels = make(4, 3, device=device)
+    loss, *grads = with_gradients(kd_ce_loss, student, teacher, torch.full_like(labels, -100))
+    assert loss.isnan() and all((g == 0).all() for g in grads)
+
+
+@pytest.mark.parametrize("bad", [-1, 5, 10**12, -101])
+@pytest.mark.parametrize("ce_weight", [0.0, 1.0])
+def test_label_outside_is_an_error(bad: int, ce_weight: float) -> None:
+    student, teacher, labels = make(4, 5)
+    labels[2] = bad
+    with pytest.raises(ValueError, match=rf"labels holds {bad} at row 2; expected 0 <= label < 5"):
+        kd_ce_loss(student, teacher, labels, ce_weight=ce_weight)
+
+
+@pytest.mark.parametrize("classes", [6, 60])
+@pytest.mark.parametrize("divergence", DIVERGENCES)
+def test_minus_infinity_is_no_probability(device: str, classes: int, divergence: str) -> None:
+    student, teacher, labels = make(5, classes, device=device)
+    masked_student, masked_teacher = student.detach().clone(), teacher.detach().clone()
+    masked_student[:, 3:] = masked_teacher[:, 3:] = -torch.inf
+    labels %= 3
+    options = dict(divergence=divergence, temperature=2.0)
+    masked = with_gradients(
+        kd_ce_loss, masked_student.requires_grad_(), masked_teacher.requires_grad_(), labels, **options
+    )
+    plain = with_gradients(
+        kd_ce_loss, *(x.detach()[:, :3].requires_grad_() for x in (student, teacher)), labels, **options
+    )
+    torch.testing.assert_close(masked[0], plain[0])
+    for whole, part in zip(masked[1:], plain[1:], strict=True):
+        torch.testing.assert_close(whole[:, :3], part)
+        assert (whole[:, 3:] == 0).all()
+
+
+@pytest.mark.parametrize("classes", [6, 60])
+@pytest.mark.parametrize("divergence", DIVERGENCES)
+@pytest.mark.parametrize("side", ["student", "teacher"])
+@pytest.mark.parametrize("poison", [torch.nan, torch.inf, "all -inf"])
+def test_what_is_not_finite_spoils_only_its_row(
+    device: str, classes: int, divergence: str, side: str, poison: float | str
+) -> None:
+    student, teacher, _ = make(4, classes, device=device, dtypes=(torch.float32, torch.float32))
+    with torch.no_grad():
+        target = student if side == "student" else teacher
+        if poison == "all -inf":
+            target[1] = -torch.inf
+        else:
+            target[1, 2] = poison
+    loss, *grads = with_gradients(kd_ce_loss, student, teacher, None, divergence=divergence, reduction="none")
+    assert torch.isnan(loss).tolist() == [False, True, False, False]
+    for grad in grads:
+        assert torch.isnan(grad).any(-1).tolist() == [False, True, False, False]
+
+
+def test_disjoint_support_is_infinitely_far(device: str) -> None:
+    student = torch.tensor([[-torch.inf, 0.0, 0.0]], device=device)
+    teacher = torch.tensor([[0.0, 0.0, 0.0]], device=device)
+    assert kd_ce_loss(student, teacher) == math.inf
+    assert kd_ce_loss(student, teacher, divergence="soft_ce") == math.inf
+    assert torch.isfinite(kd_ce_loss(student, teacher, divergence="reverse_kl"))
+
+
+@pytest.mark.parametrize("classes", [4, 90])
+@pytest.mark.parametrize("size", [1e4, 1e30])
+def test_huge_logits(device: str, classes: int, size: float) -> None:
+    student, teacher, labels = make(8, classes, device=device, dtypes=(torch.float32, torch.float32), scale=size)
+    for divergence in DIVERGENCES:
+        loss, *grads = with_gradients(kd_ce_loss, student, teacher, labels, divergence=divergence)
+        exact = with_gradients(
+            eager.kd_ce_loss, *(x.detach().double().requires_grad_() for x in (student, teacher)), labels,
+            divergence=divergence,
+        )  # fmt: skip
+        torch.testing.assert_close(loss.double(), exact[0], rtol=1e-5, atol=0)
+        assert all(torch.isfinite(g).all() for g in grads)
+
+
+@pytest.mark.parametrize("reduction", REDUCTIONS)
+def test_no_rows(device: str, reduction: str) -> None:
+    student, teacher, labels = make(0, 5, device=device)
+    loss, *grads = with_gradients(kd_ce_loss, student, teacher, labels, reduction=reduction)
+    assert loss.shape == ((0,) if reduction == "none" else ())
+    assert reduction != "mean" or loss.isnan()
+    assert reduction != "sum" or loss == 0
+    assert all(g.shape == (0, 5) for g in grads)
+
+
+def logits(*shape: int, **options: Any) -> Tensor:
+    return torch.zeros(*shape, **options)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "options", "error", "message"),
+    [
+        ((logits(4, 3), logits(5, 3)), {}, ValueError, "teacher_logits has shape (5, 3).*leading shape"),
+        ((logits(4, 3), logits(4, 2)), {}, ValueError, "teacher_logits has shape (4, 2).*number of classes"),
+        ((logits(4, 1), logits(4, 1)), {}, ValueError, "student_logits.*regression.*mse_loss"),
+        ((logits(()), logits(())), {}, ValueError, "student_logits has shape ()"),
+        (([[0.0, 1.0]], logits(1, 2)), {}, TypeError, "student_logits is a list"),
+        ((logits(1, 2), logits(1, 2, dtype=torch.int64)), {}, TypeError, "teacher_logits has dtype torch.int64"),
+        ((logits(1, 2), logits(1, 2, device="meta")), {}, ValueError, "teacher_logits is on meta"),
+        ((logits(4, 3), logits(4, 3), logits(4)), {}, TypeError, "labels has dtype torch.float32"),
+        ((logits(4, 3), logits(4, 3), logits(4, dtype=torch.bool)), {}, TypeError, "labels has dtype torch.bool"),
+        ((logits(4, 3), logits(4, 3), logits(3, dtype=torch.int64)), {}, ValueError, r"labels has shape (3,)"),
+        ((logits(4, 3), logits(4, 3), [0, 1, 2, 0]), {}, TypeError, "labels is a list"),
+        ((logits(4, 3), logits(4, 3)), dict(temperature=0), ValueError, "temperature is 0; expected.*> 0"),
+        ((logits(4, 3), logits(4, 3)), dict(temperature=-1.0), ValueError, "temperature is -1.0"),
+        ((logits(4, 3), logits(4, 3)), dict(temperature=math.inf), ValueError, "temperature is inf"),
+        ((logits(4, 3), logits(4, 3)), dict(temperature=math.nan), ValueError, "temperature is nan"),
+        ((logits(4, 3), logits(4, 3)), dict(temperature="2"), TypeError, "temperature is '2'"),
+        ((logits(4, 3), logits(4, 3)), dict(temperature=True), TypeError, "temperature is True"),
+        ((logits(4, 3), logits(4, 3)), dict(kd_weight=-0.1), ValueError, "kd_weight is -0.1; expected.*>= 0"),
+        ((logits(4, 3), logits(4, 3)), dict(ce_weight=-1), ValueError, "ce_weight is -1"),
+        ((logits(4, 3), logits(4, 3)), dict(ce_weight=2.0), ValueError, "ce_weight is 2.0 but labels is None"),
+        ((logits(4, 3), logits(4, 3)), dict(kd_weight=0), ValueError, "kd_weight and ce_weight are both 0"),
+        ((logits(4, 3), logits(4, 3)), dict(ignore_index=0), ValueError, "ignore_index is 0 but labels is None"),
+        ((logits(4, 3), logits(4, 3)), dict(label_smoothing=0.1), ValueError, "label_smoothing is 0.1 but labels"),
+        ((logits(4, 3), logits(4, 3)), dict(label_smoothing=1.0), ValueError, "label_smoothing is 1.0.*< 1"),
+        ((logits(4, 3), logits(4, 3)), dict(divergence="kl"), ValueError, "divergence is 'kl'; expected one of 'forw"),
+        ((logits(4, 3), logits(4, 3)), dict(reduction="avg"), ValueError, "reduction is 'avg'; expected one of 'mean'"),
+        ((logits(4, 3), logits(4, 3)), dict(ignore_index=1.5), TypeError, "ignore_index is 1.5; expected an int"),
+    ],
+)  # fmt: skip
+def test_bad_arguments(arguments: tuple, options: dict, error: type, message: str) -> None:
+    pattern = message.replace("(", r"\(").replace(")", r"\)") if r"\(" not in message else message
+    with pytest.raises(error, match=pattern):
+        kd_ce_loss(*arguments, **options)
+
+
+def test_reference_gradients_are_autograds() -> None:
+    for divergence, reduction in itertools.product(DIVERGENCES, REDUCTIONS):
+        student, teacher, labels = make(7, 6)
+        args = (2.0, 0.5, 0.7, divergence, True, -100, 0.1, reduction, True, True)
+        loss, *grads = reference.kd_ce_loss(student.detach(), teacher.detach(), labels, *args)
+        names = dict(temperature=2.0, kd_weight=0.5, ce_weight=0.7, divergence=divergence, label_smoothing=0.1)
+        expected = eager.kd_ce_loss(student, teacher, labels, **names, reduction=reduction)
+        torch.testing.assert_close(loss, expected)
+        for grad, true in zip(grads, torch.autograd.grad(expected.sum(), (student, teacher)), strict=True):
+            torch.testing.assert_close(grad, true)

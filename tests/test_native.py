@@ -1,0 +1,104 @@
+"""Every instruction set that was built, and plain PyTorch, give the answers that the op tests ask for."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import fastdistill
+from fastdistill import native
+
+ISAS = [m.rpartition("_C_")[2] for m in native.NATIVE.build.get("modules", []) if "_C_" in m]
+ROOT = Path(__file__).parent.parent
+
+
+def run_python(code: str, **env: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-c", code], env={**os.environ, **env}, capture_output=True, text=True, cwd=ROOT
+    )
+
+
+def run_op_tests(**env: str) -> str:
+    command = [sys.executable, "-m", "pytest", "tests/ops", "-q", "-x", "-p", "no:cacheprovider"]
+    done = subprocess.run(command, env={**os.environ, **env}, capture_output=True, text=True, cwd=ROOT)
+    assert done.returncode == 0, done.stdout[-3000:]
+    return done.stdout
+
+
+@pytest.mark.parametrize("isa", [i for i in ISAS if i != torch.backends.cpu.get_cpu_capability().lower()])
+def test_ops_on_every_instruction_set_built(isa: str) -> None:
+    chosen = {"ATEN_CPU_CAPABILITY": isa}
+    seen = run_python("import fastdistill.native as n; print(n.NATIVE.cpu.isa)", **chosen)
+    assert seen.stdout.strip() == isa.upper(), seen.stderr
+    assert " passed" in run_op_tests(**chosen)
+
+
+def test_ops_in_plain_pytorch() -> None:
+    assert " passed" in run_op_tests(FASTDISTILL_NATIVE="0")
+    report = run_python("import fastdistill; print(fastdistill.doctor())", FASTDISTILL_NATIVE="0").stdout
+    assert "C++ kernels: none; FASTDISTILL_NATIVE=0" in report
+    assert "C++ (" not in report
+
+
+def test_this_machine_is_served_by_what_was_built() -> None:
+    if not ISAS:
+        pytest.skip("built without a compiler")
+    assert native.NATIVE.cpu is not None, native.NATIVE.why_no_cpu
+    assert native.NATIVE.cpu.torch_version == torch.__version__.split("+")[0]
+
+
+@pytest.fixture
+def build_json(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setattr(native, "PACKAGE", tmp_path)
+    return tmp_path / "_build.json"
+
+
+def test_built_for_another_torch(build_json: Path) -> None:
+    build_json.write_text(json.dumps({"torch": "1.13.1", "cuda": None, "modules": ["fastdistill._C_avx2"]}))
+    with pytest.warns(UserWarning, match="built for torch 1.13.1 but torch .* is running; rebuild with") as caught:
+        found = native.load()
+    assert len(caught) == 1 and "\n" not in str(caught[0].message)
+    assert found.cpu is None and not found.cuda and "1.13.1" in found.why_no_cpu
+
+
+def test_never_built(build_json: Path) -> None:
+    found = native.load()
+    assert found.cpu is None and "--no-build-isolation" in found.why_no_cpu
+
+
+def test_no_module_for_this_machine(build_json: Path) -> None:
+    build_json.write_text(json.dumps({"torch": torch.__version__, "cuda": None, "modules": ["fastdistill._C_vsx"]}))
+    found = native.load()
+    assert found.cpu is None and found.why_no_cpu.endswith("built for vsx")
+
+
+def test_a_module_that_does_not_load(build_json: Path) -> None:
+    isa = torch.backends.cpu.get_cpu_capability().lower()
+    build_json.write_text(json.dumps({"torch": torch.__version__, "cuda": None, "modules": [f"fastdistill._C_{isa}"]}))
+    with pytest.MonkeyPatch.context() as patch, pytest.warns(UserWarning, match="does not load: no such thing"):
+
+        def broken(name: str) -> None:
+            raise ImportError("no such thing\nsecond line")
+
+        patch.setattr(native.importlib, "import_module", broken)
+        assert native.load().cpu is None
+
+
+def test_doctor_names_every_op() -> None:
+    report = fastdistill.doctor()
+    assert {op.name for op in report.ops} >= {"kd_ce_loss", "scale_rows"}
+    for op in report.ops:
+        assert op.name in str(report) and op.cpu in str(report)
+    assert torch.__version__ in str(report)
+
+
+def test_import_is_light() -> None:
+    heavy = {"transformers", "datasets", "triton", "sklearn", "matplotlib", "scipy"}
+    code = "import sys, torch; before = set(sys.modules); import fastdistill; print(*set(sys.modules) - before)"
+    assert not heavy & set(run_python(code).stdout.split())
