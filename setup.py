@@ -48,7 +48,8 @@ def extensions() -> list:
             f"fastdistill._C_{isa.lower()}",
             cpu_sources,
             extra_compile_args=[
-                "-O3", "-std=c++20", "-fno-math-errno", "-fopenmp", "-DAT_PARALLEL_OPENMP=1", "-Wno-attributes", "-Wno-maybe-uninitialized",
+                "-O3", "-std=c++20", "-fno-math-errno", "-fopenmp", "-DAT_PARALLEL_OPENMP=1",
+                "-Wno-attributes", "-Wno-maybe-uninitialized",
                 f"-DCPU_CAPABILITY={isa}", f"-DCPU_CAPABILITY_{isa}", *flags,
             ],
         )
@@ -83,7 +84,8 @@ def commands() -> dict[str, type]:
                     raise
                 warnings.warn(f"fastdistill: built without compiled kernels: {error}", stacklevel=1)
                 return
-            built = {"torch": torch.__version__, "cuda": torch.version.cuda, "modules": [e.name for e in self.extensions]}
+            modules = [extension.name for extension in self.extensions]
+            built = {"torch": torch.__version__, "cuda": torch.version.cuda, "modules": modules}
             package = ROOT / "fastdistill" if self.inplace else Path(self.build_lib) / "fastdistill"
             package.mkdir(parents=True, exist_ok=True)
             (package / "_build.json").write_text(json.dumps(built))
@@ -103,7 +105,8 @@ try:
 except ImportError as error:
     if os.environ.get("FASTDISTILL_REQUIRE_NATIVE") == "1":
         raise
-    warnings.warn(f"fastdistill: no compiled kernels: {error}. With torch installed, use --no-build-isolation", stacklevel=1)
+    hint = "with torch installed, use pip install --no-build-isolation"
+    warnings.warn(f"fastdistill: no compiled kernels: {error}; {hint}", stacklevel=1)
     native = {}
 
 setup(

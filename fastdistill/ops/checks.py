@@ -29,7 +29,7 @@ def check_number(
     name: str, value: float, *, above: float = -INFINITY, minimum: float = -INFINITY, below: float = INFINITY
 ) -> None:
     """A finite int or float with ``above < value < below`` and ``value >= minimum``."""
-    if isinstance(value, bool) or not isinstance(value, (int, float)):  # noqa: UP038 (a union is built anew each call)
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise TypeError(f"{name} is {value!r}; expected a number")
     if not (above < value < below and value >= minimum):  # comparisons only: torch.compile may make value symbolic
         limits = ((">", above), (">=", minimum), ("<", below))

@@ -42,7 +42,8 @@ def kd_ce_loss(
     r"""Temperature-scaled distillation plus cross-entropy on hard labels, in one pass over the logits.
 
     .. math::
-        \ell = w_{kd}\,\tau^2\,D(p_t^\tau, p_s^\tau) + w_{ce}\,\mathrm{CE}(z_s, y), \qquad p^\tau = \mathrm{softmax}(z/\tau)
+        \ell = w_{kd}\,\tau^2\,D(p_t^\tau, p_s^\tau) + w_{ce}\,\mathrm{CE}(z_s, y),
+        \qquad p^\tau = \mathrm{softmax}(z/\tau)
 
     with the divergence :math:`D` one of
 
@@ -113,7 +114,7 @@ def kd_ce_loss(
             )
         check_same_device("labels", labels, "student_logits", student_logits)
     if kd_weight == 0 and ce_weight == 0:
-        raise ValueError("kd_weight and ce_weight are both 0 (there is no cross-entropy without labels); expected a positive one")
+        raise ValueError("kd_weight and ce_weight are both 0 (without labels the latter is); expected a positive one")
     loss: Tensor = _op(
         student_logits, teacher_logits, labels, temperature, kd_weight, ce_weight, divergence, scale_by_temperature,
         ignore_index, label_smoothing, reduction,

@@ -1,0 +1,155 @@
+"""Turns pytest-benchmark's JSON into a Markdown table of ratios, a plot and a JSON small enough to keep.
+
+    python -m benchmarks.report runs/benchmarks.json [--name cpu] [--readme README.md]
+
+writes benchmarks/results/NAME.{json,md,svg} and, with --readme, the table between the README's benchmark markers.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+from collections import defaultdict
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from benchmarks.harness import DEVICE, OURS
+
+RESULTS = Path(__file__).parent / "results"
+BEGIN, END = "<!-- benchmarks: begin -->", "<!-- benchmarks: end -->"
+
+Rows = list[dict[str, Any]]
+
+
+def condense(raw: dict[str, Any]) -> dict[str, Any]:
+    """What is worth keeping: the machine, the versions, and for each measurement its median and spread."""
+    rows = [
+        {
+            **benchmark["extra_info"],
+            "median_s": benchmark["stats"]["median"],
+            "iqr_s": benchmark["stats"]["iqr"],
+            "rounds": benchmark["stats"]["rounds"],
+        }
+        for benchmark in raw["benchmarks"]
+    ]
+    versions = {"python": platform.python_version(), "torch": torch.__version__}
+    for package in ("triton", "liger_kernel", "fla"):
+        try:
+            versions[package] = __import__(package).__version__
+        except (ImportError, AttributeError):
+            continue
+    machine = {"cpu": raw["machine_info"]["cpu"]["brand_raw"], "threads": torch.get_num_threads()}
+    machine["capability"] = torch.backends.cpu.get_cpu_capability()
+    if DEVICE == "cuda":
+        machine["gpu"] = torch.cuda.get_device_name()
+    return {"date": raw["datetime"][:10], "machine": machine, "versions": versions, "rows": rows}
+
+
+def by_case(rows: Rows) -> dict[tuple[str, str], dict[str, dict[str, Any]]]:
+    cases: dict[tuple[str, str], dict[str, dict[str, Any]]] = defaultdict(dict)
+    for row in rows:
+        cases[row["op"], row["case"]][row["implementation"]] = row
+    return cases
+
+
+def table(kept: dict[str, Any]) -> str:
+    """One line a case: our time, then how many times as long each peer takes."""
+    rows, machine = kept["rows"], kept["machine"]
+    peers = list(dict.fromkeys(r["implementation"] for r in rows if not r["implementation"].startswith(OURS)))
+    header = ["op", "case", "dtype", OURS, *(f"{p} takes" for p in peers), "copy bandwidth", "peak memory"]
+    lines = ["| " + " | ".join(header) + " |", "|" + "---|" * len(header)]
+    for (op, case), measured in by_case(rows).items():
+        for name, row in measured.items():
+            if name.startswith(OURS):
+                label = op + name.removeprefix(OURS)
+                ratios = [_ratio(measured.get(p), row) for p in peers]
+                share = f"{row['copy_share']:.0%}" if row.get("copy_share") else ""
+                cells = [label, case, row["dtype"], _time(row["median_s"]), *ratios, share, _memory(row)]
+                lines.append("| " + " | ".join(cells) + " |")
+    where = machine.get("gpu") or f"{machine['cpu']}, {machine['threads']} threads, {machine['capability']}"
+    versions = ", ".join(f"{name} {version}" for name, version in kept["versions"].items())
+    return "\n".join(lines) + f"\n\n{where}; {versions}; {kept['date']}. Medians of one run.\n"
+
+
+def _ratio(peer: dict[str, Any] | None, ours: dict[str, Any]) -> str:
+    return f"{peer['median_s'] / ours['median_s']:.1f}×" if peer else ""
+
+
+def _time(seconds: float) -> str:
+    for unit, scale in (("s", 1), ("ms", 1e3), ("µs", 1e6)):
+        if seconds * scale >= 1:
+            break
+    return f"{seconds * scale:.3g} {unit}"
+
+
+def _memory(row: dict[str, Any]) -> str:
+    extra = row.get("peak_extra_bytes")
+    return "" if extra is None or extra < 2**20 else f"{extra / 2**20:.0f} MiB"
+
+
+def plot(kept: dict[str, Any], path: Path) -> None:
+    """Bars of time relative to ours, a group a case, on a logarithmic axis."""
+    import matplotlib
+
+    matplotlib.use("svg")
+    import matplotlib.pyplot as plt
+
+    cases = by_case(kept["rows"])
+    names = list(dict.fromkeys(r["implementation"] for r in kept["rows"] if "(" not in r["implementation"]))
+    figure, axes = plt.subplots(figsize=(9, 1 + 0.28 * sum(len(c) for c in cases.values())))
+    position, ticks = 0.0, []
+    for (op, case), measured in cases.items():
+        if OURS not in measured:
+            continue
+        start = position
+        for name in names:
+            if name in measured:
+                ratio = measured[name]["median_s"] / measured[OURS]["median_s"]
+                axes.barh(position, ratio, color=f"C{names.index(name)}", height=0.9)
+                axes.text(ratio, position, f" {ratio:.1f}", va="center", fontsize=8)
+                position += 1
+        ticks.append(((start + position - 1) / 2, f"{op}\n{case}"))
+        position += 0.7
+    axes.set_yticks([t for t, _ in ticks], [label for _, label in ticks], fontsize=8)
+    axes.invert_yaxis()
+    axes.set_xscale("log")
+    axes.set_xlabel(f"time relative to {OURS} (1 = as fast; larger = slower)")
+    handles = [plt.Rectangle((0, 0), 1, 1, color=f"C{i}") for i in range(len(names))]
+    axes.legend(handles, names, fontsize=8, loc="lower right")
+    figure.tight_layout()
+    figure.savefig(path, metadata={"Date": None})
+    plt.close(figure)
+
+
+def write(path: Path, text: str) -> None:
+    partial = path.with_name(path.name + ".partial")
+    partial.write_text(text)
+    os.replace(partial, path)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("json", type=Path, help="what pytest --benchmark-json wrote")
+    parser.add_argument("--name", default=DEVICE, help=f"of the files in {RESULTS.name}/ (default: the device)")
+    parser.add_argument("--readme", type=Path, help="a file whose part between the benchmark markers is replaced")
+    options = parser.parse_args()
+
+    kept = condense(json.loads(options.json.read_text()))
+    RESULTS.mkdir(exist_ok=True)
+    write(RESULTS / f"{options.name}.json", json.dumps(kept, indent=1) + "\n")
+    write(RESULTS / f"{options.name}.md", table(kept))
+    plot(kept, RESULTS / f"{options.name}.svg")
+    if options.readme:
+        before, _, rest = options.readme.read_text().partition(BEGIN)
+        if END not in rest:
+            raise ValueError(f"{options.readme} lacks the markers {BEGIN} and {END}")
+        write(options.readme, f"{before}{BEGIN}\n{table(kept)}{END}{rest.partition(END)[2]}")
+    print(table(kept))
+
+
+if __name__ == "__main__":
+    main()
