@@ -48,7 +48,7 @@ def extensions() -> list:
             f"fastdistill._C_{isa.lower()}",
             cpu_sources,
             extra_compile_args=[
-                "-O3", "-std=c++20", "-fno-math-errno", "-fopenmp", "-DAT_PARALLEL_OPENMP=1",
+                "-O3", "-g0", "-std=c++20", "-fno-math-errno", "-fopenmp", "-DAT_PARALLEL_OPENMP=1",
                 "-Wno-attributes", "-Wno-maybe-uninitialized",
                 f"-DCPU_CAPABILITY={isa}", f"-DCPU_CAPABILITY_{isa}", *flags,
             ],

@@ -24,9 +24,22 @@ _LAZY = {
     "tokenize": "data",
     "doctor": "diagnosis",
 }
-__all__ = ["__version__", "kd_ce_loss", "ops", *_LAZY]
+__all__ = [
+    "__version__",
+    "accumulate_sensitivity_",
+    "hidden_entropy",
+    "kd_ce_loss",
+    "ops",
+    "select_uncertain",
+    "uncertainty",
+    *_LAZY,
+]
 
+accumulate_sensitivity_ = ops.accumulate_sensitivity_
+hidden_entropy = ops.hidden_entropy
 kd_ce_loss = ops.kd_ce_loss
+select_uncertain = ops.select_uncertain
+uncertainty = ops.uncertainty
 
 
 def __getattr__(name: str) -> Any:

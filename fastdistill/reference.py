@@ -6,6 +6,8 @@ formulas that the kernels share.
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -110,3 +112,70 @@ def scale_rows(grad: Tensor, upstream: Tensor) -> Tensor:
 
 def scale_rows_(grad: Tensor, upstream: Tensor) -> None:
     grad.mul_(upstream.unsqueeze(-1))
+
+
+def accumulate_sensitivity_(totals: list[Tensor], grads: list[Tensor], weights: list[Tensor] | None) -> None:
+    """``totals[i] += |grads[i] * weights[i]|``, or ``|grads[i]|`` without weights."""
+    if not totals:
+        return
+    dtypes = [accumulation_dtype(*tensors) for tensors in zip(totals, grads, weights or grads, strict=True)]
+    products = [grad.to(dtype) for grad, dtype in zip(grads, dtypes, strict=True)]
+    if weights is not None:
+        factors = [weight.to(dtype) for weight, dtype in zip(weights, dtypes, strict=True)]
+        products = list(torch._foreach_mul(products, factors))
+    torch._foreach_add_(totals, torch._foreach_abs(products))
+
+
+def _first(found: Tensor) -> Tensor:
+    """The first of the last dimension's elements that are true."""
+    return found & (found.cumsum(-1) == 1)
+
+
+def _around_the_largest(logits: Tensor) -> tuple[Tensor, ...]:
+    """The logits less the largest, their exponentials, where the largest is and where the second largest, the sum of
+    all exponentials but the largest's, and of all (NaN if the largest is infinite), and the second's exponential."""
+    logits = logits.to(accumulation_dtype(logits))
+    largest, second = logits.topk(2, -1).values.split(1, -1)
+    held = _first(logits == largest)
+    runner_up = _first((logits == second) & ~held)
+    gap = (logits - largest).masked_fill(held, 0).clamp_min(-1000)  # exponential 0 in float64 too, and 0 * gap = 0
+    exponential = gap.exp()
+    others = exponential.masked_fill(held, 0).sum(-1, keepdim=True)
+    return gap, exponential, held, runner_up, others, 1 + others + (largest - largest), (second - largest).exp()
+
+
+def _at_uniform(kind: str, classes: int) -> float:
+    """The largest uncertainty that there is: that of equal probabilities."""
+    return {"entropy": math.log(classes), "least_confidence": 1 - 1 / classes, "margin": 1.0}[kind]
+
+
+def uncertainty(logits: Tensor, kind: str, normalize: bool) -> Tensor:
+    """Of each row (see ops/uncertainty.py), as precise near 0 as elsewhere: nothing is subtracted from 1."""
+    gap, exponential, _, _, others, total, second = _around_the_largest(logits)
+    if kind == "entropy":
+        value = others.log1p() - (exponential * gap).sum(-1, keepdim=True) / total
+    elif kind == "least_confidence":
+        value = others / total
+    else:
+        value = (others + second) / total
+    return value.squeeze(-1) / (_at_uniform(kind, logits.shape[-1]) if normalize else 1)
+
+
+def uncertainty_backward(upstream: Tensor, logits: Tensor, kind: str, normalize: bool) -> Tensor:
+    """The gradient to the logits for an ``upstream`` gradient of the logits' leading shape."""
+    gap, exponential, held, runner_up, others, total, second = _around_the_largest(logits)
+    if kind == "entropy":
+        grad = exponential * ((exponential * gap).sum(-1, keepdim=True) / total - gap)
+    elif kind == "least_confidence":
+        grad = torch.where(held, -others, exponential) / total
+    else:
+        grad = exponential * (1 - second)
+        grad = torch.where(held, -others - second, torch.where(runner_up, grad + second * total, grad)) / total
+    scale = upstream.unsqueeze(-1) / (_at_uniform(kind, logits.shape[-1]) if normalize else 1)
+    return (grad / total * scale).to(logits.dtype)
+
+
+def rank(scores: Tensor, count: int) -> tuple[Tensor, Tensor]:
+    """The highest of all scores, NaN before any number and equals by lower index, and their indices."""
+    values, indices = scores.flatten().sort(descending=True, stable=True)
+    return values[:count].clone(), indices[:count].clone()

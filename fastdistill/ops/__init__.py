@@ -1,5 +1,8 @@
 """Differentiable functions for any training loop."""
 
+from fastdistill.ops.accumulate_sensitivity import accumulate_sensitivity_
 from fastdistill.ops.kd_ce_loss import kd_ce_loss
+from fastdistill.ops.select_uncertain import select_uncertain
+from fastdistill.ops.uncertainty import hidden_entropy, uncertainty
 
-__all__ = ["kd_ce_loss"]
+__all__ = ["accumulate_sensitivity_", "hidden_entropy", "kd_ce_loss", "select_uncertain", "uncertainty"]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -57,31 +57,33 @@ def accumulate_sensitivity_(
         _check_column(name, column, totals)
     _check_written(totals)
     if not torch.compiler.is_compiling():  # tracing knows no addresses
-        _check_memory(columns, totals)
+        _check_memory(columns)
 
     kept = [i for i, grad in enumerate(grads) if grad is not None]
     if len(kept) < len(grads):
-        totals, grads, weights = ([c[i] for i in kept] if c is not None else None for c in (totals, grads, weights))
+        totals, grads = [totals[i] for i in kept], [grads[i] for i in kept]
+        weights = None if weights is None else [weights[i] for i in kept]
     with torch.no_grad():
         _op(totals, grads, weights)
     torch.autograd.graph.increment_version(totals)
 
 
 def _check_column(name: str, column: Sequence[Tensor | None], totals: Sequence[Tensor]) -> None:
-    """Each tensor against the total of its index; a gradient may be None."""
-    dtypes = TOTALS if name == "totals" else FLOATING
+    """Each tensor against the total of its index. Written for hundreds of tensors: a message costs only when needed."""
+    dtypes, strided = TOTALS if name == "totals" else FLOATING, torch.strided
+    device = totals[0].device if totals and isinstance(totals[0], Tensor) else None
     for i, (tensor, total) in enumerate(zip(column, totals, strict=True)):
         if tensor is None and name == "grads":
             continue
         if not isinstance(tensor, Tensor) or tensor.dtype not in dtypes:
             return check_tensor(f"{name}[{i}]", tensor, dtypes)
-        if tensor.shape != total.shape:
+        if tensor is not total and tensor.shape != total.shape:
             raise ValueError(
                 f"{name}[{i}] has shape {tuple(tensor.shape)}, totals[{i}] {tuple(total.shape)}; expected the same"
             )
-        if tensor.device != totals[0].device:
+        if tensor.device != device:
             check_same_device(f"{name}[{i}]", tensor, "totals[0]", totals[0])
-        if tensor.layout is not torch.strided:
+        if tensor.layout is not strided:
             raise ValueError(f"{name}[{i}] has layout {tensor.layout}; expected torch.strided (see Tensor.to_dense)")
 
 
@@ -98,15 +100,21 @@ def _check_written(totals: Sequence[Tensor]) -> None:
             )
 
 
-def _check_memory(columns: Mapping[str, Collection[Tensor | None]], totals: Sequence[Tensor]) -> None:
-    written = {total.data_ptr(): i for i, total in enumerate(totals)}
-    for name, column in columns.items():
-        for i, tensor in enumerate(column):
-            if tensor is None or not (address := tensor.data_ptr()):  # empty tensors are at 0
-                continue
-            other = written.get(address, i if name == "totals" else None)
-            if other is not None and (name, other) != ("totals", i):
-                raise ValueError(f"totals[{other}] and {name}[{i}] are in the same memory; expected totals of their own")
+def _check_memory(columns: Mapping[str, Sequence[Tensor | None]]) -> None:
+    addresses = {
+        name: [0 if tensor is None else tensor.data_ptr() for tensor in column] for name, column in columns.items()
+    }
+    written: dict[int, int] = {}
+    for i, address in enumerate(addresses["totals"]):
+        if address != 0:  # an empty tensor
+            written.setdefault(address, i)
+    for name, column in addresses.items():
+        for i, address in enumerate(column):
+            if address in written and (name, i) != ("totals", written[address]):
+                raise ValueError(
+                    f"totals[{written[address]}] and {name}[{i}] are in the same memory; "
+                    "expected totals with memory of their own"
+                )
 
 
 _op = define(

@@ -1,0 +1,97 @@
+"""The rows whose predictions are the least certain."""
+
+from __future__ import annotations
+
+import warnings
+
+import torch
+from torch import Tensor
+
+from fastdistill import reference
+from fastdistill.ops.checks import check_choice, check_number
+from fastdistill.ops.library import define
+from fastdistill.ops.uncertainty import KINDS, Kind, check_logits, score
+
+
+def select_uncertain(logits: Tensor, ratio: float, kind: Kind = "entropy") -> Tensor:
+    r"""The indices of the share ``ratio`` of all rows that are most uncertain, the most uncertain first.
+
+    They are the first :math:`\max(1, \mathrm{round}(N \cdot \mathrm{ratio}))` of N rows (halves round to even, as by
+    :func:`round`) in the order of :func:`uncertainty` without normalization. Equals go by lower index, so that equal
+    scores give the same indices on every device. That many indices there are whatever the logits, and nothing waits
+    for the device.
+
+    Rows whose uncertainty is NaN come first, so that they are not overlooked, and a warning says so, once a process.
+    On CUDA, where looking would wait for the device, it may come with a later call, and does not come of calls inside
+    a CUDA graph.
+
+    Args:
+        logits: ``[..., C]``, as in :func:`uncertainty`, with at least one row; rows are numbered as after
+            ``logits.flatten(0, -2)``. On CPU fewer than 2^32 rows.
+        ratio: 0 < ratio <= 1.
+        kind: as in :func:`uncertainty`.
+
+    Raises:
+        TypeError: an argument of the wrong type or dtype.
+        ValueError: no rows, fewer than two classes, or a ratio or kind out of its range.
+    """
+    check_logits("logits", logits)
+    check_choice("kind", kind, KINDS)
+    check_number("ratio", ratio, above=0)
+    if ratio > 1:
+        raise ValueError(f"ratio is {ratio!r}; expected a number > 0 and <= 1")
+    rows = logits.numel() // logits.shape[-1]
+    if rows == 0:
+        raise ValueError(f"logits has shape {tuple(logits.shape)}; expected at least one row")
+    indices: Tensor = _op(logits.detach(), max(1, round(rows * ratio)), kind)
+    return indices
+
+
+def _score_and_rank(logits: Tensor, count: int, kind: str) -> Tensor:
+    """On a device where no kernel does both at once: each by what serves it there."""
+    scores, indices = reference.rank(score(logits, kind, False), count)
+    _watch.look(scores[:1])
+    return indices
+
+
+class _NaNWatch:
+    """Warns, once, that the highest score is NaN. A score on CUDA is copied, and looked at when the next one comes and
+    the copy is done, so that nobody waits."""
+
+    def __init__(self) -> None:
+        self.warned = False
+        self.copy: Tensor | None = None
+        self.copied: torch.cuda.Event | None = None
+
+    def look(self, highest: Tensor) -> None:
+        if self.warned:
+            return
+        if highest.device.type != "cuda":
+            self._warn_of(highest)
+        elif not torch.cuda.is_current_stream_capturing():
+            self._look_later(highest)
+
+    def _look_later(self, highest: Tensor) -> None:
+        if self.copied is not None and self.copy is not None:
+            if not self.copied.query():
+                return
+            self._warn_of(self.copy)
+        self.copy = torch.empty(1, dtype=highest.dtype, pin_memory=True)
+        with torch.cuda.device_of(highest):
+            self.copied = torch.cuda.Event()
+            self.copy.copy_(highest, non_blocking=True)
+            self.copied.record()
+
+    def _warn_of(self, highest: Tensor) -> None:
+        if highest.isnan():
+            self.warned = True
+            warnings.warn("select_uncertain: logits has rows of which the uncertainty is NaN; they rank first", stacklevel=2)
+
+
+_watch = _NaNWatch()
+
+_op = define(
+    "select_uncertain(Tensor logits, SymInt count, str kind) -> Tensor",
+    _score_and_rank,
+    lambda logits, count, kind: logits.new_empty(count, dtype=torch.int64),
+)
