@@ -1,0 +1,174 @@
+"""Command-line options that recipes share."""
+
+from __future__ import annotations
+
+import argparse
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import TypeVar
+
+from fastdistill.ops.kd_ce_loss import DIVERGENCES
+
+Item = TypeVar("Item")
+
+
+def integer(low: int, high: int | None = None) -> Callable[[str], int]:
+    """An argparse type: an integer of at least `low` and at most `high`."""
+
+    def parse(text: str) -> int:
+        value = int(text)
+        if value < low or (high is not None and value > high):
+            wanted = f"of at least {low}" if high is None else f"from {low} to {high}"
+            raise argparse.ArgumentTypeError(f"{text} is not an integer {wanted}")
+        return value
+
+    parse.__name__ = "integer"  # argparse names the type after the function: "invalid integer value"
+    return parse
+
+
+def number(
+    *, low: float | None = None, above: float | None = None, below: float | None = None, most: float | None = None
+) -> Callable[[str], float]:
+    """An argparse type: a finite number of at least `low`, or greater than `above`, and less than `below`, or at most
+    `most`."""
+
+    def parse(text: str) -> float:
+        value = float(text)
+        limits = {
+            f"of at least {low}": low is None or value >= low,
+            f"above {above}": above is None or value > above,
+            f"below {below}": below is None or value < below,
+            f"at most {most}": most is None or value <= most,
+        }
+        if not math.isfinite(value) or not all(limits.values()):
+            wanted = " and ".join(limit for limit in limits if not limit.endswith("None"))
+            raise argparse.ArgumentTypeError(f"{text} is not a finite number {wanted}")
+        return value
+
+    parse.__name__ = "number"
+    return parse
+
+
+def choice(*names: str) -> Callable[[str], str]:
+    """An argparse type: one of these names."""
+
+    def parse(text: str) -> str:
+        if text not in names:
+            raise argparse.ArgumentTypeError(f"{text!r} is not among {', '.join(names)}")
+        return text
+
+    return parse
+
+
+def listed(type: Callable[[str], Item]) -> Callable[[str], tuple[Item, ...]]:
+    """An argparse type: one or more different values of another type, with commas between them."""
+
+    def parse(text: str) -> tuple[Item, ...]:
+        values = tuple(type(part.strip()) for part in text.split(","))
+        if len(set(values)) < len(values):
+            raise argparse.ArgumentTypeError(f"{text} has a value twice")
+        return values
+
+    parse.__name__ = f"list of {type.__name__}s"
+    return parse
+
+
+def add_run(parser: argparse.ArgumentParser) -> None:
+    """What to learn, from whom, and where to keep it."""
+    add = parser.add_argument_group("what to run").add_argument
+    add(
+        "--task",
+        required=True,
+        help="a task's name (docstrings, which needs no network; sst2, mnli and the rest of GLUE; ag_news, emotion, "
+        "imdb), or a folder or file of jsonl[.gz], csv, tsv or parquet with columns sentence1[, sentence2], label",
+    )
+    add(
+        "--teacher",
+        required=True,
+        help="folder or hub name of a transformers encoder in safetensors, or minilm, which the extra 'demo' brings",
+    )
+    add(
+        "--student-layers",
+        required=True,
+        type=integer(1),
+        metavar="K",
+        help="the teacher's layers that the student has",
+    )
+    add(
+        "--output",
+        required=True,
+        type=Path,
+        metavar="DIR",
+        help="where models and results.json go; the same command with the same DIR goes on where it was interrupted",
+    )
+    add("--max-train-examples", type=integer(1), metavar="N", help="train on a random N (default: all)")
+    add("--max-eval-examples", type=integer(1), metavar="N", help="evaluate on a random N (default: all)")
+    add("--max-length", type=integer(3), metavar="N", help="tokens that an example is cut to (default: the task's)")
+
+
+def add_training(parser: argparse.ArgumentParser) -> None:
+    """How teachers and students are trained."""
+    add = parser.add_argument_group("training").add_argument
+    positive = number(above=0)
+    add("--epochs", type=positive, default=3.0, metavar="N", help="epochs of a student (default: %(default)g)")
+    add(
+        "--teacher-epochs",
+        type=number(low=0),
+        metavar="N",
+        help="epochs of the teacher's fine-tuning, 0 to take it as it is (default: 0 where its config names the task's "
+        "labels, else 3)",
+    )
+    add(
+        "--batch-size",
+        type=integer(1),
+        default=32,
+        metavar="N",
+        help="examples in a training batch, on each device (default: %(default)s)",
+    )
+    add(
+        "--learning-rate",
+        type=positive,
+        default=1e-4,
+        metavar="X",
+        help="peak learning rate of a student (default: %(default)g; a wide encoder, such as BERT-base, wants less)",
+    )
+    add(
+        "--teacher-learning-rate",
+        type=positive,
+        default=1e-4,
+        metavar="X",
+        help="peak learning rate of the teacher's fine-tuning (default: %(default)g; as above)",
+    )
+    add("--label-smoothing", type=number(low=0, below=1), metavar="X", help="of the students' labels (default: 0)")
+    add("--seed", type=integer(0, 2**32 - 1), default=0, metavar="N", help="(default: %(default)s)")
+    add("--bf16", action="store_true", help="train and evaluate in bfloat16 mixed precision")
+    add(
+        "--checkpoints",
+        type=integer(0),
+        default=3,
+        metavar="N",
+        help="how often a model's training saves its state, to go on from if interrupted (default: %(default)s)",
+    )
+    add("--tensorboard", action="store_true", help="write TensorBoard logs beside the models")
+
+
+def add_distillation(parser: argparse.ArgumentParser) -> None:
+    """The distillation objective."""
+    add = parser.add_argument_group("distillation").add_argument
+    add("--temperature", type=number(above=0), metavar="X", help="of the softmax on both sides (default: 2)")
+    add(
+        "--kd-weight",
+        type=number(above=0),
+        default=1.0,
+        metavar="X",
+        help="weight of the teacher's term (default: %(default)g)",
+    )
+    add(
+        "--ce-weight", type=number(low=0), default=1.0, metavar="X", help="weight of the labels' (default: %(default)g)"
+    )
+    add(
+        "--divergence",
+        choices=DIVERGENCES,
+        help="of the student's probabilities from the teacher's (default: forward_kl)",
+    )
