@@ -14,10 +14,13 @@ __version__ = "0.1.0"
 
 # Imported when first used: they bring transformers and datasets with them.
 _LAZY = {
+    "DeKD": "dekd",
     "DistillationConfig": "trainer",
     "DistillationTrainer": "trainer",
     "LogitsKD": "objectives",
     "MSE": "objectives",
+    "PKD": "alignment",
+    "TeacherOutputs": "teachers",
     "WeightedSum": "objectives",
     "first_layers": "students",
     "load_task": "data",

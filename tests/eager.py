@@ -3,6 +3,8 @@ error is ordinary."""
 
 from __future__ import annotations
 
+import math
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -45,3 +47,16 @@ def kd_ce_loss(
     if reduction == "none":
         return loss
     return loss.sum() / counted.sum() if reduction == "mean" else loss.sum()
+
+
+def uncertainty(logits: Tensor, kind: str = "entropy", normalize: bool = True) -> Tensor:
+    log_p, classes = logits.log_softmax(-1), logits.shape[-1]
+    p = log_p.exp()
+    if kind == "entropy":
+        value, most = -(p * log_p).sum(-1), math.log(classes)
+    elif kind == "least_confidence":
+        value, most = 1 - p.amax(-1), 1 - 1 / classes
+    else:
+        first, second = p.topk(2, -1).values.unbind(-1)
+        value, most = 1 - (first - second), 1.0
+    return value / most if normalize else value

@@ -2,7 +2,6 @@
 // the work evenly whatever the tensors' sizes. Formula: fastdistill/ops/accumulate_sensitivity.py.
 #include "row.h"
 
-#include <ATen/cpu/vec/functional_bfloat16.h>
 #include <torch/library.h>
 
 #include <algorithm>
@@ -29,17 +28,6 @@ struct Item {
   }
 };
 
-template <typename S>
-void widen(const S* source, float* target, int64_t size) {
-  int64_t i = 0;
-  for (; i + Vec<S>::size() <= size; i += Vec<S>::size()) {
-    const auto [low, high] = at::vec::convert_to_float<S>(Vec<S>::loadu(source + i));
-    low.store(target + i);
-    high.store(target + i + Vec<float>::size());
-  }
-  at::vec::convert(source + i, target + i, size - i);
-}
-
 // Elements from `begin` on as T: where they are if the tensor holds that, else converted into the buffer.
 template <typename T>
 const T* read(const Tensor& x, int64_t begin, int64_t size, T* buffer) {
@@ -47,10 +35,7 @@ const T* read(const Tensor& x, int64_t begin, int64_t size, T* buffer) {
     const scalar_t* source = x.const_data_ptr<scalar_t>() + begin;
     if constexpr (std::is_same_v<scalar_t, T>)
       return source;
-    else if constexpr (std::is_same_v<T, float> && at::vec::is_reduced_floating_point_v<scalar_t>)
-      widen(source, buffer, size);
-    else
-      at::vec::convert(source, buffer, size);
+    convert(source, buffer, size);
     return static_cast<const T*>(buffer);
   });
 }
@@ -75,7 +60,7 @@ void add(const Item& item, int64_t begin, int64_t end) {
       at::vec::map2<T>(sensitivity, sum, total, grad, size);
     }
     if (!in_place)
-      at::vec::convert(sum, item.total.mutable_data_ptr<float>() + begin, size);
+      convert(sum, item.total.mutable_data_ptr<float>() + begin, size);
   }
 }
 

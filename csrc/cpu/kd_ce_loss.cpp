@@ -62,9 +62,9 @@ class RowLoss {
   Stat forward(const T* student, const T* teacher, const int64_t* labels) {
     student_ = student;
     teacher_ = teacher;
-    student_max_ = max_of(student);
+    student_max_ = max_of<Form>(student, size_);
     if constexpr (KD)
-      teacher_max_ = max_of(teacher);
+      teacher_max_ = max_of<Form>(teacher, size_);
     Stat sum_s(0), sum_t(0), sum_ce(0), cross(0);
     constexpr int64_t kBlock = 2048; // lanes are summed in T for so long before they join the Stat: keeps long rows exact
     for (int64_t begin = 0; begin < size_; begin += kBlock) {
@@ -170,17 +170,6 @@ class RowLoss {
     return weighted(load(exps + i, count, T(0)) * weight, d + Form::spread(offset_));
   }
 
-  Stat max_of(const T* values) const {
-    V a(-kInf<T>), b(-kInf<T>);
-    int64_t i = 0;
-    for (; i + 2 * V::size() <= size_; i += 2 * V::size()) {
-      a = larger(a, V::loadu(values + i));
-      b = larger(b, V::loadu(values + i + V::size()));
-    }
-    for_each_vector<T>(i, size_, [&](int64_t j, int64_t count) { a = larger(a, load(values + j, count, -kInf<T>)); });
-    return Form::max(larger(a, b));
-  }
-
   // Mean over the classes of s - max(s).
   Stat mean_centred() const {
     Stat total(0);
@@ -276,9 +265,6 @@ void choose_terms(const Problem& problem, const Options& options) {
   return ce ? choose_share<Form, true, true, false>(problem, options)
             : choose_share<Form, true, false, false>(problem, options);
 }
-
-// Up to this many classes transposing rows into lanes is cheaper than what a vector wastes on a short row.
-constexpr int64_t kFewClasses = 32;
 
 template <typename T>
 void choose_form(const Problem& problem, const Options& options) {

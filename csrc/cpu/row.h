@@ -9,6 +9,7 @@
 #include <ATen/Parallel.h>
 #include <ATen/core/Tensor.h>
 #include <ATen/cpu/vec/functional.h>
+#include <ATen/cpu/vec/functional_bfloat16.h>
 #include <ATen/cpu/vec/vec.h>
 #include <ATen/ops/empty.h>
 #include <ATen/ops/empty_like.h>
@@ -16,6 +17,7 @@
 #include <algorithm>
 #include <cmath>
 #include <limits>
+#include <type_traits>
 
 #ifdef __linux__
 #include <sys/mman.h>
@@ -74,7 +76,7 @@ inline Vec<T> weighted(const Vec<T>& weight, const Vec<T>& x) {
 // max that keeps its first operand where the second is NaN: a NaN comes back with the exponentials.
 template <typename T>
 inline Vec<T> larger(const Vec<T>& a, const Vec<T>& b) {
-  return Vec<T>::blendv(a, b, b > a);
+  return at::vec::clamp_min(a, b);
 }
 
 // `count` elements from `source`, the lanes beyond them filled with `fill`.
@@ -90,6 +92,24 @@ template <typename T, typename Body>
 inline void for_each_vector(int64_t begin, int64_t end, const Body& body) {
   for (int64_t i = begin; i < end; i += Vec<T>::size())
     body(i, std::min<int64_t>(Vec<T>::size(), end - i));
+}
+
+// Elements as another type; between float and 16 bits by vectors, which at::vec::convert does one by one.
+template <typename From, typename To>
+inline void convert(const From* source, To* target, int64_t size) {
+  int64_t i = 0;
+  if constexpr (std::is_same_v<To, float> && at::vec::is_reduced_floating_point_v<From>) {
+    for (; i + Vec<From>::size() <= size; i += Vec<From>::size()) {
+      const auto [low, high] = at::vec::convert_to_float<From>(Vec<From>::loadu(source + i));
+      low.store(target + i);
+      high.store(target + i + Vec<float>::size());
+    }
+  } else if constexpr (std::is_same_v<From, float> && at::vec::is_reduced_floating_point_v<To>) {
+    for (; i + Vec<To>::size() <= size; i += Vec<To>::size())
+      at::vec::convert_from_float<To>(Vec<float>::loadu(source + i), Vec<float>::loadu(source + i + Vec<float>::size()))
+          .store(target + i);
+  }
+  at::vec::convert(source + i, target + i, size - i);
 }
 
 // [..., C] as [N, C] rows with unit stride inside a row; copies only where it must.
@@ -131,7 +151,7 @@ struct OneRow {
   static const T* read(const S* source, int64_t, int64_t, int64_t size, T* buffer) {
     if constexpr (std::is_same_v<S, T>)
       return source;
-    at::vec::convert(source, buffer, size);
+    convert(source, buffer, size);
     return buffer;
   }
   template <typename S>
@@ -145,7 +165,7 @@ struct OneRow {
     if (ignored[0])
       std::fill_n(target, size, S(0));
     else if constexpr (!std::is_same_v<S, T>)
-      at::vec::convert(computed, target, size);
+      convert(computed, target, size);
   }
 };
 
@@ -203,6 +223,24 @@ struct RowPerLane {
         target[r * size + c] = ignored[r] ? S(0) : static_cast<S>(computed[c * kRows + r]);
   }
 };
+
+// The largest of a row's `size` values, NaN not counted.
+template <typename Form>
+inline typename Form::Stat max_of(const typename Form::T* values, int64_t size) {
+  using V = Vec<typename Form::T>;
+  constexpr auto kLowest = -kInf<typename Form::T>;
+  V a(kLowest), b(kLowest);
+  int64_t i = 0;
+  for (; i + 2 * V::size() <= size; i += 2 * V::size()) {
+    a = larger(a, V::loadu(values + i));
+    b = larger(b, V::loadu(values + i + V::size()));
+  }
+  for_each_vector<typename Form::T>(i, size, [&](int64_t j, int64_t count) { a = larger(a, load(values + j, count, kLowest)); });
+  return Form::max(larger(a, b));
+}
+
+// Up to this many classes transposing rows into lanes is cheaper than what a vector wastes on a short row.
+constexpr int64_t kFewClasses = 32;
 
 // Rows of a tensor of any floating type, read as Form::T: in place where the tensor holds that and the form allows.
 template <typename Form>

@@ -1,0 +1,77 @@
+"""How every recipe begins: the task's data, a pretrained model, and of it a teacher fine-tuned on the task."""
+
+from __future__ import annotations
+
+import argparse
+from dataclasses import dataclass
+
+from transformers import PreTrainedModel
+
+from fastdistill.data import TaskData, load_task
+from fastdistill.objectives import TaskLoss
+from fastdistill.recipes.stages import Stages, Trained
+from fastdistill.students import describe_head, load_classifier, load_tokenizer
+from fastdistill.tasks import Task
+
+TEACHER_EPOCHS = 3.0
+
+
+@dataclass(frozen=True)
+class Beginning:
+    """What there is before anything is trained; `settings` are for the report."""
+
+    options: argparse.Namespace
+    data: TaskData
+    pretrained: PreTrainedModel
+    teacher_epochs: float
+
+    @property
+    def settings(self) -> dict[str, object]:
+        return {**vars(self.options), "teacher_epochs": self.teacher_epochs}
+
+    def stages(self) -> Stages:
+        options = self.options
+        return Stages(
+            options.output,
+            self.data,
+            load_tokenizer(options.teacher),
+            max_length=options.max_length,
+            batch_size=options.batch_size,
+            seed=options.seed,
+            bf16=options.bf16,
+            checkpoints=options.checkpoints,
+            tensorboard=options.tensorboard,
+        )
+
+    def teacher(self, stages: Stages) -> Trained:
+        """The stage "teacher": fine-tuned on the task, unless it is a classifier of it already."""
+        rate = self.options.teacher_learning_rate
+        return stages.train("teacher", self.pretrained, TaskLoss(), epochs=self.teacher_epochs, learning_rate=rate)
+
+
+def begin(options: argparse.Namespace) -> Beginning:
+    """Load what the options of `fastdistill.recipes.options.add_run` and `add_training` name; nothing is written."""
+    data = load_task(
+        options.task,
+        max_train_examples=options.max_train_examples,
+        max_eval_examples=options.max_eval_examples,
+        seed=options.seed,
+    )
+    teacher_epochs = _teacher_epochs(options, data.task)
+    return Beginning(options, data, load_classifier(options.teacher, data.task, seed=options.seed), teacher_epochs)
+
+
+def _teacher_epochs(options: argparse.Namespace, task: Task) -> float:
+    """As asked or, if nothing is asked, none where the teacher's config says that it is a classifier of the task."""
+    head = describe_head(options.teacher, task)
+    if options.teacher_epochs == 0 and head not in ("task", "unnamed"):
+        raise ValueError(
+            f"--teacher-epochs is 0 but {options.teacher} is no classifier of {task.name} "
+            f"({task.num_labels} labels); it must be fine-tuned"
+        )
+    if options.teacher_epochs is not None:
+        return float(options.teacher_epochs)
+    if head == "task":
+        print(f"teacher: {options.teacher} is a classifier of {task.name} already; taken as it is")
+        return 0.0
+    return TEACHER_EPOCHS
