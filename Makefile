@@ -25,7 +25,7 @@ lint: $(VENV)/ready
 # Builds, tests and measures on the GPU of this machine; installs nothing from outside.
 gpu:
 	python3 -m pip install -q --no-index --no-deps --no-build-isolation -e .
-	python3 -m pytest tests/ops tests/cuda -m gpu
+	python3 -m pytest tests/kernels tests/ops tests/cuda
 	mkdir -p runs
 	python3 -m pytest benchmarks --benchmark-only --benchmark-json=runs/benchmarks.json
 	python3 -m benchmarks.report runs/benchmarks.json

@@ -208,6 +208,7 @@ def _from_hub_split(task: Task, dataset: Dataset) -> Dataset:
 
 # From files
 
+
 def _from_files(path: Path) -> tuple[Task, dict[str, Dataset]]:
     if not path.exists():
         raise FileNotFoundError(f"{path} is no file, no folder and no known task ({', '.join(TASKS)})")
@@ -300,5 +301,3 @@ def _codes(rows: Rows, code: Callable[[Any], float]) -> list[float]:
         except ValueError as error:
             raise RowError(rows.file, line, "label", str(error)) from None
     return codes
-
-

@@ -44,9 +44,7 @@ def define(
 def define_autograd(name: str, backward: Callable[..., Any], setup_context: Callable[..., Any]) -> None:
     """Autograd for ``fastdistill::<name>``, unless csrc/autograd has already registered the same in C++."""
     if NATIVE.cpu is None:
-        torch.library.register_autograd(
-            f"fastdistill::{name}", backward, setup_context=setup_context, lib=LIBRARY
-        )
+        torch.library.register_autograd(f"fastdistill::{name}", backward, setup_context=setup_context, lib=LIBRARY)
 
 
 def _on_first_call(name: str, module: str) -> Callable[..., Any]:

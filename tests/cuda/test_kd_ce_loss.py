@@ -53,9 +53,7 @@ def test_label_outside_spoils_only_its_row(classes: int, bad: int) -> None:
 def test_large_problems_in_bfloat16(rows: int, classes: int) -> None:
     student, teacher, labels = make(rows, classes)
     exact, plain = (
-        torch.autograd.grad(
-            eager.kd_ce_loss(leaf, teacher.to(leaf.dtype), labels, temperature=2.0), leaf
-        )[0]
+        torch.autograd.grad(eager.kd_ce_loss(leaf, teacher.to(leaf.dtype), labels, temperature=2.0), leaf)[0]
         for leaf in (x.requires_grad_() for x in (student.detach().double(), student.detach().clone()))
     )
     assert_accurate(step(student, teacher, labels), exact, plain)

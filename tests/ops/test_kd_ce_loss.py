@@ -19,7 +19,9 @@ REDUCTIONS = ("mean", "sum", "none")
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
 
-def make(*shape: int, device: str = "cpu", dtypes: tuple = (torch.float64,) * 2, scale: float = 3.0, seed: int = 0) -> tuple:
+def make(
+    *shape: int, device: str = "cpu", dtypes: tuple = (torch.float64,) * 2, scale: float = 3.0, seed: int = 0
+) -> tuple:
     """Student logits, teacher logits, labels of which about a tenth is ignored."""
     g = torch.Generator().manual_seed(seed)
     student, teacher = (
@@ -50,7 +52,9 @@ def check_against_eager(student: Tensor, teacher: Tensor, labels: Tensor | None,
 @pytest.mark.parametrize("classes", [2, 3, 7, 16, 17, 32, 33, 100, 129, 2049])
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("divergence", DIVERGENCES)
-def test_every_dtype_and_width(device: str, classes: int, dtype: torch.dtype, divergence: str, nan_filled: None) -> None:
+def test_every_dtype_and_width(
+    device: str, classes: int, dtype: torch.dtype, divergence: str, nan_filled: None
+) -> None:
     for temperature, smoothing in ((1.0, 0.0), (2.0, 0.1), (3.7, 0.0)):
         inputs = make(37, classes, device=device, dtypes=(dtype, dtype))
         check_against_eager(*inputs, temperature=temperature, divergence=divergence, label_smoothing=smoothing)
@@ -60,7 +64,9 @@ def test_every_dtype_and_width(device: str, classes: int, dtype: torch.dtype, di
 @pytest.mark.parametrize("reduction", REDUCTIONS)
 @pytest.mark.parametrize("weights", [(1.0, 1.0), (0.7, 0.0), (0.0, 0.3)])
 @pytest.mark.parametrize("divergence", DIVERGENCES)
-def test_every_option(device: str, classes: int, reduction: str, weights: tuple, divergence: str, nan_filled: None) -> None:
+def test_every_option(
+    device: str, classes: int, reduction: str, weights: tuple, divergence: str, nan_filled: None
+) -> None:
     for temperature, scaled, labelled in itertools.product((0.5, 1.0, 2.0), (True, False), (True, False)):
         student, teacher, labels = make(4, 5, classes, device=device, dtypes=(torch.float32, torch.float32))
         if not labelled and weights[0] == 0:
@@ -94,7 +100,13 @@ def test_mixed_dtypes(device: str, dtypes: tuple, nan_filled: None) -> None:
     label_dtype=st.sampled_from([torch.int64, torch.int32, torch.int16]),
 )
 def test_any_shape_and_layout(
-    leading: list[int], classes: int, divergence: str, reduction: str, temperature: float, layout: str, label_dtype: torch.dtype
+    leading: list[int],
+    classes: int,
+    divergence: str,
+    reduction: str,
+    temperature: float,
+    layout: str,
+    label_dtype: torch.dtype,
 ) -> None:
     student, teacher, labels = make(*leading, classes)
     if layout == "sliced":
