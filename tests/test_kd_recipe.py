@@ -352,6 +352,20 @@ def test_an_interrupted_run_says_that_it_can_go_on(
     assert "the same command goes on" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("width, rates", [(16, (3e-4, 1e-4)), (768, (7.5e-5, 2.5e-5))])
+def test_wide_encoders_learn_slower(sources: Path, tmp_path: Path, width: int, rates: tuple[float, float]) -> None:
+    from fastdistill.recipes import begin, kd
+
+    tiny.model_folder(tmp_path, tiny.bert(layers=1, hidden_size=width).bert)
+    parser = argparse.ArgumentParser()
+    kd.add_arguments(parser)
+    task = ["--task", str(sources / "task"), "--teacher", str(tmp_path), "--student-layers", "1", "--output", "o"]
+    options = begin.begin(parser.parse_args(task)).options
+    assert (options.learning_rate, options.teacher_learning_rate) == pytest.approx(rates)
+    given = begin.begin(parser.parse_args([*task, "--learning-rate", "0.1"])).options
+    assert (given.learning_rate, given.teacher_learning_rate) == pytest.approx((0.1, rates[1]))
+
+
 def test_options_are_kept_as_they_were_given() -> None:
     from fastdistill.recipes import kd
 

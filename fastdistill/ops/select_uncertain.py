@@ -85,7 +85,9 @@ class _NaNWatch:
     def _warn_of(self, highest: Tensor) -> None:
         if highest.isnan():
             self.warned = True
-            warnings.warn("select_uncertain: logits has rows of which the uncertainty is NaN; they rank first", stacklevel=2)
+            warnings.warn(
+                "select_uncertain: logits has rows of which the uncertainty is NaN; they rank first", stacklevel=2
+            )
 
 
 _watch = _NaNWatch()

@@ -101,9 +101,7 @@ _TRITON = None if NATIVE.cuda else "uncertainty"
 score = define(
     "uncertainty(Tensor logits, str kind, bool normalize) -> Tensor",
     reference.uncertainty,
-    lambda logits, kind, normalize: logits.new_empty(
-        logits.shape[:-1], dtype=reference.accumulation_dtype(logits)
-    ),
+    lambda logits, kind, normalize: logits.new_empty(logits.shape[:-1], dtype=reference.accumulation_dtype(logits)),
     triton=_TRITON,
 )
 _backward_op = define(

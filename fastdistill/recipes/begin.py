@@ -13,7 +13,9 @@ from fastdistill.recipes.stages import Stages, Trained
 from fastdistill.students import describe_head, load_classifier, load_tokenizer
 from fastdistill.tasks import Task
 
-TEACHER_EPOCHS = 3.0
+TEACHER_EPOCHS = 2.0
+TEACHER_RATE, STUDENT_RATE, WIDTH = 1e-4, 3e-4, 384
+"""Peak learning rates for encoders of this hidden width or less; the wider need less, as its inverse square."""
 
 
 @dataclass(frozen=True)
@@ -50,7 +52,10 @@ class Beginning:
 
 
 def begin(options: argparse.Namespace) -> Beginning:
-    """Load what the options of `fastdistill.recipes.options.add_run` and `add_training` name; nothing is written."""
+    """Load what the options of `fastdistill.recipes.options.add_run` and `add_training` name; nothing is written.
+
+    Learning rates that were left open are filled in.
+    """
     data = load_task(
         options.task,
         max_train_examples=options.max_train_examples,
@@ -58,7 +63,11 @@ def begin(options: argparse.Namespace) -> Beginning:
         seed=options.seed,
     )
     teacher_epochs = _teacher_epochs(options, data.task)
-    return Beginning(options, data, load_classifier(options.teacher, data.task, seed=options.seed), teacher_epochs)
+    pretrained = load_classifier(options.teacher, data.task, seed=options.seed)
+    narrow = min(1.0, WIDTH / pretrained.config.hidden_size) ** 2
+    options.learning_rate = options.learning_rate or STUDENT_RATE * narrow
+    options.teacher_learning_rate = options.teacher_learning_rate or TEACHER_RATE * narrow
+    return Beginning(options, data, pretrained, teacher_epochs)
 
 
 def _teacher_epochs(options: argparse.Namespace, task: Task) -> float:

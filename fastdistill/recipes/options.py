@@ -117,7 +117,7 @@ def add_training(parser: argparse.ArgumentParser) -> None:
         type=number(low=0),
         metavar="N",
         help="epochs of the teacher's fine-tuning, 0 to take it as it is (default: 0 where its config names the task's "
-        "labels, else 3)",
+        "labels, else 2)",
     )
     add(
         "--batch-size",
@@ -129,16 +129,15 @@ def add_training(parser: argparse.ArgumentParser) -> None:
     add(
         "--learning-rate",
         type=positive,
-        default=1e-4,
         metavar="X",
-        help="peak learning rate of a student (default: %(default)g; a wide encoder, such as BERT-base, wants less)",
+        help="peak learning rate of a student (default: 3e-4, as for MiniLM, and for encoders wider than 384 less by "
+        "the square: 7.5e-5 for BERT-base)",
     )
     add(
         "--teacher-learning-rate",
         type=positive,
-        default=1e-4,
         metavar="X",
-        help="peak learning rate of the teacher's fine-tuning (default: %(default)g; as above)",
+        help="peak learning rate of the teacher's fine-tuning (default: a third of a student's default)",
     )
     add("--label-smoothing", type=number(low=0, below=1), metavar="X", help="of the students' labels (default: 0)")
     add("--seed", type=integer(0, 2**32 - 1), default=0, metavar="N", help="(default: %(default)s)")

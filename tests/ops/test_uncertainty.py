@@ -1,0 +1,418 @@
+from __future__ import annotations
+
+import math
+import subprocess
+import sys
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from fastdistill import hidden_entropy, reference, select_uncertain, uncertainty
+from tests import eager
+from tests.accuracy import assert_accurate
+
+KINDS = ("entropy", "least_confidence", "margin")
+DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+WIDTHS = [2, 3, 7, 16, 17, 32, 33, 100, 129, 1024, 1025, 2049, 4099]
+INF = math.inf
+
+
+def make(
+    *shape: int, device: str = "cpu", dtype: torch.dtype = torch.float64, scale: float = 3.0, seed: int = 0
+) -> Tensor:
+    """Logits whose two largest in a row are no equals of any other, also once they are rounded."""
+    g = torch.Generator().manual_seed(seed)
+    logits = torch.randn(*shape, generator=g, dtype=torch.float64) * scale
+    rows = logits.view(-1, shape[-1])
+    top = rows.topk(2, -1)
+    rows.scatter_(-1, top.indices, top.values[:, :1] + torch.tensor([1.0, 0.5], dtype=torch.float64))
+    return logits.to(device, dtype)
+
+
+def with_gradient(function: Any, logits: Tensor, *options: Any) -> tuple[Tensor, Tensor]:
+    logits = logits.detach().requires_grad_()
+    value = function(logits, *options)
+    upstream = torch.linspace(0.5, 2, max(value.numel(), 1), dtype=torch.float64)[: value.numel()].view(value.shape)
+    return value.detach(), torch.autograd.grad(value, logits, upstream.to(value))[0]
+
+
+@pytest.mark.parametrize("classes", WIDTHS)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_dtype_and_width(device: str, classes: int, dtype: torch.dtype, kind: str, nan_filled: None) -> None:
+    for normalize in (True, False):
+        logits = make(37, classes, device=device, dtype=dtype)
+        ours = with_gradient(uncertainty, logits, kind, normalize)
+        assert ours[0].dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
+        assert ours[1].dtype == dtype
+        exact = with_gradient(eager.uncertainty, logits.double(), kind, normalize)
+        plain = with_gradient(eager.uncertainty, logits, kind, normalize)
+        for what, *values in zip(("value", "gradient"), ours, exact, plain, strict=True):
+            assert_accurate(*values, what=what)
+
+
+@settings(deadline=None, max_examples=60)
+@given(
+    leading=st.lists(st.integers(0, 5), min_size=0, max_size=3),
+    classes=st.integers(2, 80),
+    kind=st.sampled_from(KINDS),
+    normalize=st.booleans(),
+    layout=st.sampled_from(["contiguous", "sliced", "transposed", "expanded"]),
+)
+def test_any_shape_and_layout(leading: list[int], classes: int, kind: str, normalize: bool, layout: str) -> None:
+    logits = make(*leading, classes)
+    if layout == "sliced":
+        logits = torch.cat([logits, logits], -1)[..., :classes]
+    elif layout == "transposed":
+        logits = logits.movedim(-1, 0).contiguous().movedim(0, -1)
+    elif layout == "expanded" and logits.numel():
+        logits = logits.reshape(-1, classes)[0].expand(logits.shape)
+    ours = with_gradient(uncertainty, logits, kind, normalize)
+    for value, expected in zip(ours, with_gradient(eager.uncertainty, logits, kind, normalize), strict=True):
+        torch.testing.assert_close(value, expected, rtol=1e-9, atol=1e-11)
+
+
+@pytest.mark.parametrize("classes", [2, 50, 3000])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_close_to_certainty_nothing_is_lost(device: str, classes: int, dtype: torch.dtype, nan_filled: None) -> None:
+    """Against closed forms for two possible classes, down to where subtracting from 1 would give 0."""
+    height = torch.arange(1.0, 81.0, dtype=torch.float64, device=device)
+    logits = torch.full((80, classes), -INF, dtype=dtype, device=device)
+    logits[:, classes // 2], logits[:, -1] = height.to(dtype), 0
+    if classes == 2:
+        logits[:, 0] = 0
+        logits[:, 1] = height.to(dtype)
+    other = torch.sigmoid(-height)
+    expected = {"entropy": (-height).exp().log1p() + height * other, "least_confidence": other, "margin": 2 * other}
+    for kind in KINDS:
+        value, grad = with_gradient(uncertainty, logits, kind, False)
+        limit = 16 * torch.finfo(dtype).eps
+        torch.testing.assert_close(value.double(), expected[kind], rtol=limit, atol=0)
+        slope = {"entropy": -height * other * (1 - other), "least_confidence": -other * (1 - other)}
+        slope["margin"] = 2 * slope["least_confidence"]
+        upstream = torch.linspace(0.5, 2, 80, dtype=torch.float64, device=device).to(value).double()
+        largest = grad.gather(1, logits.argmax(1, keepdim=True))[:, 0].double()
+        torch.testing.assert_close(largest, upstream * slope[kind], rtol=limit, atol=0)
+
+
+@pytest.mark.parametrize("classes", [2, 30, 40, 5000])
+@pytest.mark.parametrize("kind", KINDS)
+def test_from_certain_to_uniform(device: str, classes: int, kind: str) -> None:
+    logits = torch.zeros(2, classes, device=device)
+    logits[0, 1:] = -INF
+    torch.testing.assert_close(uncertainty(logits, kind), torch.tensor([0.0, 1.0], device=device))
+    most = {"entropy": math.log(classes), "least_confidence": 1 - 1 / classes, "margin": 1.0}[kind]
+    torch.testing.assert_close(uncertainty(logits, kind, normalize=False)[1].item(), most, rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize("normalize", [True, False])
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("classes", [2, 5, 40])
+def test_gradcheck(classes: int, kind: str, normalize: bool) -> None:
+    logits = make(3, classes, scale=1.0).requires_grad_()
+    assert torch.autograd.gradcheck(lambda x: uncertainty(x, kind, normalize), logits)
+
+
+def test_reference_gradients_are_autograds() -> None:
+    for kind in KINDS:
+        logits = make(7, 6)
+        upstream = torch.linspace(0.5, 2, 7, dtype=torch.float64)
+        _, expected = with_gradient(eager.uncertainty, logits, kind, True)
+        torch.testing.assert_close(reference.uncertainty_backward(upstream, logits, kind, True), expected)
+
+
+@pytest.mark.parametrize("classes", [6, 60])
+def test_of_equals_the_lower_index_is_the_larger(device: str, classes: int, nan_filled: None) -> None:
+    logits = torch.full((4, classes), -30.0, dtype=torch.float64, device=device)
+    tops = [(1, 3), (0, classes - 1), (2, 5), (1, 2)]
+    for row, (first, second) in enumerate(tops):
+        logits[row, first] = logits[row, second] = 1.0
+    logits[2, 4] = 2.0  # alone at the top, before the two
+    logits[3, :] = 1.0  # everything
+    _, grad = with_gradient(uncertainty, logits, "least_confidence", False)
+    assert grad.argmin(1).tolist() == [1, 0, 4, 0]
+    _, grad = with_gradient(uncertainty, logits, "margin", False)
+    assert grad.argmin(1).tolist() == [1, 0, 4, 0]
+    assert grad.argmax(1).tolist() == [3, classes - 1, 2, 1]
+    torch.testing.assert_close(grad.sum(1), torch.zeros(4, dtype=torch.float64, device=device))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("shape", [(5, 7), (7,), (2, 3, 40), (0, 4)])
+def test_opcheck(device: str, kind: str, shape: tuple[int, ...]) -> None:
+    logits = make(*shape, device=device)
+    torch.library.opcheck(torch.ops.fastdistill.uncertainty.default, (logits.requires_grad_(), kind, True))
+    args = (torch.ones(shape[:-1], dtype=torch.float64, device=device), logits.detach(), kind, True)
+    torch.library.opcheck(torch.ops.fastdistill.uncertainty_backward.default, args)
+    if logits.numel():
+        rows = logits.numel() // shape[-1]
+        torch.library.opcheck(torch.ops.fastdistill.select_uncertain.default, (logits.detach(), (rows + 1) // 2, kind))
+
+
+@pytest.mark.parametrize("dynamic", [False, True])
+@pytest.mark.parametrize("kind", KINDS)
+def test_compiles_whole(device: str, dynamic: bool, kind: str) -> None:
+    torch.compiler.reset()
+
+    def regularised(logits: Tensor, kind: str) -> Tensor:
+        return uncertainty(logits * 2, kind) * 3
+
+    def chosen(logits: Tensor) -> Tensor:
+        return select_uncertain(logits * 2, 0.5, kind) + 1
+
+    whole = torch.compile(regularised, fullgraph=True, dynamic=dynamic)
+    choice = torch.compile(chosen, fullgraph=True, dynamic=dynamic)
+    for rows in (4, 7):
+        logits = make(rows, 9, device=device, dtype=torch.float32)
+        plain = with_gradient(regularised, logits, kind)
+        for value, expected in zip(with_gradient(whole, logits, kind), plain, strict=True):
+            torch.testing.assert_close(value, expected)
+        assert torch.equal(choice(logits), chosen(logits))
+
+
+def test_autocast_computes_in_float32(device: str) -> None:
+    logits = make(8, 33, device=device, dtype=torch.bfloat16)
+    with torch.autocast(device, dtype=torch.bfloat16):
+        value = uncertainty(logits)
+    assert value.dtype == torch.float32
+    assert torch.equal(value, uncertainty(logits))
+
+
+def test_gradients_reach_only_who_asks(device: str) -> None:
+    logits = make(6, 50, device=device).requires_grad_()
+    for _ in range(2):
+        uncertainty(logits).mean().backward()
+    expected = torch.autograd.grad(eager.uncertainty(logits).mean(), logits)[0]
+    torch.testing.assert_close(logits.grad, 2 * expected)
+    with torch.no_grad():
+        assert not uncertainty(logits).requires_grad
+    assert not uncertainty(logits.detach()).requires_grad
+    assert not select_uncertain(logits, 0.5).requires_grad
+
+
+def test_second_derivative_is_an_error() -> None:
+    logits = make(6, 5).requires_grad_()
+    with pytest.raises(RuntimeError, match="differentiated twice"):
+        torch.autograd.grad(uncertainty(logits).sum() ** 2, logits, create_graph=True)
+
+
+@pytest.mark.parametrize("classes", [6, 60, 3000])
+@pytest.mark.parametrize("kind", KINDS)
+def test_minus_infinity_is_no_probability(device: str, classes: int, kind: str, nan_filled: None) -> None:
+    """Wherever the classes that are left stand: also after a block of nothing but -inf."""
+    few = make(5, 4, device=device)
+    for start in (0, classes // 2 - 2, classes - 4):
+        masked = torch.full((5, classes), -INF, dtype=torch.float64, device=device)
+        masked[:, start : start + 4] = few
+        value, grad = with_gradient(uncertainty, masked, kind, False)
+        expected = with_gradient(uncertainty, few, kind, False)
+        torch.testing.assert_close(value, expected[0])
+        torch.testing.assert_close(grad[:, start : start + 4], expected[1])
+        assert grad.count_nonzero() == grad[:, start : start + 4].count_nonzero()
+
+
+@pytest.mark.parametrize("classes", [2, 6, 60, 3000])
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("poison", [math.nan, INF, "all -inf", "all nan", "two inf"])
+@pytest.mark.parametrize("place", [0, -1])
+def test_what_is_not_finite_spoils_only_its_row(
+    device: str, classes: int, kind: str, poison: float | str, place: int, nan_filled: None
+) -> None:
+    logits = make(4, classes, device=device, dtype=torch.float32)
+    if isinstance(poison, float):
+        logits[1, place] = poison
+    elif poison == "two inf":
+        logits[1, :2] = INF
+    else:
+        logits[1] = float(poison.removeprefix("all "))
+    value, grad = with_gradient(uncertainty, logits, kind, True)
+    assert value.isnan().tolist() == [False, True, False, False]
+    assert grad.isnan().all(-1).tolist() == [False, True, False, False]
+    assert grad.isnan().any(-1).tolist() == [False, True, False, False]
+
+
+@pytest.mark.parametrize("classes", [4, 90, 3000])
+@pytest.mark.parametrize("size", [1e4, 1e30, 3e37])
+@pytest.mark.parametrize("kind", KINDS)
+def test_huge_logits(device: str, classes: int, size: float, kind: str) -> None:
+    logits = make(8, classes, device=device, dtype=torch.float32) * (size / 3)
+    value, grad = with_gradient(uncertainty, logits, kind, False)
+    torch.testing.assert_close(value, torch.zeros_like(value))
+    assert grad.isfinite().all()
+
+
+@pytest.mark.parametrize("classes", [4, 90, 3000])
+@pytest.mark.parametrize("offset", [-1e6, -300.0, 300.0, 1e6])
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_common_offset_changes_nothing(device: str, classes: int, offset: float, kind: str) -> None:
+    logits = make(8, classes, device=device, dtype=torch.float32).mul(16).round().div(16)
+    plain = with_gradient(uncertainty, logits, kind, True)
+    for value, expected in zip(with_gradient(uncertainty, logits + offset, kind, True), plain, strict=True):
+        torch.testing.assert_close(value, expected, rtol=2e-6, atol=1e-9)
+
+
+@pytest.mark.parametrize("classes", [1500, 5000])
+@pytest.mark.parametrize("kind", KINDS)
+def test_rising_and_falling_rows(device: str, classes: int, kind: str) -> None:
+    """The largest logit so far changes all the time, or never again."""
+    slope = torch.linspace(0, 40, classes, dtype=torch.float64, device=device)
+    logits = torch.stack([slope, slope.flip(0), slope * 30, slope.flip(0) * 30, slope.sin(), slope * 0.001])
+    ours = with_gradient(uncertainty, logits, kind, False)
+    expected = with_gradient(eager.uncertainty, logits, kind, False)
+    for value, exact in zip(ours, expected, strict=True):
+        torch.testing.assert_close(value, exact, rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize("shape", [(0, 5), (3, 0, 5)])
+def test_no_rows(device: str, shape: tuple[int, ...]) -> None:
+    value, grad = with_gradient(uncertainty, make(*shape, device=device), "entropy", True)
+    assert value.shape == shape[:-1] and grad.shape == shape
+
+
+# Hidden states --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("normalize", [True, False])
+def test_hidden_entropy(device: str, dtype: torch.dtype, normalize: bool) -> None:
+    states = make(5, 6, 48, device=device, dtype=dtype)
+    ours = with_gradient(hidden_entropy, states, normalize)
+    assert ours[0].shape == (5,) and ours[0].dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
+
+    def mean(states: Tensor) -> Tensor:
+        return eager.uncertainty(states, "entropy", normalize).mean(-1)
+
+    for value, exact, plain in zip(
+        ours, with_gradient(mean, states.double()), with_gradient(mean, states), strict=True
+    ):
+        assert_accurate(value, exact, plain)
+
+
+def test_layers_of_one_example_rank_as_by_hand() -> None:
+    flat, peaked = torch.zeros(1, 8), torch.tensor([[5.0] + [0.0] * 7])
+    middle = torch.tensor([[1.0] + [0.0] * 7])
+    entropies = hidden_entropy(torch.stack([peaked, flat, middle]))
+    assert entropies.argsort(descending=True).tolist() == [1, 2, 0] and entropies[1] == 1
+
+
+# Selection ------------------------------------------------------------------------------------------------------------
+
+
+def by_definition(logits: Tensor, count: int, kind: str) -> Tensor:
+    """On scores of the same kernel, so that only the order is in question."""
+    scores = uncertainty(logits, kind, normalize=False).flatten().tolist()
+    rank = [(not math.isnan(score), -score, row) for row, score in enumerate(scores)]
+    return torch.tensor([row for _, _, row in sorted(rank)[:count]], device=logits.device)
+
+
+@pytest.mark.filterwarnings("ignore:select_uncertain")
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("shape", [(1, 2), (9,), (700, 3), (7, 11, 40), (5000, 2)])
+def test_selects_by_definition(
+    device: str, dtype: torch.dtype, kind: str, shape: tuple[int, ...], nan_filled: None
+) -> None:
+    rounded = (torch.randn(shape, generator=torch.Generator().manual_seed(1)) * 4).round() / 2  # many ties
+    rounded.view(-1, shape[-1])[::13] *= 20
+    for logits in (make(*shape, device=device, dtype=dtype), rounded.to(device, dtype)):
+        for poisoned in (False, True):
+            rows = logits.view(-1, shape[-1])
+            if poisoned:
+                rows[len(rows) // 2, 0] = math.nan
+                rows[-1] = math.nan
+            for ratio in (1e-9, 0.1, 0.5, 0.77, 1.0):
+                chosen = select_uncertain(logits, ratio, kind)
+                assert chosen.dtype == torch.int64 and chosen.device == logits.device
+                assert torch.equal(chosen, by_definition(logits, max(1, round(len(rows) * ratio)), kind))
+
+
+def test_equal_scores_go_by_lower_index(device: str) -> None:
+    logits = torch.zeros(3000, 4, device=device)
+    assert torch.equal(select_uncertain(logits, 0.5), torch.arange(1500, device=device))
+    logits[::2, 0] = 3
+    expected = torch.cat([torch.arange(1, 3000, 2), torch.arange(0, 3000, 2)]).to(device)
+    assert torch.equal(select_uncertain(logits, 1.0), expected)
+    certain = torch.full((64, 4), -INF, device=device)
+    certain[:, 0] = torch.linspace(-2, 2, 64)  # every score is 0, of either sign if of any
+    for kind in KINDS:
+        assert torch.equal(select_uncertain(certain, 1, kind), torch.arange(64, device=device))
+
+
+@pytest.mark.parametrize(
+    ("rows", "ratio", "count"), [(5, 0.5, 2), (7, 0.5, 4), (10, 0.01, 1), (3, 1, 3), (32, 0.3, 10)]
+)
+def test_how_many(device: str, rows: int, ratio: float, count: int) -> None:
+    assert select_uncertain(make(rows, 3, device=device), ratio).shape == (count,)
+    assert select_uncertain(make(1, rows, 1, 3, device=device), ratio).shape == (count,)
+
+
+def test_selects_from_any_layout(device: str) -> None:
+    logits = make(6, 30, 10, device=device)
+    for view in (logits.transpose(0, 1), logits[..., :7], logits[:, ::3], logits[:1].expand(6, 30, 10)):
+        assert torch.equal(select_uncertain(view, 0.4), select_uncertain(view.contiguous(), 0.4))
+
+
+WARNS_ONCE = """
+import warnings, torch, fastdistill
+device = {device!r}
+logits = torch.zeros(8, 3, device=device)
+with warnings.catch_warnings(record=True) as caught:
+    warnings.simplefilter("always")
+    for poison in (False, True, True, True, True):
+        if poison:
+            logits[5, 0] = torch.nan
+        first = fastdistill.select_uncertain(logits, 0.5)[0]
+        if device == "cuda":
+            torch.cuda.synchronize()
+        print(len(caught), int(first))
+print([str(w.message) for w in caught])
+"""
+
+
+def test_warns_of_nan_once(device: str) -> None:
+    """With the call on CPU, with the next on CUDA."""
+    done = subprocess.run([sys.executable, "-c", WARNS_ONCE.format(device=device)], capture_output=True, text=True)
+    lines = done.stdout.splitlines()
+    first = "1 5" if device == "cpu" else "0 5"
+    assert lines[:5] == ["0 0", first, "1 5", "1 5", "1 5"], done.stderr
+    assert "uncertainty is NaN; they rank first" in lines[5]
+
+
+# Errors ---------------------------------------------------------------------------------------------------------------
+
+LOGITS = torch.zeros(4, 3)
+
+
+@pytest.mark.parametrize(
+    ("call", "error", "message"),
+    [
+        (lambda: uncertainty([[0.0, 1.0]]), TypeError, "logits is a list"),
+        (lambda: uncertainty(LOGITS.long()), TypeError, "logits has dtype torch.int64"),
+        (lambda: uncertainty(torch.zeros(4, 1)), ValueError, r"logits has shape \(4, 1\); expected a last dim"),
+        (lambda: uncertainty(torch.zeros(())), ValueError, r"logits has shape \(\)"),
+        (lambda: uncertainty(LOGITS, "confidence"), ValueError, "kind is 'confidence'; expected one of 'entropy'"),
+        (lambda: uncertainty(LOGITS, normalize=1), TypeError, "normalize is 1; expected a bool"),
+        (lambda: hidden_entropy(LOGITS), ValueError, r"hidden_states has shape \(4, 3\); expected \[layers"),
+        (lambda: hidden_entropy(torch.zeros(2, 3, 4, 5)), ValueError, "hidden_states has shape"),
+        (lambda: hidden_entropy(torch.zeros(2, 0, 4)), ValueError, "at least one example"),
+        (lambda: hidden_entropy(torch.zeros(2, 3, 1)), ValueError, r"hidden_states has shape \(2, 3, 1\)"),
+        (lambda: hidden_entropy(torch.zeros(2, 3, 4, dtype=torch.int32)), TypeError, "hidden_states has dtype"),
+        (lambda: hidden_entropy(torch.zeros(2, 3, 4), None), TypeError, "normalize is None"),
+        (lambda: select_uncertain(torch.zeros(0, 3), 0.5), ValueError, r"logits has shape \(0, 3\); expected at least"),
+        (lambda: select_uncertain(torch.zeros(4, 1), 0.5), ValueError, "logits has shape"),
+        (lambda: select_uncertain(LOGITS, 0.0), ValueError, "ratio is 0.0; expected a finite number > 0"),
+        (lambda: select_uncertain(LOGITS, -0.5), ValueError, "ratio is -0.5"),
+        (lambda: select_uncertain(LOGITS, 1.01), ValueError, "ratio is 1.01; expected a number > 0 and <= 1"),
+        (lambda: select_uncertain(LOGITS, math.nan), ValueError, "ratio is nan"),
+        (lambda: select_uncertain(LOGITS, "half"), TypeError, "ratio is 'half'"),
+        (lambda: select_uncertain(LOGITS, True), TypeError, "ratio is True"),
+        (lambda: select_uncertain(LOGITS, 0.5, "random"), ValueError, "kind is 'random'"),
+    ],
+)  # fmt: skip
+def test_bad_arguments(call: Any, error: type, message: str) -> None:
+    with pytest.raises(error, match=message):
+        call()
