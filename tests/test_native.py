@@ -24,8 +24,8 @@ def run_python(code: str, **env: str) -> subprocess.CompletedProcess[str]:
     )
 
 
-def run_op_tests(**env: str) -> str:
-    command = [sys.executable, "-m", "pytest", "tests/ops", "-q", "-x", "-p", "no:cacheprovider"]
+def run_op_tests(*options: str, **env: str) -> str:
+    command = [sys.executable, "-m", "pytest", "tests/ops", "-q", "-x", "-p", "no:cacheprovider", *options]
     done = subprocess.run(command, env={**os.environ, **env}, capture_output=True, text=True, cwd=ROOT)
     assert done.returncode == 0, done.stdout[-3000:]
     return done.stdout
@@ -36,7 +36,8 @@ def test_ops_on_every_instruction_set_built(isa: str) -> None:
     chosen = {"ATEN_CPU_CAPABILITY": isa}
     seen = run_python("import fastdistill.native as n; print(n.NATIVE.cpu.isa)", **chosen)
     assert seen.stdout.strip() == isa.upper(), seen.stderr
-    assert " passed" in run_op_tests(**chosen)
+    # not what Inductor generates around the ops: it does so for the machine's own instruction set
+    assert " passed" in run_op_tests("-k", "not compile", **chosen)
 
 
 def test_ops_in_plain_pytorch() -> None:

@@ -130,8 +130,8 @@ def add_training(parser: argparse.ArgumentParser) -> None:
         "--learning-rate",
         type=positive,
         metavar="X",
-        help="peak learning rate of a student (default: 3e-4, as for MiniLM, and for encoders wider than 384 less by "
-        "the square: 7.5e-5 for BERT-base)",
+        help="peak learning rate of a student (default: 3e-4 for encoders of MiniLM's width, 384; less for "
+        "wider, by the square: 7.5e-5 for BERT-base)",
     )
     add(
         "--teacher-learning-rate",
