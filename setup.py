@@ -112,6 +112,6 @@ except ImportError as error:
 setup(
     packages=["fastdistill", "fastdistill.ops", "fastdistill.recipes", "fastdistill.kernels"],
     package_dir={"fastdistill": "fastdistill", "fastdistill.kernels": "kernels"},
-    package_data={"fastdistill": ["py.typed", "_build.json"]},
+    package_data={"fastdistill": ["py.typed"]},
     **native,
 )

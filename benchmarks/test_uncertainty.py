@@ -1,0 +1,110 @@
+"""uncertainty and select_uncertain by entropy, against what they replace."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from benchmarks.harness import DEVICE, OURS, measure
+from fastdistill import select_uncertain, uncertainty
+
+LARGE = {"cpu": [(1024, 30522), (512, 128256)], "cuda": [(65536, 32000), (8192, 128256)]}[DEVICE]
+SIZES = [(32, 2), (65536, 3), *LARGE]
+POOLS = [(1_000_000, 3), (4096, 30522)]
+DTYPE = torch.bfloat16 if DEVICE == "cuda" else torch.float32
+TRITON = f"{OURS} (Triton)"  # on CUDA, beside what the dispatcher chooses
+
+
+def eager(logits: Tensor) -> Tensor:
+    log_p = F.log_softmax(logits, -1)
+    return -(log_p.exp() * log_p).sum(-1) / math.log(logits.shape[-1])
+
+
+def by_softmax(logits: Tensor) -> Tensor:
+    return torch.special.entr(F.softmax(logits, -1)).sum(-1) / math.log(logits.shape[-1])
+
+
+def by_triton(logits: Tensor) -> Tensor:
+    from fastdistill.kernels import uncertainty as kernels
+
+    return kernels.uncertainty(logits, "entropy", True)
+
+
+def compiled(logits: Tensor) -> Callable[[Tensor], Tensor]:
+    torch.compiler.reset()
+    return torch.compile(eager, dynamic=False)
+
+
+SCORES: dict[str, Callable[[Tensor], Callable[[Tensor], Tensor]]] = {
+    "eager": lambda logits: eager,
+    "eager (softmax)": lambda logits: by_softmax,
+    "torch.compile": compiled,
+    OURS: lambda logits: uncertainty,
+    TRITON: lambda logits: by_triton,
+}
+
+
+def make(rows: int, classes: int, implementation: str) -> Tensor:
+    if implementation == TRITON and DEVICE == "cpu":
+        pytest.skip("runs on CUDA only")
+    torch.manual_seed(0)
+    return torch.randn(rows, classes, device=DEVICE, dtype=DTYPE)
+
+
+@pytest.mark.parametrize("rows,classes", SIZES)
+@pytest.mark.parametrize("implementation", SCORES)
+def test_uncertainty(benchmark: Any, implementation: str, rows: int, classes: int) -> None:
+    logits = make(rows, classes, implementation)
+    score = SCORES[implementation](logits)
+    measure(
+        benchmark,
+        lambda: score(logits),
+        op="uncertainty",
+        case=f"{rows}×{classes}",
+        implementation=implementation,
+        dtype=DTYPE,
+        bytes_moved=logits.nbytes if implementation.startswith(OURS) else 0,
+    )
+
+
+@pytest.mark.parametrize("rows,classes", LARGE)
+@pytest.mark.parametrize("implementation", [name for name in SCORES if name != TRITON])
+def test_gradient(benchmark: Any, implementation: str, rows: int, classes: int) -> None:
+    logits = make(rows, classes, implementation).requires_grad_()
+    score = SCORES[implementation](logits)
+    measure(
+        benchmark,
+        lambda: torch.autograd.grad(score(logits).mean(), logits),
+        op="uncertainty and gradient",
+        case=f"{rows}×{classes}",
+        implementation=implementation,
+        dtype=DTYPE,
+        bytes_moved=3 * logits.nbytes if implementation == OURS else 0,
+    )
+
+
+def top_of(score: Callable[[Tensor], Tensor]) -> Callable[[Tensor, float], Tensor]:
+    return lambda logits, ratio: score(logits).topk(round(len(logits) * ratio)).indices
+
+
+@pytest.mark.parametrize("ratio", [0.1, 0.5])
+@pytest.mark.parametrize("rows,classes", POOLS)
+@pytest.mark.parametrize("implementation", ["eager", "torch.compile", OURS])
+def test_select_uncertain(benchmark: Any, implementation: str, rows: int, classes: int, ratio: float) -> None:
+    logits = make(rows, classes, implementation)
+    select = select_uncertain if implementation == OURS else top_of(SCORES[implementation](logits))
+    measure(
+        benchmark,
+        lambda: select(logits, ratio),
+        op="select_uncertain",
+        case=f"{ratio:.0%} of {rows}×{classes}",
+        implementation=implementation,
+        dtype=DTYPE,
+        bytes_moved=logits.nbytes if implementation == OURS else 0,
+    )
