@@ -179,3 +179,161 @@ def rank(scores: Tensor, count: int) -> tuple[Tensor, Tensor]:
     """The highest of all scores, NaN before any number and equals by lower index, and their indices."""
     values, indices = scores.flatten().sort(descending=True, stable=True)
     return values[:count].clone(), indices[:count].clone()
+
+
+def _attention_weights(
+    query: Tensor,
+    key: Tensor,
+    attn_mask: Tensor | None,
+    is_causal: bool,
+    scale: float,
+    logsumexp: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    """The softmax of the scores, 0 in a row with nothing to attend to, and the scores' logsumexp (0 there)."""
+    scores = scale * query @ key.mT
+    if is_causal:
+        attn_mask = scores.new_ones(scores.shape[-2:], dtype=torch.bool).tril()
+    if attn_mask is not None:
+        allowed = attn_mask.dtype == torch.bool
+        scores = scores.masked_fill(~attn_mask, -torch.inf) if allowed else scores + attn_mask
+    if logsumexp is None:
+        logsumexp = scores.logsumexp(-1)
+        nothing = logsumexp == -torch.inf
+        return scores.softmax(-1).masked_fill(nothing.unsqueeze(-1), 0), logsumexp.masked_fill(nothing, 0)
+    return (scores - logsumexp.unsqueeze(-1)).exp(), logsumexp
+
+
+def dropout_factors(seed: Tensor | None, weights: Tensor, dropout_p: float) -> Tensor | float:
+    """What dropout multiplies each attention weight by: 0 or 1 / (1 - p), the same for the same seed."""
+    if seed is None:
+        return 1.0
+    generator = torch.Generator(weights.device).manual_seed(int(seed))
+    kept = torch.rand(weights.shape, generator=generator, device=weights.device) >= dropout_p
+    return kept / (1 - dropout_p)
+
+
+def _apart(heads: Tensor, like: Tensor) -> Tensor:
+    """[B, H, S, D] in memory as [B, S, H, D]; not as a view of that, which could not be changed in place."""
+    apart = torch.empty_permuted(heads.shape, (0, 2, 1, 3), dtype=like.dtype, device=like.device)
+    return apart.copy_(heads)
+
+
+def gated_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    head_gate: Tensor | None,
+    attn_mask: Tensor | None,
+    seed: Tensor | None,
+    dropout_p: float,
+    is_causal: bool,
+    scale: float,
+    gate_grad: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The output, the output without gates where ``gate_grad``, and the logsumexp (see ops/gated_attention.py)."""
+    dtype = accumulation_dtype(query)
+    q, k, v = (x.to(dtype) for x in (query, key, value))
+    weights, logsumexp = _attention_weights(q, k, attn_mask, is_causal, scale, None)
+    attention = weights * dropout_factors(seed, weights, dropout_p) @ v
+    output = attention
+    if head_gate is not None:
+        gate = head_gate.to(dtype)[..., None, None]
+        output = attention * gate
+        if not gate_grad:
+            output = torch.where(gate == 0, 0, output)
+            logsumexp = torch.where(gate.squeeze(-1) == 0, 0, logsumexp)
+    ungated = _apart(attention, query) if gate_grad else query.new_empty(0)
+    return _apart(output, query), ungated, logsumexp
+
+
+def gated_attention_backward(
+    upstream: Tensor,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    head_gate: Tensor | None,
+    attn_mask: Tensor | None,
+    seed: Tensor | None,
+    output: Tensor,
+    logsumexp: Tensor,
+    dropout_p: float,
+    is_causal: bool,
+    scale: float,
+    gate_grad: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The gradients to query, key, value and, where ``gate_grad``, the gate: ``output`` is then that without gates."""
+    dtype = accumulation_dtype(query)
+    upstream, q, k, v = (x.to(dtype) for x in (upstream, query, key, value))
+    weights, _ = _attention_weights(q, k, attn_mask, is_causal, scale, logsumexp)
+    factors = dropout_factors(seed, weights, dropout_p)
+    mean = (upstream * output.to(dtype)).sum(-1, keepdim=True)  # under the weights, of their gradients
+    grad_gate = query.new_empty(0)
+    if head_gate is not None:
+        gate = head_gate.to(dtype)[..., None, None]
+        upstream = upstream * gate
+        if gate_grad:
+            by_example = mean.sum((-1, -2))
+            grad_gate = (by_example if head_gate.dim() == 2 else by_example.sum(0)).to(head_gate.dtype)
+            mean = mean * gate
+    grad_value = (weights * factors).mT @ upstream
+    grad_scores = scale * weights * (upstream @ v.mT * factors - mean)
+    grad_query, grad_key = grad_scores @ k, grad_scores.mT @ q
+    if head_gate is not None:
+        grad_query, grad_key, grad_value = (torch.where(gate == 0, 0, x) for x in (grad_query, grad_key, grad_value))
+    return _apart(grad_query, query), _apart(grad_key, query), _apart(grad_value, query), grad_gate
+
+
+def _activation(z: Tensor, kind: str) -> tuple[Tensor, Tensor]:
+    """The activation and its derivative."""
+    if kind == "relu":
+        return z.relu(), torch.where(z <= 0, 0.0, 1.0).to(z.dtype)
+    if kind == "gelu":  # z times the normal distribution function, whose derivative is the normal density
+        share = torch.special.erfc(-z / math.sqrt(2)) / 2
+        return z * share, share + z * (-z.square() / 2).exp() / math.sqrt(2 * math.pi)
+    if kind not in ("gelu_tanh", "silu"):
+        raise ValueError(f"activation is {kind!r}; expected gelu, gelu_tanh, relu or silu")
+    slope = torch.ones_like(z)  # z times the logistic function of u, of which slope is the derivative
+    u = z
+    if kind == "gelu_tanh":
+        u = math.sqrt(8 / math.pi) * z * (1 + 0.044715 * z.square())
+        slope = math.sqrt(8 / math.pi) * (1 + 3 * 0.044715 * z.square())
+    share = u.sigmoid()
+    return z * share, share + z * slope * share * (-u).sigmoid()
+
+
+def _neurons(h: Tensor, bias: Tensor | None, gate: Tensor | None) -> tuple[Tensor, Tensor]:
+    """The pre-activation, and the gate in a shape that multiplies it."""
+    dtype = accumulation_dtype(h)
+    z = h.to(dtype) if bias is None else h.to(dtype) + bias.to(dtype)
+    if gate is None:
+        return z, z.new_ones(())
+    between = (1,) * (h.dim() - 2) if gate.dim() == 2 else ()
+    return z, gate.to(dtype).view(*gate.shape[:-1], *between, gate.shape[-1])
+
+
+def bias_act_gate(h: Tensor, bias: Tensor | None, gate: Tensor | None, activation: str) -> Tensor:
+    """``gate * act(h + bias)`` for h [..., I], bias [I], gate [I] or [B, I] (see ops/bias_act_gate.py)."""
+    z, factor = _neurons(h, bias, gate)
+    return (factor * _activation(z, activation)[0]).to(h.dtype).contiguous()
+
+
+def bias_act_gate_backward(
+    upstream: Tensor,
+    h: Tensor,
+    bias: Tensor | None,
+    gate: Tensor | None,
+    activation: str,
+    want_bias: bool,
+    want_gate: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The gradients of h and, where asked for, of bias and gate."""
+    z, factor = _neurons(h, bias, gate)
+    value, slope = _activation(z, activation)
+    upstream = upstream.to(z.dtype)
+    grad = upstream * factor * slope
+    grad_bias = grad_gate = h.new_empty(0)
+    if want_bias and bias is not None:
+        grad_bias = grad[None].sum_to_size(bias.shape).to(bias.dtype)  # also of one row a new tensor
+    if want_gate and gate is not None:
+        grad_gate = (upstream * value).sum_to_size(factor.shape).view(gate.shape).to(gate.dtype)
+    return grad.to(h.dtype).contiguous(), grad_bias, grad_gate

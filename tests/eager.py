@@ -3,6 +3,7 @@ error is ordinary."""
 
 from __future__ import annotations
 
+import functools
 import math
 
 import torch
@@ -60,3 +61,45 @@ def uncertainty(logits: Tensor, kind: str = "entropy", normalize: bool = True) -
         first, second = p.topk(2, -1).values.unbind(-1)
         value, most = 1 - (first - second), 1.0
     return value / most if normalize else value
+
+
+ACTIVATIONS = {
+    "gelu": F.gelu,
+    "gelu_tanh": functools.partial(F.gelu, approximate="tanh"),
+    "relu": F.relu,
+    "silu": F.silu,
+}
+
+
+def gated_ffn(
+    x: Tensor,
+    w_in: Tensor,
+    b_in: Tensor | None,
+    w_out: Tensor,
+    b_out: Tensor | None,
+    neuron_gate: Tensor | None = None,
+    *,
+    activation: str = "gelu",
+) -> Tensor:
+    a = ACTIVATIONS[activation](F.linear(x, w_in, b_in))
+    if neuron_gate is not None and neuron_gate.dim() == 2:
+        a = a * neuron_gate.view(len(neuron_gate), *(1,) * (x.dim() - 2), len(w_in))
+    elif neuron_gate is not None:
+        a = a * neuron_gate
+    return F.linear(a, w_out, b_out)
+
+
+def gated_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    head_gate: Tensor | None = None,
+    attn_mask: Tensor | None = None,
+    is_causal: bool = False,
+    scale: float | None = None,
+) -> Tensor:
+    if attn_mask is not None:
+        attn_mask = attn_mask.expand(*query.shape[:3], key.shape[2])
+        attn_mask = attn_mask if attn_mask.dtype == torch.bool else attn_mask.to(query.dtype)
+    output = F.scaled_dot_product_attention(query, key, value, attn_mask, is_causal=is_causal, scale=scale)
+    return output if head_gate is None else output * head_gate.to(output.dtype)[..., None, None]

@@ -227,15 +227,15 @@ struct RowPerLane {
 // The largest of a row's `size` values, NaN not counted.
 template <typename Form>
 inline typename Form::Stat max_of(const typename Form::T* values, int64_t size) {
-  using V = Vec<typename Form::T>;
-  constexpr auto kLowest = -kInf<typename Form::T>;
-  V a(kLowest), b(kLowest);
+  using T = typename Form::T;
+  using V = Vec<T>;
+  V a(-kInf<T>), b(-kInf<T>);
   int64_t i = 0;
   for (; i + 2 * V::size() <= size; i += 2 * V::size()) {
     a = larger(a, V::loadu(values + i));
     b = larger(b, V::loadu(values + i + V::size()));
   }
-  for_each_vector<typename Form::T>(i, size, [&](int64_t j, int64_t count) { a = larger(a, load(values + j, count, kLowest)); });
+  for_each_vector<T>(i, size, [&](int64_t j, int64_t count) { a = larger(a, load(values + j, count, -kInf<T>)); });
   return Form::max(larger(a, b));
 }
 

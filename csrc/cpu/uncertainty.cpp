@@ -295,14 +295,37 @@ struct Ranked {
   int64_t digit(int place) const {
     return key >> (kDigitBits * place) & ((1 << kDigitBits) - 1);
   }
+  bool operator<(const Ranked& other) const {
+    return key != other.key ? key < other.key : row < other.row;
+  }
 
   Key key;
   uint32_t row;
 };
 
-// Keeps the order of equals.
+// Those of which the first `count` in order are among.
 template <typename T>
-void radix_sort(std::vector<Ranked<T>>& items) {
+std::vector<Ranked<T>> candidates(const T* scores, int64_t n, int64_t count) {
+  constexpr int kLeading = Ranked<T>::kDigits - 1;
+  typename Ranked<T>::Counts counts{};
+  for (int64_t r = 0; r < n; ++r)
+    ++counts[Ranked<T>(scores[r], r).digit(kLeading)];
+  int64_t last = 0, size = counts[0];
+  while (size < count)
+    size += counts[++last];
+  std::vector<Ranked<T>> items;
+  items.reserve(size);
+  for (int64_t r = 0; r < n; ++r)
+    if (const Ranked<T> item(scores[r], r); item.digit(kLeading) <= last)
+      items.push_back(item);
+  return items;
+}
+
+// Sorts items that are in the order of their rows.
+template <typename T>
+void sort(std::vector<Ranked<T>>& items) {
+  if (items.size() < 1024) // fewer than would pay for the counts
+    return std::sort(items.begin(), items.end());
   std::vector<Ranked<T>> sorted(items.size());
   for (int place = 0; place < Ranked<T>::kDigits; ++place) {
     typename Ranked<T>::Counts next{};
@@ -315,30 +338,11 @@ void radix_sort(std::vector<Ranked<T>>& items) {
   }
 }
 
-// The items of which the first `count` in order are among; their order as it was.
-template <typename T>
-std::vector<Ranked<T>> candidates(const T* scores, int64_t n, int64_t count) {
-  constexpr int kPlace = Ranked<T>::kDigits - 1;
-  typename Ranked<T>::Counts counts{};
-  for (int64_t r = 0; r < n; ++r)
-    ++counts[Ranked<T>(scores[r], r).digit(kPlace)];
-  int64_t last = 0, kept = counts[0];
-  while (kept < count)
-    kept += counts[++last];
-  std::vector<Ranked<T>> items;
-  items.reserve(kept);
-  for (int64_t r = 0; r < n; ++r)
-    if (const Ranked<T> item(scores[r], r); item.digit(kPlace) <= last)
-      items.push_back(item);
-  return items;
-}
-
 template <typename T>
 Tensor rank(const Tensor& scores, int64_t count) {
   const T* const score = scores.const_data_ptr<T>();
-  const int64_t n = scores.numel();
-  auto items = candidates(score, n, count);
-  radix_sort(items);
+  auto items = candidates(score, scores.numel(), count);
+  sort(items);
   const Tensor indices = at::empty({count}, scores.options().dtype(at::kLong));
   std::transform(items.begin(), items.begin() + count, indices.mutable_data_ptr<int64_t>(), [](const auto& i) { return i.row; });
   if (std::isnan(score[items[0].row])) {
@@ -350,8 +354,9 @@ Tensor rank(const Tensor& scores, int64_t count) {
 
 Tensor select_uncertain(const Tensor& logits, int64_t count, std::string_view kind) {
   const Tensor scores = uncertainty(logits, kind, false);
-  TORCH_CHECK_VALUE(
-      scores.numel() < int64_t{1} << 32, "logits has ", scores.numel(), " rows; expected fewer than 2^32");
+  const int64_t n = scores.numel();
+  TORCH_CHECK_VALUE(n < int64_t{1} << 32, "logits has ", n, " rows; expected fewer than 2^32");
+  TORCH_CHECK_VALUE(count > 0 && count <= n, "count is ", count, "; expected from 1 to ", n, ", the number of rows");
   return scores.scalar_type() == at::kDouble ? rank<double>(scores, count) : rank<float>(scores, count);
 }
 

@@ -1,8 +1,18 @@
 """Differentiable functions for any training loop."""
 
 from fastdistill.ops.accumulate_sensitivity import accumulate_sensitivity_
+from fastdistill.ops.gated_attention import gated_attention
+from fastdistill.ops.gated_ffn import gated_ffn
 from fastdistill.ops.kd_ce_loss import kd_ce_loss
 from fastdistill.ops.select_uncertain import select_uncertain
 from fastdistill.ops.uncertainty import hidden_entropy, uncertainty
 
-__all__ = ["accumulate_sensitivity_", "hidden_entropy", "kd_ce_loss", "select_uncertain", "uncertainty"]
+__all__ = [
+    "accumulate_sensitivity_",
+    "gated_attention",
+    "gated_ffn",
+    "hidden_entropy",
+    "kd_ce_loss",
+    "select_uncertain",
+    "uncertainty",
+]

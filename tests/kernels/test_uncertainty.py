@@ -1,11 +1,6 @@
 from __future__ import annotations
 
-import json
 import math
-import os
-import sys
-from pathlib import Path
-from subprocess import PIPE, Popen
 from typing import Any
 
 import numpy
@@ -140,29 +135,3 @@ def test_close_to_certainty(classes: int, height: float) -> None:
             value = module.uncertainty(logits, kind, False)
             exact = reference.uncertainty(logits.double(), kind, False)
             torch.testing.assert_close(value.double(), exact, rtol=2e-6, atol=0)
-
-
-ARCHITECTURES = (80, 90)
-
-
-@pytest.fixture(scope="module")
-def compilers() -> dict[int, Popen[str]]:
-    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    command = [sys.executable, "-W", "ignore", "-m", "tests.kernels.compiled_uncertainty"]
-    return {
-        arch: Popen(
-            [*command, str(arch)], stdout=PIPE, stderr=PIPE, text=True, cwd=Path(__file__).parents[2], env=environment
-        )
-        for arch in ARCHITECTURES
-    }
-
-
-@pytest.mark.parametrize("arch", ARCHITECTURES)
-def test_compiles_without_spills(compilers: dict[int, Popen[str]], arch: int) -> None:
-    out, errors = compilers[arch].communicate()
-    assert compilers[arch].returncode == 0, errors
-    kernels = [json.loads(line) for line in out.splitlines()]
-    assert kernels
-    for kernel in kernels:
-        assert kernel["stack"] == kernel["local"] == 0, f"spills: {kernel}"
-        assert kernel["registers"] * kernel["warps"] * 32 <= 65536, f"does not fit a multiprocessor: {kernel}"

@@ -1,0 +1,196 @@
+"""Attention whose heads are each multiplied by a gate."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastdistill import reference
+from fastdistill.ops.checks import FLOATING, check_number, check_same_device, check_tensor
+from fastdistill.ops.library import define, define_autograd
+
+
+def gated_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    head_gate: Tensor | None = None,
+    attn_mask: Tensor | None = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    scale: float | None = None,
+) -> Tensor:
+    r"""Scaled dot-product attention, each head's output multiplied by that head's gate.
+
+    .. math::
+        O_{b,h} = g_{b,h}\,\mathrm{softmax}\big(s\,Q_{b,h} K_{b,h}^\top + M_{b,h}\big)\,V_{b,h}
+
+    as :func:`torch.nn.functional.scaled_dot_product_attention` computes it, by blocks and without ever holding the
+    weights of a head (flash attention: Dao et al. 2022; Dao 2023, algorithms 1 and 2). Gates of heads are those of
+    Michel et al. 2019; their gradient, by which heads are scored, costs no pass over query, key and value: with
+    :math:`A` the output without gates, :math:`\partial L/\partial g_{b,h}` is the sum of
+    :math:`\partial L/\partial O_{b,h} \cdot A_{b,h}` over tokens and channels.
+
+    **A gate of 0.** Where ``head_gate`` needs no gradient, a head whose gate is 0 is not computed: its output is 0, and
+    so are its gradients to query, key and value, whatever those hold, NaN too. Where it needs one, the head is
+    computed, and the gate's gradient is exact at 0 as elsewhere; the gradients to query, key and value are still 0.
+
+    Args:
+        query, key, value: ``[B, H, S, D]``, ``[B, H, T, D]``, ``[B, H, T, D]``, in one dtype of float32, float64,
+            bfloat16 or float16; with any strides, those of ``[B, S, H, D]`` transposed among them. Under autocast they
+            are cast to its dtype. Sums are in float32 (float64 for float64).
+        head_gate: ``[H]``, or ``[B, H]`` for a gate of each example; any floating dtype, any values. None: no gates.
+        attn_mask: broadcastable to ``[B, H, S, T]``, not copied to that size; bool (True: attend) or floating, added to
+            the scores. A query that may attend to nothing has output 0. It gets no gradient.
+        dropout_p: probability of leaving out a weight, in [0, 1); the others are divided by 1 - dropout_p. Always
+            applied: pass 0 in evaluation. Which weights go is drawn by PyTorch's generator of the device.
+        is_causal: query i attends to keys 0 to i only; not together with ``attn_mask``.
+        scale: s; None for :math:`1/\sqrt{D}`.
+
+    Returns:
+        ``[B, H, S, D]`` in the query's dtype, laid out in memory as ``[B, S, H, D]``, so that
+        ``.transpose(1, 2).flatten(2)`` copies nothing.
+
+    Raises:
+        TypeError: an argument of the wrong type or dtype.
+        ValueError: shapes that do not fit (grouped queries, that is fewer heads in key and value, among them: repeat
+            those), different devices, a number out of its range, a mask beside ``is_causal`` or one that requires a
+            gradient.
+
+    Differentiable once. On CUDA, heads of up to 128 channels are computed by Triton; wider ones, and float64, in plain
+    PyTorch, with the weights in memory, and so is dropout on CPU.
+    """
+    for name, x in (("query", query), ("key", key), ("value", value)):
+        check_tensor(name, x, FLOATING)
+        if x.dim() != 4:
+            raise ValueError(f"{name} has shape {tuple(x.shape)}; expected 4 dimensions, [batch, heads, length, size]")
+        if x.device != query.device:
+            check_same_device(name, x, "query", query)
+    query, key, value = _autocast(query), _autocast(key), _autocast(value)
+    batch, heads, queries, size = query.shape
+    for name, x in (("key", key), ("value", value)):
+        if x.dtype != query.dtype:
+            raise TypeError(f"{name} has dtype {x.dtype}, query {query.dtype}; expected the same")
+        if x.shape[0] != batch or x.shape[1] != heads or x.shape[2] != key.shape[2] or x.shape[3] != size:
+            raise ValueError(
+                f"{name} has shape {tuple(x.shape)}, query {tuple(query.shape)}, key {tuple(key.shape)}; expected "
+                f"{(batch, heads, key.shape[2], size)}. For grouped queries repeat the heads of key and value "
+                "(repeat_interleave) first"
+            )
+    if size == 0:
+        raise ValueError(f"query has shape {tuple(query.shape)}; expected heads of at least 1 channel")
+    if head_gate is not None:
+        check_tensor("head_gate", head_gate, FLOATING)
+        if head_gate.shape not in ((heads,), (batch, heads)):
+            raise ValueError(
+                f"head_gate has shape {tuple(head_gate.shape)}; expected {(heads,)} ([heads]) or {(batch, heads)} "
+                "([batch, heads])"
+            )
+        check_same_device("head_gate", head_gate, "query", query)
+    if not isinstance(is_causal, bool):
+        raise TypeError(f"is_causal is {is_causal!r}; expected a bool")
+    if attn_mask is not None:
+        _check_mask(attn_mask, query, key, is_causal)
+    check_number("dropout_p", dropout_p, minimum=0, below=1)
+    if scale is None:
+        scale = 1 / math.sqrt(size)
+    else:
+        check_number("scale", scale)
+    # A seed drawn here, not a mask drawn in the op, leaves the op a function: it can be compiled, and run again.
+    seed = torch.randint(2**63 - 1, (), device=query.device) if dropout_p > 0 else None
+    gate_grad = head_gate is not None and head_gate.requires_grad and torch.is_grad_enabled()
+    output: Tensor = _op(query, key, value, head_gate, attn_mask, seed, dropout_p, is_causal, scale, gate_grad)[0]
+    return output
+
+
+def _autocast(x: Tensor) -> Tensor:
+    """As autocast does for scaled_dot_product_attention."""
+    device = x.device.type
+    if x.dtype == torch.float64 or not torch.is_autocast_enabled(device):
+        return x
+    return x.to(torch.get_autocast_dtype(device))
+
+
+def _check_mask(attn_mask: Tensor, query: Tensor, key: Tensor, is_causal: bool) -> None:
+    check_tensor("attn_mask", attn_mask, (torch.bool, *FLOATING))
+    scores = (*query.shape[:3], key.shape[2])
+    fits = attn_mask.dim() <= 4 and all(
+        have in (1, want) for have, want in zip(reversed(attn_mask.shape), reversed(scores), strict=False)
+    )
+    if not fits:
+        raise ValueError(
+            f"attn_mask has shape {tuple(attn_mask.shape)}; expected one that broadcasts to {scores} "
+            "([batch, heads, queries, keys])"
+        )
+    check_same_device("attn_mask", attn_mask, "query", query)
+    if is_causal:
+        raise ValueError("is_causal is True and attn_mask is given; expected one of them (a mask may be causal itself)")
+    if attn_mask.requires_grad and torch.is_grad_enabled():
+        raise ValueError("attn_mask requires a gradient, which is not computed; expected attn_mask.detach()")
+
+
+def _empty_heads(x: Tensor) -> Tensor:
+    """Like x, laid out as [B, S, H, D]."""
+    return torch.empty_permuted(x.shape, (0, 2, 1, 3), dtype=x.dtype, device=x.device)
+
+
+def _fake(
+    query: Tensor, key: Tensor, value: Tensor, head_gate: Tensor | None, *args: Any
+) -> tuple[Tensor, Tensor, Tensor]:
+    ungated = _empty_heads(query) if args[-1] else query.new_empty(0)
+    return _empty_heads(query), ungated, query.new_empty(query.shape[:3], dtype=reference.accumulation_dtype(query))
+
+
+def _fake_backward(
+    upstream: Tensor, query: Tensor, key: Tensor, value: Tensor, head_gate: Tensor | None, *args: Any
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    grad_gate = query.new_empty(0)
+    if args[-1] and head_gate is not None:
+        grad_gate = head_gate.new_empty(head_gate.shape)
+    return _empty_heads(query), _empty_heads(key), _empty_heads(value), grad_gate
+
+
+# `ungated` is the output without gates, where the gate needs a gradient: at a gate of 0 it cannot be had from the
+# output. The backward takes it then in the place of the output. Otherwise the gated one is enough: of the output the
+# backward needs the sums over channels of (upstream * gate) * ungated, which are those of upstream * output.
+# `logsumexp` is [B, H, S], the log of each query's softmax denominator; 0 where there is nothing to attend to and, if
+# no gradient to the gate is needed, in a head whose gate is 0. `seed` is dropout's.
+_op = define(
+    "gated_attention(Tensor query, Tensor key, Tensor value, Tensor? head_gate, Tensor? attn_mask, Tensor? seed, "
+    "float dropout_p, bool is_causal, float scale, bool gate_grad) "
+    "-> (Tensor output, Tensor ungated, Tensor logsumexp)",
+    reference.gated_attention,
+    _fake,
+    triton="gated_attention",
+)
+_backward_op = define(
+    "gated_attention_backward(Tensor upstream, Tensor query, Tensor key, Tensor value, Tensor? head_gate, "
+    "Tensor? attn_mask, Tensor? seed, Tensor output, Tensor logsumexp, float dropout_p, bool is_causal, float scale, "
+    "bool gate_grad) -> (Tensor grad_query, Tensor grad_key, Tensor grad_value, Tensor grad_gate)",
+    reference.gated_attention_backward,
+    _fake_backward,
+    triton="gated_attention",
+)
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
+    attention, ungated, logsumexp = output
+    ctx.set_materialize_grads(False)
+    ctx.mark_non_differentiable(ungated, logsumexp)
+    ctx.options = inputs[6:]
+    ctx.save_for_backward(*inputs[:6], ungated if inputs[-1] else attention, logsumexp)
+
+
+def _backward(ctx: Any, upstream: Tensor | None, *unused: None) -> tuple[Tensor | None, ...]:
+    if torch.is_grad_enabled():
+        raise RuntimeError("gated_attention cannot be differentiated twice (create_graph=True)")
+    if upstream is None:
+        return (None,) * 10
+    *grads, grad_gate = _backward_op(upstream, *ctx.saved_tensors, *ctx.options)
+    return *grads, grad_gate if ctx.options[-1] else None, *(None,) * 6
+
+
+define_autograd("gated_attention", _backward, _setup_context)

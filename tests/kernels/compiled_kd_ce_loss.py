@@ -1,0 +1,45 @@
+"""Calls of kd_ce_loss and its gradient, for `tests.kernels.compiled`."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from fastdistill.kernels import kd_ce_loss as module
+
+OPTIONS = {
+    "temperature": 2.0, "kd_weight": 0.5, "ce_weight": 0.5, "divergence": "forward_kl", "scale_by_temperature": True,
+    "ignore_index": -100, "label_smoothing": 0.0, "reduction": "mean", "student_grad": True, "teacher_grad": False,
+}  # fmt: skip
+HALF, SINGLE, DOUBLE = (torch.bfloat16,) * 2, (torch.float32,) * 2, (torch.float64,) * 2
+EVERYTHING = {"teacher_grad": True, "label_smoothing": 0.1, "temperature": 3.7}
+CASES: list[tuple[int, int, tuple[torch.dtype, torch.dtype], dict[str, Any]]] = [
+    (32, 2, HALF, {}),
+    (32, 2, SINGLE, {}),
+    (4096, 3, HALF, {}),
+    (4096, 3, SINGLE, {}),
+    (8, 1000, HALF, EVERYTHING),
+    (2, 32000, HALF, {}),
+    (2, 32000, SINGLE, {}),
+    (2, 50257, HALF, {}),
+    (2, 128256, HALF, {}),
+    (2, 128256, HALF, {"student_grad": False}),
+    (2, 128256, HALF, {"kd_weight": 0.0}),
+    (2, 128256, HALF, {"divergence": "reverse_kl", "temperature": 3.7}),
+    (2, 128256, HALF, EVERYTHING),
+    (2, 128256, (torch.bfloat16, torch.float32), {"divergence": "soft_ce", "temperature": 3.7}),
+    (2, 128256, SINGLE, {}),
+    (2, 128256, DOUBLE, EVERYTHING),
+]
+
+
+def launches() -> Iterator[str]:
+    for rows, classes, dtypes, changes in CASES:
+        student, teacher = (torch.zeros(rows, classes, dtype=dtype) for dtype in dtypes)
+        labels = torch.zeros(rows, dtype=torch.int64)
+        _, grad, _ = module.kd_ce_loss(student, teacher, labels, **{**OPTIONS, **changes})
+        if grad.numel():
+            module.scale_rows_(grad, torch.ones(()))
+            module.scale_rows(grad, torch.ones(rows))
+        yield f"{rows}x{classes} {' '.join(str(d)[6:] for d in dtypes)} {changes or ''}"

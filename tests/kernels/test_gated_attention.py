@@ -1,0 +1,173 @@
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import numpy
+import pytest
+import torch
+import triton
+from fastdistill.kernels import gated_attention as module
+from torch import Tensor
+
+from fastdistill import reference
+from tests.accuracy import relative_error
+from tests.kernels.conftest import DEVICE
+
+interpreted = pytest.mark.skipif(
+    DEVICE == "cpu" and triton.__version__ < "3.7" and numpy.lib.NumpyVersion(numpy.__version__) >= "2.4.0",
+    reason="the interpreter of this Triton does not run with this NumPy",
+)
+
+INF = math.inf
+HALF = torch.float16  # the interpreter has no products in bfloat16
+
+
+def make(
+    batch: int = 2,
+    heads: int = 3,
+    queries: int = 21,
+    keys: int = 37,
+    size: int = 16,
+    dtype: torch.dtype = torch.float32,
+) -> list[Tensor]:
+    """Query, key, value and upstream gradient, in memory as [B, S, H, D]."""
+    g = torch.Generator().manual_seed(0)
+    lengths = (queries, keys, keys, queries)
+    return [torch.randn(batch, n, heads, size, generator=g).to(DEVICE, dtype).transpose(1, 2) for n in lengths]
+
+
+def both(
+    inputs: list[Tensor], gate: Tensor | None, mask: Tensor | None, seed: Tensor | None = None, p: float = 0.0,
+    causal: bool = False, scale: float = 0.3, gate_grad: bool = False, by: Any = module,
+) -> list[Tensor]:  # fmt: skip
+    """Everything that the two ops return, computed by the kernels or by another module of their interface."""
+    *qkv, upstream = inputs
+    options = (p, causal, scale, gate_grad)
+    output, ungated, logsumexp = by.gated_attention(*qkv, gate, mask, seed, *options)
+    saved = ungated if gate_grad else output
+    grads = by.gated_attention_backward(upstream, *qkv, gate, mask, seed, saved, logsumexp, *options)
+    return [output, ungated, logsumexp, *grads]
+
+
+def check(inputs: list[Tensor], gate: Tensor | None = None, mask: Tensor | None = None, **options: Any) -> None:
+    """The reference in float64 is right; half precision may err as much as rounding its weights to it does."""
+    ours = both(inputs, gate, mask, **options)
+    wide = [x.double() for x in inputs]
+    exact = both(wide, gate if gate is None else gate.double(), mask, by=reference, **options)
+    dtype = inputs[0].dtype
+    plain = both(inputs, gate, mask, by=reference, **options)
+    names = ("output", "ungated", "logsumexp", "query", "key", "value", "gate")
+    for name, value, answer, ordinary in zip(names, ours, exact, plain, strict=True):
+        assert value.shape == answer.shape and value.dtype == ordinary.dtype
+        assert value.dim() != 4 or value.transpose(1, 2).is_contiguous()
+        limit = (4 if dtype == HALF else 2) * relative_error(ordinary, answer) + 2 * torch.finfo(dtype).eps
+        assert relative_error(value, answer) <= limit, name
+
+
+GATES = {
+    "none": (None, False),
+    "heads": (torch.tensor([1.0, 0.0, -0.5]), False),
+    "heads, with gradient": (torch.tensor([1.0, 0.0, -0.5]), True),
+    "examples": (torch.tensor([[1.0, 0.0, 2.0], [0.0, 1.0, 1.0]]), False),
+    "examples, with gradient": (torch.tensor([[1.0, 0.0, 2.0], [0.0, 1.0, 1.0]]), True),
+}
+
+
+def masks() -> dict[str, Tensor | None]:
+    g = torch.Generator().manual_seed(1)
+    padding = torch.arange(37) < torch.tensor([30, 5])[:, None, None, None]
+    bias = torch.randn(3, 21, 37, generator=g)
+    bias[1, 4] = bias[:, :, 20:] = -INF
+    rows = torch.rand(2, 1, 21, 37, generator=g) < 0.4
+    rows[1, 0, 3] = False
+    queries = torch.ones(21, 1, dtype=torch.bool)
+    queries[7] = False
+    return {"none": None, "padding": padding, "bias": bias, "rows": rows, "queries": queries,
+            "half bias": torch.randn(37, generator=g).bfloat16()}  # fmt: skip
+
+
+@interpreted
+@pytest.mark.parametrize("name", GATES)
+@pytest.mark.parametrize("dtype", [torch.float32, HALF])
+def test_gates(name: str, dtype: torch.dtype) -> None:
+    gate, gate_grad = GATES[name]
+    check(make(dtype=dtype), None if gate is None else gate.to(DEVICE), masks()["padding"].to(DEVICE),
+          gate_grad=gate_grad)  # fmt: skip
+
+
+@interpreted
+@pytest.mark.parametrize("name", masks())
+def test_masks(name: str) -> None:
+    mask = masks()[name]
+    check(make(), torch.tensor([1.0, 0.5, 0.0], device=DEVICE), None if mask is None else mask.to(DEVICE))
+
+
+@interpreted
+@pytest.mark.parametrize(("queries", "keys"), [(1, 1), (150, 70), (64, 129)])
+@pytest.mark.parametrize("causal", [False, True])
+def test_lengths(queries: int, keys: int, causal: bool) -> None:
+    check(make(1, 2, queries, keys), causal=causal)
+
+
+@interpreted
+@pytest.mark.parametrize("size", [1, 24, 80, 130])
+@pytest.mark.parametrize("dtype", [torch.float32, HALF])
+def test_sizes_of_a_head(size: int, dtype: torch.dtype) -> None:
+    check(make(1, 2, 20, 20, size, dtype), torch.ones(2, device=DEVICE), gate_grad=True)
+
+
+@interpreted
+@pytest.mark.parametrize("shape", [(0, 3, 4, 5), (2, 0, 4, 5), (2, 3, 0, 5), (2, 3, 4, 0)])
+def test_nothing(shape: tuple[int, ...]) -> None:
+    check(make(*shape), torch.ones(shape[1], device=DEVICE), gate_grad=True)
+
+
+@interpreted
+def test_any_strides() -> None:
+    """Channels apart, rows of one memory, a gradient expanded from a number."""
+    query, key, value, _ = make()
+    key, value = key.mT.contiguous().mT, torch.stack([value, value], -2).flatten(-2)[..., ::2]
+    check([query, key, query.new_ones(()).expand(value.shape), query.new_ones(()).expand(query.shape)])
+
+
+@interpreted
+@pytest.mark.parametrize("gate_grad", [False, True])
+def test_a_closed_head_is_not_read(gate_grad: bool) -> None:
+    """Unless its gate needs a gradient; and its own gradients to query, key and value are 0 then, too."""
+    inputs, gate = make(), torch.tensor([[1.0, 0.0, 1.0], [0.0, 1.0, 1.0]], device=DEVICE)
+    expected = both(inputs, gate, None, gate_grad=gate_grad)
+    for x in inputs[:3]:
+        x[gate == 0] = torch.nan
+    output, _, logsumexp, *grads, grad_gate = both(inputs, gate, None, gate_grad=gate_grad)
+    for x, other in zip(grads, expected[3:6], strict=True):
+        assert torch.equal(x, other) and (x[gate == 0] == 0).all()
+    if gate_grad:
+        assert torch.equal(grad_gate.isnan(), gate == 0)
+    else:
+        assert torch.equal(output, expected[0]) and torch.equal(logsumexp, expected[2])
+
+
+def with_dropout(inputs: list[Tensor], kept: Tensor, p: float, gate: Tensor, scale: float = 0.3) -> list[Tensor]:
+    query, key, value, gate = (x.double().requires_grad_() for x in (*inputs[:3], gate))
+    weights = (scale * query @ key.mT).softmax(-1) * kept / (1 - p)
+    output = weights @ value * gate[:, None, None]
+    return [output, *torch.autograd.grad(output, (query, key, value, gate), inputs[3].double())]
+
+
+@interpreted
+def test_dropout_is_the_same_forward_and_backward() -> None:
+    """Values of unit vectors show which weights were kept; with those the answer is plain PyTorch's."""
+    p, seed = 0.3, torch.tensor(2**40 + 7, device=DEVICE)
+    query, key, value, upstream = inputs = make(2, 2, 20, 32, 32)
+    gate = torch.tensor([1.0, -0.5], device=DEVICE)
+    unit = torch.eye(32, device=DEVICE).expand(2, 2, 32, 32)
+    kept = both([query, key, unit, upstream], None, None, seed, p)[0] != 0
+    assert abs(kept.float().mean() - (1 - p)) < 0.03
+    assert not torch.equal(kept[0, 0], kept[0, 1]) and not torch.equal(kept[0, 0], kept[1, 0])
+    ours = both(inputs, gate, None, seed, p, gate_grad=True)
+    for x, exact in zip((ours[0], *ours[3:]), with_dropout(inputs, kept, p, gate), strict=True):
+        torch.testing.assert_close(x.double(), exact, rtol=1e-4, atol=1e-4)
+    assert torch.equal(ours[0], both(inputs, gate, None, seed, p)[0])
+    assert not torch.equal(ours[0], both(inputs, gate, None, seed + 1, p)[0])
+    assert not torch.equal(ours[0], both(inputs, gate, None, seed + 2**32, p)[0])
