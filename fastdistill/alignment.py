@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -43,10 +43,7 @@ class PKD(Objective):
     module: nn.ModuleList | None = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
-        if isinstance(self.pairs, str):
-            check_choice("pairs", self.pairs, ("skip", "last"))
-        elif not self.pairs or not all(_is_pair(pair) for pair in self.pairs):
-            raise ValueError(f"pairs is {self.pairs!r}; expected (student layer, teacher layer), one pair or more")
+        check_pairs(self.pairs, ("skip", "last"))
         if self.widths is not None and isinstance(self.pairs, str):
             raise ValueError(f"widths is {self.widths} but pairs is {self.pairs!r}; expected the pairs as numbers")
         self.module = None if self.widths is None else projections(self.widths, len(self.pairs))
@@ -55,33 +52,53 @@ class PKD(Objective):
     def needs_hidden_states(self) -> bool:
         return True
 
+    @property
+    def needs_all_tokens(self) -> bool:
+        return False
+
     def parts(self, student: Any, teacher: Any, labels: Tensor | None) -> tuple[Tensor, dict[str, Tensor]]:
         if teacher is None:
             raise ValueError(f"teacher is None; {self} needs its outputs")
         student_states, teacher_states = hidden_states("student", student), hidden_states("teacher", teacher)
-        ours, theirs = zip(*self._pairs(len(student_states) - 1, len(teacher_states) - 1), strict=True)
+        ours, theirs = zip(*layer_pairs(self.pairs, len(student_states) - 1, len(teacher_states) - 1), strict=True)
         aligned = align([student_states[i][:, 0] for i in ours], [teacher_states[j][:, 0] for j in theirs], self.module)
         return aligned, {}
 
-    def _pairs(self, student_layers: int, teacher_layers: int) -> Sequence[tuple[int, int]]:
-        if not isinstance(self.pairs, str):
-            for i, j in self.pairs:
-                if i > student_layers or j > teacher_layers:
-                    raise ValueError(
-                        f"pairs has ({i}, {j}), but the student has {student_layers} layers and the teacher "
-                        f"{teacher_layers}"
-                    )
-            return self.pairs
-        if student_layers > teacher_layers:
-            raise ValueError(
-                f"pairs is {self.pairs!r} but the student has {student_layers} layers and the teacher "
-                f"{teacher_layers}; expected the pairs as numbers"
-            )
-        if student_layers == 1:
-            return [(1, teacher_layers)]
-        if self.pairs == "last":
-            return [(i, teacher_layers - student_layers + i) for i in range(1, student_layers)]
-        return [(i, i * teacher_layers // student_layers) for i in range(1, student_layers)]
+
+def check_pairs(pairs: object, rules: Collection[str]) -> None:
+    """One of the `rules`, or (student layer, teacher layer), one pair or more."""
+    if isinstance(pairs, str):
+        check_choice("pairs", pairs, rules)
+    elif not isinstance(pairs, Sequence) or not pairs or not all(_is_pair(pair) for pair in pairs):
+        raise ValueError(f"pairs is {pairs!r}; expected (student layer, teacher layer), one pair or more")
+
+
+def layer_pairs(pairs: Pairs | Literal["all"], student_layers: int, teacher_layers: int) -> Sequence[tuple[int, int]]:
+    """The pairs that a rule means for two models, or those given; ValueError where the models do not fit them.
+
+    "skip" and "last" are `PKD`'s; "all" is every layer of the student, the embeddings too, with the teacher's layer
+    at the same share of its depth.
+    """
+    if not isinstance(pairs, str):
+        for i, j in pairs:
+            if i > student_layers or j > teacher_layers:
+                raise ValueError(
+                    f"pairs has ({i}, {j}), but the student has {student_layers} layers and the teacher "
+                    f"{teacher_layers}"
+                )
+        return pairs
+    if student_layers > teacher_layers:
+        raise ValueError(
+            f"pairs is {pairs!r} but the student has {student_layers} layers and the teacher "
+            f"{teacher_layers}; expected the pairs as numbers"
+        )
+    if pairs == "all":
+        return [(i, i * teacher_layers // student_layers) for i in range(student_layers + 1)]
+    if student_layers == 1:
+        return [(1, teacher_layers)]
+    if pairs == "last":
+        return [(i, teacher_layers - student_layers + i) for i in range(1, student_layers)]
+    return [(i, i * teacher_layers // student_layers) for i in range(1, student_layers)]
 
 
 def _is_pair(pair: object) -> bool:

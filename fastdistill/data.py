@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from fastdistill import docstrings
+from fastdistill import docstrings, images
 from fastdistill.rows import SUFFIXES, RowError, Rows, read_rows, suffix_of
 from fastdistill.tasks import TASKS, Task
 
@@ -23,7 +23,7 @@ SPLIT_FILES = {"train": ("train",), "validation": ("validation", "dev"), "test":
 
 @dataclass(frozen=True)
 class TaskData:
-    """A task and its splits: the task's text columns and `label` (int64 classes, or float32 scores)."""
+    """A task and its splits: the task's text columns, or `image`, and `label` (int64 classes, or float32 scores)."""
 
     task: Task
     train: Dataset
@@ -43,7 +43,9 @@ def load_task(
     A name (a str among `fastdistill.tasks.TASKS`) is fetched from the Hugging Face hub through `datasets`,
     save "docstrings", which is made here and needs no network. Write "./sst2" for a local folder so named.
 
-    A folder holds `train.*`, `validation.*` (or `dev.*`) and perhaps `test.*`, each a labelled file. A single
+    A folder whose "train" is a folder of folders is a task of images: `fastdistill.images.from_folder`.
+
+    Another holds `train.*`, `validation.*` (or `dev.*`) and perhaps `test.*`, each a labelled file. A single
     file is divided: of each class's rows, in an order drawn from `seed`, the second and every tenth after it
     become validation. So it is with hub tasks that have no validation split.
 
@@ -99,6 +101,8 @@ def tokenize(
     text of a pair is cut first.
     Raises ValueError for a missing column, an empty dataset, or a max_length above the tokenizer's.
     """
+    if task.is_of_images:
+        raise ValueError(f"task {task.name!r} is of images; expected one of text")
     if missing := {*task.text_columns, "label"} - set(dataset.column_names):
         has = f"it has {dataset.column_names}"
         raise ValueError(f"dataset lacks the columns {sorted(missing)} of task {task.name!r}; {has}")
@@ -212,6 +216,8 @@ def _from_hub_split(task: Task, dataset: Dataset) -> Dataset:
 def _from_files(path: Path) -> tuple[Task, dict[str, Dataset]]:
     if not path.exists():
         raise FileNotFoundError(f"{path} is no file, no folder and no known task ({', '.join(TASKS)})")
+    if path.is_dir() and images.is_image_task(path):
+        return images.from_folder(path.absolute())
     name = os.path.basename(os.path.abspath(path))  # a symbolic link's own name
     if path.is_dir():
         files = _split_files(path)

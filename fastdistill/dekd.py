@@ -114,6 +114,10 @@ class DeKD(Objective):
         return self.da_weight > 0
 
     @property
+    def needs_all_tokens(self) -> bool:
+        return False
+
+    @property
     def needs_columns(self) -> tuple[str, ...]:
         return (EXAMPLE,) if self.select_per == "epoch" else ()
 

@@ -23,6 +23,9 @@ Problem = Literal["classification", "regression"]
 # What the trainer logs under names of its own; a part may not take them.
 RESERVED_NAMES = ("loss", "grad_norm", "learning_rate", "epoch", "step", "num_input_tokens_seen")
 
+ATTENTION_MASK = "attention_mask"
+"""A column that an objective may need although the models see it too: 1 for tokens, 0 for padding."""
+
 
 class Objective(ABC):
     """A loss of a student's outputs against a teacher's outputs, labels, or both: the mean over the examples.
@@ -41,6 +44,16 @@ class Objective(ABC):
         return False
 
     @property
+    def needs_all_tokens(self) -> bool:
+        """Whether of hidden states other tokens are used than the first."""
+        return self.needs_hidden_states
+
+    @property
+    def of_logits(self) -> bool:
+        """Whether nothing of the teacher's outputs is used but its logits."""
+        return False
+
+    @property
     def problem(self) -> Problem | None:
         """The only kind of problem that this objective fits, or None."""
         return None
@@ -53,7 +66,8 @@ class Objective(ABC):
 
     @property
     def needs_columns(self) -> tuple[str, ...]:
-        """The dataset's columns, beside the labels, that `parts` takes by name; the models do not see them."""
+        """The dataset's columns, beside the labels, that `parts` takes by name. The models see none of them but
+        `ATTENTION_MASK`."""
         return ()
 
     module: nn.Module | None = None
@@ -103,6 +117,10 @@ class LogitsKD(Objective):
         return self.kd_weight > 0
 
     @property
+    def of_logits(self) -> bool:
+        return True
+
+    @property
     def problem(self) -> Problem:
         return "classification"
 
@@ -150,6 +168,10 @@ class MSE(Objective):
     @property
     def needs_teacher(self) -> bool:
         return self.kd_weight > 0
+
+    @property
+    def of_logits(self) -> bool:
+        return True
 
     @property
     def problem(self) -> Problem:
@@ -243,6 +265,14 @@ class WeightedSum(Objective):
         return any(objective.needs_hidden_states for _, objective in self.terms.values())
 
     @property
+    def needs_all_tokens(self) -> bool:
+        return any(objective.needs_all_tokens for _, objective in self.terms.values())
+
+    @property
+    def of_logits(self) -> bool:
+        return all(objective.of_logits for _, objective in self.terms.values() if objective.needs_teacher)
+
+    @property
     def problem(self) -> Problem | None:
         return self._problem
 
@@ -272,6 +302,10 @@ LossFunction = Callable[[Any, Any, Tensor | None], Tensor]
 class _Function(Objective):
     function: LossFunction
     names: tuple[str, ...]
+
+    @property
+    def needs_all_tokens(self) -> bool:
+        return True  # for all that is known
 
     @property
     def teachers(self) -> tuple[str, ...]:

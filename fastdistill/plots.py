@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
+    from torch import Tensor
 
 Log = Sequence[Mapping[str, float]]
 
@@ -20,17 +21,49 @@ def require_matplotlib() -> None:
         raise ImportError("plots need matplotlib, which an extra brings: pip install 'fastdistill[bench]'")
 
 
-def metric_by_ratio(
-    path: Path, metric: str, curves: Mapping[str, Mapping[float, tuple[float, float]]], lines: Mapping[str, float]
+def metric_by_share(
+    path: Path,
+    share: str,
+    metric: str,
+    curves: Mapping[str, Mapping[float, tuple[float, float]]],
+    lines: Mapping[str, float],
 ) -> None:
-    """A curve a strategy: from the share of examples that are kept to (metric, its spread). `lines` are levels."""
-    figure, axes = _figure("share of the examples that query a teacher", metric)
+    """Curves by name: from a share, as of the examples that are kept, to (metric, its spread). `lines` are levels."""
+    figure, axes = _figure(share, metric)
     for name, points in curves.items():
-        ratios = sorted(points)
-        means, spreads = zip(*(points[ratio] for ratio in ratios), strict=True)
-        axes.errorbar(ratios, means, yerr=spreads if any(spreads) else None, marker="o", capsize=3, label=name)
+        shares = sorted(points)
+        means, spreads = zip(*(points[share] for share in shares), strict=True)
+        axes.errorbar(shares, means, yerr=spreads if any(spreads) else None, marker="o", capsize=3, label=name)
     for place, (name, level) in enumerate(lines.items()):
         axes.axhline(level, color="grey", linestyle=("--", ":", "-.")[place % 3], label=name)
+    axes.legend()
+    _save(figure, path)
+
+
+def heat_map(path: Path, layers: Sequence[Tensor], label: str) -> None:
+    """A layer a row, the first at the bottom, and a head a column; heads that are not there are left out."""
+    figure, axes = _figure("head", "layer")
+    width = max(len(layer) for layer in layers)
+    values = [[*layer.tolist(), *[float("nan")] * (width - len(layer))] for layer in layers]
+    colours = axes.pcolormesh(range(1, width + 2), range(1, len(layers) + 2), values, cmap="viridis")
+    axes.set_xticks([place + 0.5 for place in range(1, width + 1)], [str(n) for n in range(1, width + 1)])
+    axes.set_yticks([place + 0.5 for place in range(1, len(layers) + 1)], [str(n) for n in range(1, len(layers) + 1)])
+    figure.colorbar(colours, label=label)
+    _save(figure, path)
+
+
+def densities(path: Path, values: Tensor, label: str) -> None:
+    """The density of these numbers, its first peak, and the share of them up to each number."""
+    from fastdistill.scores import density, first_peak
+
+    where, height = density(values)
+    peak = first_peak(values)
+    figure, axes = _figure(label, "density")
+    axes.plot(where, height, label="density")
+    axes.axvline(peak, color="grey", linestyle="--", label="first peak")
+    shares = axes.twinx()
+    shares.set_ylabel("share at or below")
+    shares.plot(values.sort().values, [(i + 1) / len(values) for i in range(len(values))], color="C1")
     axes.legend()
     _save(figure, path)
 
@@ -46,6 +79,17 @@ def shares_over_time(path: Path, log: Log, prefix: str, label: str, ticks: Seque
     colours = axes.pcolormesh(edges, range(len(names) + 1), shares, cmap="viridis", vmin=0)
     axes.set_yticks([place + 0.5 for place in range(len(names))], [ticks[place] for place in range(len(names))])
     figure.colorbar(colours, label="share")
+    _save(figure, path)
+
+
+def probabilities_over_steps(path: Path, names: Sequence[str], theta: Tensor, selected_at: int) -> None:
+    """Probabilities ``[steps + 1, n]``, a line for each of n teachers; a mark where teachers were selected."""
+    figure, axes = _figure("step", "probability")
+    for place, name in enumerate(names):
+        axes.plot(theta[:, place], color=f"C{place % 10}", linestyle=("-", "--", ":")[place // 10 % 3], label=name)
+    axes.axvline(selected_at, color="grey", linestyle="--", label="teacher selection")
+    axes.set_ylim(bottom=0)
+    axes.legend()
     _save(figure, path)
 
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 import os
 import platform
-from collections.abc import Mapping
+import statistics
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,8 +20,10 @@ Results = Mapping[str, Mapping[str, Any]]
 means, and "spread" is the metric's sample standard deviation."""
 
 
-def finish(output: Path, settings: Mapping[str, Any], task: Task, results: Results, seconds: float) -> dict[str, Any]:
-    """Write `output`/results.json and print the table; returns what the file holds."""
+def finish(
+    output: Path, settings: Mapping[str, Any], task: Task, results: Results, seconds: float, *tables: Table, **more: Any
+) -> dict[str, Any]:
+    """Write `output`/results.json, with `more`, and print the tables, the models' last; returns what the file holds."""
     from accelerate import PartialState  # type: ignore[import-untyped]
     from rich.console import Console
 
@@ -28,6 +31,7 @@ def finish(output: Path, settings: Mapping[str, Any], task: Task, results: Resul
         "task": task.name,
         "metric": task.metric,
         "results": results,
+        **more,
         "settings": settings,
         "versions": versions(),
         "seconds": round(seconds, 1),
@@ -35,9 +39,24 @@ def finish(output: Path, settings: Mapping[str, Any], task: Task, results: Resul
     if PartialState().is_main_process:
         write_json(output / "results.json", record)
         console = Console()
-        console.print(results_table(task, results))
+        for table in (*tables, results_table(task, results)):
+            console.print(table)
         console.print(f"{seconds:.0f} s; {output / 'results.json'}", highlight=False)
     return record
+
+
+def summary(metric: str, results: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """Means over seeds, and of the metric each value and, of two or more, the sample standard deviation."""
+    values = [result[metric] for result in results]
+    spread = {"spread": statistics.stdev(values)} if len(values) > 1 else {}
+    measured = (metric, "loss", "examples_per_second", "seconds", "parameters")
+    mean = {key: statistics.fmean(result[key] for result in results) for key in measured}
+    return {**mean, **spread, "values": values, "parameters": round(mean["parameters"])}
+
+
+def percent(result: Mapping[str, Any], metric: str) -> str:
+    """A metric, with its spread where there is one."""
+    return f"{100 * result[metric]:.1f}" + (f" ± {100 * result['spread']:.1f}" if "spread" in result else "")
 
 
 def results_table(task: Task, results: Results) -> Table:
@@ -51,7 +70,7 @@ def results_table(task: Task, results: Results) -> Table:
     for name, result in results.items():
         table.add_row(
             name,
-            f"{100 * result[task.metric]:.1f}" + (f" ± {100 * result['spread']:.1f}" if "spread" in result else ""),
+            percent(result, task.metric),
             f"{result['parameters'] / 1e6:.2f} M",
             f"{result['examples_per_second']:,.0f}",
         )

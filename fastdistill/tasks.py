@@ -31,13 +31,13 @@ class HubDataset:
 
 @dataclass(frozen=True)
 class Task:
-    """A sentence or sentence-pair task.
+    """A task of sentences, of pairs of sentences, or of images.
 
     name: what it is called.
-    text_columns: ("sentence1",) or ("sentence1", "sentence2").
+    text_columns: ("sentence1",) or ("sentence1", "sentence2"); () where the examples are images.
     label_names: the classes in the order of their numbers, or None for a regression task (one output).
     metric: "accuracy", "f1", "spearman" or "matthews"; see `fastdistill.metrics.compute_metrics`.
-    max_length: tokens an example is cut to, special tokens included.
+    max_length: tokens an example is cut to, special tokens included; of no meaning for images.
     label_range: least and greatest label of a regression task, or None where any finite number will do.
     hub: where `load_task` finds it by name, or None.
     """
@@ -51,8 +51,8 @@ class Task:
     hub: HubDataset | None = None
 
     def __post_init__(self) -> None:
-        if self.text_columns not in (_SINGLE, _PAIR):
-            raise ValueError(f"text_columns must be {_SINGLE} or {_PAIR}, not {self.text_columns!r}")
+        if self.text_columns not in (_SINGLE, _PAIR, ()):
+            raise ValueError(f"text_columns must be {_SINGLE}, {_PAIR} or () for images, not {self.text_columns!r}")
         if self.metric not in METRICS:
             raise ValueError(f"metric must be one of {', '.join(METRICS)}, not {self.metric!r}")
         if (self.metric == "spearman") != self.is_regression:
@@ -66,6 +66,10 @@ class Task:
             raise ValueError(f"label_names must be two or more, or None for regression, not {self.label_names!r}")
         if self.max_length < 1:
             raise ValueError(f"max_length must be at least 1, not {self.max_length!r}")
+
+    @property
+    def is_of_images(self) -> bool:
+        return not self.text_columns
 
     @property
     def is_regression(self) -> bool:

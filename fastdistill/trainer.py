@@ -10,13 +10,18 @@ from typing import Any
 
 import torch
 import transformers
+from accelerate.data_loader import BatchSamplerShard  # type: ignore[import-untyped]
 from accelerate.utils import broadcast, gather_object  # type: ignore[import-untyped]
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from torch.utils.data import RandomSampler, Sampler, SequentialSampler
+from torch.utils.data import BatchSampler, DataLoader, RandomSampler, Sampler, SequentialSampler
 from transformers import Trainer, TrainingArguments
+from transformers.modeling_outputs import SequenceClassifierOutput
 
-from fastdistill.objectives import MSE, LogitsKD, LossFunction, Objective, TaskLoss, as_objective
+from fastdistill.architectures import ARCHITECTURES, encoder_layers
+from fastdistill.objectives import ATTENTION_MASK, MSE, LogitsKD, LossFunction, Objective, TaskLoss, as_objective
+from fastdistill.pruning import from_pretrained, is_reshaped
+from fastdistill.sharing import CONFIG_KEY
 from fastdistill.teachers import HIDDEN_STATES, LOGITS, TeacherOutputs, stored_outputs
 
 TEACHER = "teacher"
@@ -56,10 +61,10 @@ class DistillationTrainer(Trainer):
             of head. It is never wrapped, optimised or saved; it moves to the student's device and runs in
             eval mode, without gradients, under the same autocast. A model given as an object is frozen in
             place, and stays so. None where the objective needs no teacher, or where the dataset's column
-            "teacher_logits" holds what it would say: for a batch that has it, no teacher is run. (For an
-            objective that needs hidden states "teacher_hidden_states" must be there too: the [CLS] token's, of
-            embeddings and layers.) Several teachers are given by name, {"teacher": ..., "assistant": ...}; the
-            columns of each begin with its name.
+            "teacher_logits" holds what it would say (`fastdistill.store`): for a batch that has it, no teacher is
+            run. (For an objective that needs hidden states "teacher_hidden_states" must be there too: the [CLS]
+            token's, of embeddings and layers.) Several teachers are given by name,
+            {"teacher": ..., "assistant": ...}; the columns of each begin with its name.
         objective: an `Objective` or a function of (student outputs, teacher outputs, labels). By default
             `LogitsKD`, or `MSE` for a student with one output. The teacher's outputs are `TeacherOutputs`, for
             which it runs when they are first looked at; for several teachers, a dictionary of them. What an
@@ -69,8 +74,10 @@ class DistillationTrainer(Trainer):
 
     Parts of the loss are logged by name beside "loss", which is their weighted sum, each averaged over the
     steps since the last log. Micro-batches count by their labelled examples, so that accumulated or
-    data-parallel gradients are those of the whole batch. Evaluation runs no teacher: "eval_loss" is the
-    task's own loss. `predict` keeps the dataset's order.
+    data-parallel gradients are those of the whole batch, which processes share evenly, an epoch's last and smaller one
+    too. (Dropout draws other numbers in each process: only without it are results those of one process, within
+    rounding. Of a batch with fewer examples than processes some count twice.) Evaluation runs no teacher: "eval_loss"
+    is the task's own loss. `predict` keeps the dataset's order.
 
     Raises ValueError or TypeError, naming the argument, where objective, models and data do not go together.
     """
@@ -98,6 +105,8 @@ class DistillationTrainer(Trainer):
         self._parts_since = 0
 
         student = self.accelerator.unwrap_model(self.model)
+        if self.is_fsdp_enabled:
+            _shard_by_layer(self.accelerator.state.fsdp_plugin, student)
         given = _by_name(teacher_model)
         named = tuple(given) if isinstance(teacher_model, Mapping) else ()
         self.objective: Objective = _default_objective(student) if objective is None else as_objective(objective, named)
@@ -111,9 +120,10 @@ class DistillationTrainer(Trainer):
         self._learned: list[nn.Parameter] = []
         self._stepped = True
         if self.objective.module is not None:
-            if self.is_deepspeed_enabled or self.is_fsdp_enabled:
-                raise ValueError(f"objective {self.objective} learns, which works neither with DeepSpeed nor FSDP")
             self._learned = list(self.objective.module.to(self.args.device).parameters())
+            if (self._learned or self.objective.needs_columns) and (self.is_deepspeed_enabled or self.is_fsdp_enabled):
+                does = "learns" if self._learned else "chooses from all data"
+                raise ValueError(f"objective {self.objective} {does}, which works neither with DeepSpeed nor FSDP")
             broadcast(self._learned)
 
     @property
@@ -135,7 +145,9 @@ class DistillationTrainer(Trainer):
         features = {name: value for name, value in inputs.items() if name not in ("labels", *self._own_columns())}
         if not model.training:
             student = model(**features)
-            loss = TaskLoss()(student, None, labels)
+            own = slice(self._not_repeated(len(student.logits)))
+            counted = SequenceClassifierOutput(logits=student.logits[own])
+            loss = TaskLoss()(counted, None, None if labels is None else labels[own])
             return (loss, student) if return_outputs else loss
 
         if self.objective.needs_hidden_states:
@@ -153,6 +165,14 @@ class DistillationTrainer(Trainer):
         else:  # Trainer divides the loss by the number of micro-batches
             self._count(parts, 1 / self.current_gradient_accumulation_steps)
         return (loss, student) if return_outputs else loss
+
+    def _not_repeated(self, number: int) -> int:
+        """Of so many examples of an evaluation's batch those that do not just fill up this process's last one."""
+        state, place = self.accelerator.gradient_state, self.accelerator.process_index
+        if self.accelerator.num_processes == 1 or not state.end_of_dataloader or state.remainder <= 0:
+            return number
+        own = min(number, state.remainder - place * number)
+        return own if own > 0 else number  # of none, Trainer drops the loss
 
     def teacher_outputs(self, features: dict[str, Any], inputs: Mapping[str, Any]) -> Any:
         """What the teachers say to a batch of these features: what its columns hold of it, else the models' outputs.
@@ -191,7 +211,8 @@ class DistillationTrainer(Trainer):
         return loss
 
     def _clip_grad_norm(self, model: nn.Module) -> Any:
-        together = model if self.objective.module is None else nn.ModuleList([model, self.objective.module])
+        own = self.objective.module
+        together = model if own is None or not self._learned else nn.ModuleList([model, own])
         return super()._clip_grad_norm(together)  # type: ignore[no-untyped-call]
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
@@ -225,6 +246,21 @@ class DistillationTrainer(Trainer):
 
     # Data
 
+    def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
+        if not self.accelerator.is_fsdp2:
+            return super().evaluation_loop(*args, **kwargs)
+        if not self.accelerator._models:  # not trained yet, and accelerate shards a model with its optimizer only
+            self.model, self.optimizer = self.accelerator.prepare(self.model, self.create_optimizer())
+            self.model_wrapped = self.model
+        output = super().evaluation_loop(*args, **kwargs)
+        from torch.distributed.fsdp import FSDPModule  # where torch has it
+
+        model: Any = self.model
+        for module in model.modules():  # some are whole still after a forward pass; accelerate wants none
+            if isinstance(module, FSDPModule):
+                module.reshard()
+        return output
+
     def prediction_step(
         self,
         model: nn.Module,
@@ -244,7 +280,18 @@ class DistillationTrainer(Trainer):
     def _own_columns(self) -> tuple[str, ...]:
         """Those that the objective uses, and no model."""
         names = self.objective.teachers or (TEACHER,)
-        return (*(name + kind for name in names for kind in (LOGITS, HIDDEN_STATES)), *self.objective.needs_columns)
+        needed = (column for column in self.objective.needs_columns if column != ATTENTION_MASK)
+        return (*(name + kind for name in names for kind in (LOGITS, HIDDEN_STATES)), *needed)
+
+    def _get_dataloader(self, *args: Any, **kwargs: Any) -> DataLoader[Any]:
+        loader = super()._get_dataloader(*args, **kwargs)
+        shard: Any = getattr(loader, "batch_sampler", None)
+        is_sharded = isinstance(shard, BatchSamplerShard) and shard.num_processes > 1 and not shard.split_batches
+        if kwargs.get("is_training") and is_sharded and type(shard.batch_sampler) is BatchSampler:
+            # else accelerate would fill the last batch up with examples of the first
+            shard.batch_sampler = _EvenShares(shard.batch_sampler, shard.num_processes)
+            shard.even_batches = False
+        return loader
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Sampler[int] | None:
         dataset: Any = self.train_dataset if train_dataset is None else train_dataset
@@ -289,6 +336,27 @@ class LengthGroupedSampler(Sampler[int]):
         yield from shuffled[whole * size :]
 
 
+class _EvenShares(BatchSampler):
+    """Batches for each of so many processes in turn, where the epoch's last round is shared evenly, too."""
+
+    def __init__(self, batches: BatchSampler, processes: int) -> None:
+        super().__init__(batches.sampler, batches.batch_size, batches.drop_last)
+        self.processes = processes
+
+    def __len__(self) -> int:
+        rounds = BatchSampler(self.sampler, self.batch_size * self.processes, self.drop_last)
+        return len(rounds) * self.processes
+
+    def __iter__(self) -> Iterator[list[int]]:
+        for together in BatchSampler(self.sampler, self.batch_size * self.processes, self.drop_last):
+            if len(together) < self.processes:
+                together = (together * self.processes)[: self.processes]
+            share, more = divmod(len(together), self.processes)
+            for place in range(self.processes):  # the first ones have the greater shares
+                start = place * share + min(place, more)
+                yield together[start : start + share + (place < more)]
+
+
 def _lengths(dataset: Any, column: str) -> list[int] | None:
     columns = _columns(dataset)
     if column in columns and hasattr(dataset, "column_names"):
@@ -302,6 +370,17 @@ def _columns(dataset: Any) -> set[str]:
         return set(dataset.column_names)
     first = dataset[0] if hasattr(dataset, "__len__") and len(dataset) else {}
     return set(first) if isinstance(first, Mapping) else set()
+
+
+def _shard_by_layer(plugin: Any, student: nn.Module) -> None:
+    """Unless it was said what to shard by. transformers would name BERT's embeddings too, but these accelerate shards
+    itself: it cannot do so twice. Layers that share weights are sharded as one, for they cannot be apart."""
+    if not isinstance(student, transformers.PreTrainedModel) or student.config.model_type not in ARCHITECTURES:
+        return
+    if _config(student, CONFIG_KEY) is not None:
+        plugin.transformer_cls_names_to_wrap = []
+    elif not plugin.transformer_cls_names_to_wrap:
+        plugin.transformer_cls_names_to_wrap = [type(encoder_layers(student)[0]).__name__]
 
 
 # What must hold before training starts
@@ -397,6 +476,8 @@ def _load_teacher(argument: str, teacher: TeacherModel, student: nn.Module) -> n
             f"{argument} is {str(teacher)!r}, but what to load it as beside a {type(student).__name__} is "
             "not known; expected a model object"
         )
+    if is_reshaped(transformers.AutoConfig.from_pretrained(teacher, trust_remote_code=False)):
+        return from_pretrained(teacher)
     model, loading = auto.from_pretrained(
         teacher, use_safetensors=True, trust_remote_code=False, output_loading_info=True
     )

@@ -7,41 +7,14 @@ import pytest
 import torch
 import transformers
 from torch import nn
-from transformers import AutoModelForImageClassification, AutoModelForSequenceClassification
 
-from fastdistill import first_layers
-from fastdistill.students import LAYERS, PACKAGED, describe_head, load_classifier, load_tokenizer, pretrained
+from fastdistill import first_layers, prune
+from fastdistill.architectures import ARCHITECTURES
+from fastdistill.scores import random_scores
+from fastdistill.students import PACKAGED, describe_head, load_classifier, load_tokenizer, pretrained
 from fastdistill.tasks import Task
 from tests import tiny
-
-CONFIGS = {
-    "bert": "BertConfig",
-    "camembert": "CamembertConfig",
-    "distilbert": "DistilBertConfig",
-    "electra": "ElectraConfig",
-    "mpnet": "MPNetConfig",
-    "roberta": "RobertaConfig",
-    "vit": "ViTConfig",
-    "xlm-roberta": "XLMRobertaConfig",
-}
-SHAPE = {"hidden_size": 16, "num_hidden_layers": 4, "num_attention_heads": 2, "intermediate_size": 32}
-TEXT = {**SHAPE, "vocab_size": 60, "max_position_embeddings": 40, "initializer_range": 0.5}
-IMAGE = {**SHAPE, "image_size": 8, "patch_size": 4}
-
-
-def classifier(kind: str) -> Any:
-    torch.manual_seed(0)
-    settings = IMAGE if kind == "vit" else TEXT | ({"hidden_dim": 32} if kind == "distilbert" else {})
-    config = getattr(transformers, CONFIGS[kind])(**settings, num_labels=3)
-    auto = AutoModelForImageClassification if kind == "vit" else AutoModelForSequenceClassification
-    return auto.from_config(config).eval()
-
-
-def inputs(kind: str) -> dict[str, torch.Tensor]:
-    generator = torch.Generator().manual_seed(1)
-    if kind == "vit":
-        return {"pixel_values": torch.rand(2, 3, 8, 8, generator=generator)}
-    return {"input_ids": torch.randint(5, 60, (2, 9), generator=generator)}
+from tests.encoders import classifier, inputs
 
 
 def states(model: nn.Module, kind: str) -> Any:
@@ -49,7 +22,7 @@ def states(model: nn.Module, kind: str) -> Any:
         return model(**inputs(kind), output_hidden_states=True)
 
 
-@pytest.mark.parametrize("kind", LAYERS)
+@pytest.mark.parametrize("kind", ARCHITECTURES)
 def test_the_first_layers_compute_what_they_did_in_the_model(kind: str, tmp_path: Path) -> None:
     model = classifier(kind)
     student = first_layers(model, 2)
@@ -163,6 +136,16 @@ def test_a_head_of_another_size_is_replaced(tmp_path: Path) -> None:
 def test_a_head_of_the_tasks_size_is_kept(tmp_path: Path) -> None:
     source = saved(tmp_path, id2label={0: "low", 1: "high"}, label2id={"low": 0, "high": 1})
     torch.testing.assert_close(load_classifier(source, tiny.TASK).classifier.weight, tiny.bert(3).classifier.weight)
+
+
+def test_a_pruned_classifier_keeps_its_weights(tmp_path: Path) -> None:
+    model = tiny.bert(3, id2label={0: "low", 1: "high"}, label2id={"low": 0, "high": 1})
+    pruned = prune(model, random_scores(model, torch.Generator().manual_seed(0)), 0.5)
+    pruned.save_pretrained(tmp_path)
+    loaded = load_classifier(str(tmp_path), tiny.TASK)
+    torch.testing.assert_close(loaded.state_dict(), pruned.state_dict(), rtol=0, atol=0)
+    with pytest.raises(ValueError, match="is pruned or has shared layers, and its head is not of score"):
+        load_classifier(str(tmp_path), SCORE)
 
 
 @pytest.mark.parametrize(

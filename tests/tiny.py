@@ -8,7 +8,9 @@ from pathlib import Path
 from typing import Any
 
 import datasets
+import numpy as np
 import torch
+from PIL import Image
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import BertConfig, BertForSequenceClassification, PreTrainedTokenizerFast
 
@@ -102,3 +104,18 @@ def config(folder: Path, **options: Any) -> DistillationConfig:
         "learning_rate": 1e-2,
     }
     return DistillationConfig(**settings | options)
+
+
+def image_folder(path: Path, train: int = 24, validation: int = 12, size: int = 8) -> Path:
+    """Noisy squares, of which one class is brighter above and the other below."""
+    draw = np.random.RandomState(0)
+    for split, number in (("train", train), ("validation", validation)):
+        for place in range(number):
+            label = place % 2
+            values = draw.randint(0, 128, (size, size, 3))
+            half = slice(size // 2) if label else slice(size // 2, None)
+            values[half] += 96
+            file = path / split / LABELS[label] / f"{place}.png"
+            file.parent.mkdir(parents=True, exist_ok=True)
+            Image.fromarray(values.astype(np.uint8)).save(file)
+    return path

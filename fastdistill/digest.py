@@ -1,0 +1,36 @@
+"""Digests: what a result came from, as a short text that changes with it."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterable, Iterator, Mapping
+from itertools import chain
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+
+def digest(pieces: Iterable[str | bytes | memoryview]) -> str:
+    """SHA-256 of the pieces, one after another."""
+    sha = hashlib.sha256()
+    for piece in pieces:
+        sha.update(piece.encode() if isinstance(piece, str) else piece)
+    return sha.hexdigest()
+
+
+def tensor_pieces(tensors: Mapping[str, Tensor]) -> Iterator[str | memoryview]:
+    """Names, types, shapes and values, in the names' order."""
+    for name, tensor in sorted(tensors.items()):
+        yield f"{name} {tensor.dtype} {tuple(tensor.shape)}"
+        yield tensor.detach().cpu().reshape(-1).view(torch.uint8).numpy().data
+
+
+def model_digest(model: PreTrainedModel) -> str:
+    """Of the model's weights and of what its config says beside where and by what it was written."""
+    config = model.config.to_dict()
+    for key in ("_name_or_path", "architectures", "dtype", "transformers_version", "use_cache"):
+        config.pop(key, None)
+    described = json.dumps([type(model).__name__, config], sort_keys=True, default=str)
+    return digest(chain([described], tensor_pieces(model.state_dict())))

@@ -1,0 +1,24 @@
+"""What recipes write, read back."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+TIMES = ("seconds", "examples_per_second", "resumed")
+
+
+def record(output: Path) -> dict[str, Any]:
+    return dict(json.loads((output / "results.json").read_text()))
+
+
+def untimed(output: Path, *keys: str) -> Any:
+    """These parts of a record, without what differs from run to run: times."""
+    return without_times({key: record(output)[key] for key in keys})
+
+
+def without_times(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: without_times(item) for key, item in value.items() if key not in TIMES}
+    return value
