@@ -8,7 +8,7 @@ export FASTDISTILL_ISA ?= native
 .PHONY: demo test bench lint gpu build clean
 
 demo: $(VENV)/ready
-	$(BIN)/fastdistill kd --task docstrings --teacher minilm --student-layers 2 --output runs/demo
+	$(BIN)/fastdistill stark --task docstrings --teacher minilm --student-layers 2 --sparsity 0.2,0.4,0.6 --epochs 2 --output runs/demo
 
 test: $(VENV)/ready
 	$(BIN)/python -m pytest

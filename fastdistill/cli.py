@@ -11,7 +11,10 @@ from collections.abc import Sequence
 # run(options)
 RECIPES = {
     "kd": "fine-tune a teacher and distil it into its own first layers, beside a student that has no teacher",
+    "stark": "prune a teacher of what its student finds unfriendly, and distil the sparse teacher (STARK)",
     "dekd": "distil what a student is unsure of, from a teacher and its assistant, aligning informative layers (DeKD)",
+    "autoskd": "distil from a team of teachers, one sampled a step, as likely as is learned to be best (AutoSKDBERT)",
+    "peakd": "distil into layers that are applied twice, after a pretraining with the teacher's predictions (Pea-KD)",
 }
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 import statistics
 import sys
@@ -17,6 +16,7 @@ from fastdistill.cli import main
 from fastdistill.recipes import stages
 from fastdistill.students import first_layers
 from tests import tiny
+from tests.records import record, untimed
 
 
 @pytest.fixture(scope="module")
@@ -35,17 +35,6 @@ def command(sources: Path, output: Path, *more: str, task: str = "task") -> list
         "--output", str(output), "--epochs", "1", "--teacher-epochs", "1", "--batch-size", "16",
         "--learning-rate", "0.01", "--teacher-learning-rate", "0.01", *more,
     ]  # fmt: skip
-
-
-def results(output: Path) -> dict[str, Any]:
-    return dict(json.loads((output / "results.json").read_text()))
-
-
-def measured(output: Path) -> dict[str, Any]:
-    """All but time."""
-    times = ("seconds", "examples_per_second", "resumed")
-    found = results(output)["results"]
-    return {name: {k: v for k, v in result.items() if k not in times} for name, result in found.items()}
 
 
 def model(folder: Path) -> Any:
@@ -76,7 +65,7 @@ def finished(sources: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_a_run_trains_all_that_was_asked_for(finished: Path) -> None:
-    found = results(finished)["results"]
+    found = record(finished)["results"]
     assert list(found) == ["teacher", "assistant-2", "assistant-3", "assistant-3-2", *STUDENTS]
     layers = {"teacher": 4, "assistant-2": 2, "assistant-3": 3, "assistant-3-2": 2}
     assert {name: model(finished / name).config.num_hidden_layers for name in layers} == layers
@@ -91,7 +80,7 @@ def test_a_run_trains_all_that_was_asked_for(finished: Path) -> None:
 
 
 def test_each_student_has_its_objective(finished: Path) -> None:
-    said = results(finished)["settings"]["objectives"]
+    said = record(finished)["settings"]["objectives"]
     assert "ratio=0.5" in said["dekd"]
     assert all(text in said["dekd"] for text in ("temperature=5.0", "ce_weight=0.5", "ta_weight=0.3", "da_weight=0.2"))
     assert "ratio=1.0" in said["dekd-without-ds"]
@@ -101,13 +90,14 @@ def test_each_student_has_its_objective(finished: Path) -> None:
 
 
 def test_the_table_has_spreads(sources: Path, finished: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    before = measured(finished)
+    before = untimed(finished, "results")
+    dekd = before["results"]["dekd"]
     assert main(command(sources, finished, *EVERYTHING)) == 0
     said = capsys.readouterr()
     row = next(line for line in said.out.splitlines() if " dekd " in line)
-    assert f"{100 * before['dekd']['accuracy']:.1f} ± {100 * before['dekd']['spread']:.1f}" in row
+    assert f"{100 * dekd['accuracy']:.1f} ± {100 * dekd['spread']:.1f}" in row
     assert "dekd: done earlier" in said.err.replace("\n", "")
-    assert measured(finished) == before
+    assert untimed(finished, "results") == before
 
 
 def test_plots_are_drawn(finished: Path) -> None:
@@ -116,16 +106,26 @@ def test_plots_are_drawn(finished: Path) -> None:
 
 
 def test_who_teaches_whom(sources: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What looks at logits alone has them of a teacher that ran before."""
     begun: dict[str, Any] = {}
+    stored: dict[str, Any] = {}
+    store = stages.store
+
+    def watched(dataset: Any, model: Any, **options: Any) -> Any:
+        stored["teacher"] = model
+        return store(dataset, model, **options)
 
     class Watched(stages.DistillationTrainer):
         def train(self, *args: Any, **kwargs: Any) -> Any:
+            teachers = {**stored, **self.teachers}
+            stored.clear()
             begun[Path(self.args.output_dir).name] = (
-                {name: teacher.config.num_hidden_layers for name, teacher in self.teachers.items()},
+                {name: teacher.config.num_hidden_layers for name, teacher in teachers.items()},
                 {name: value.clone() for name, value in self.model.state_dict().items()},
             )
             return super().train(*args, **kwargs)
 
+    monkeypatch.setattr(stages, "store", watched)
     monkeypatch.setattr(stages, "DistillationTrainer", Watched)
     assert main(command(sources, tmp_path, "--chain", "2,1", "--baselines", "--without", "ta", "--no-plots")) == 0
     assert {name: depths for name, (depths, _) in begun.items()} == {
@@ -173,7 +173,7 @@ def test_a_run_that_was_cut_off_ends_as_one_that_was_not(
             main(command(sources, tmp_path / "cut", *options))
     assert list((tmp_path / "cut").rglob("checkpoint-4"))
     assert main(command(sources, tmp_path / "cut", *options)) == 0
-    assert measured(tmp_path / "cut") == measured(tmp_path / "whole")
+    assert untimed(tmp_path / "cut", "results") == untimed(tmp_path / "whole", "results")
     seed = "seed-0"
     ours, theirs = (model(tmp_path / run / seed / "dekd").state_dict() for run in ("cut", "whole"))
     torch.testing.assert_close(ours, theirs, rtol=0, atol=0)
@@ -205,7 +205,7 @@ def test_a_changed_option_repeats_what_depends_on_it(
 def test_ratios_and_strategies(sources: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     options = ("--ratio", "0.25,0.5,1", "--strategy", "margin,random", "--baselines", "--without", "ds")
     assert main(command(sources, tmp_path, *options)) == 0
-    found = results(tmp_path)
+    found = record(tmp_path)
     names = ["dekd-margin-0.25", "dekd-margin-0.5", "dekd-1", "dekd-random-0.25", "dekd-random-0.5", "dekd-without-ds"]
     assert list(found["results"])[4:] == names  # with a ratio of 1 strategies are one
     assert "strategy='random'" in found["settings"]["objectives"]["dekd-random-0.25"]
@@ -216,7 +216,7 @@ def test_ratios_and_strategies(sources: Path, tmp_path: Path, capsys: pytest.Cap
 
 def test_without_an_assistant_none_is_trained(sources: Path, tmp_path: Path) -> None:
     assert main(command(sources, tmp_path, "--ta-weight", "0", "--no-plots")) == 0
-    assert list(results(tmp_path)["results"]) == ["teacher", "dekd"]
+    assert list(record(tmp_path)["results"]) == ["teacher", "dekd"]
 
 
 def test_without_matplotlib_plots_are_refused_at_once(

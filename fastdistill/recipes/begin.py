@@ -5,10 +5,13 @@ from __future__ import annotations
 import argparse
 from dataclasses import dataclass
 
+import torch
+from accelerate import PartialState  # type: ignore[import-untyped]
 from transformers import PreTrainedModel
 
 from fastdistill.data import TaskData, load_task
 from fastdistill.objectives import TaskLoss
+from fastdistill.recipes.examples import Examples, of_text
 from fastdistill.recipes.stages import Stages, Trained
 from fastdistill.students import describe_head, load_classifier, load_tokenizer
 from fastdistill.tasks import Task
@@ -33,17 +36,7 @@ class Beginning:
 
     def stages(self) -> Stages:
         options = self.options
-        return Stages(
-            options.output,
-            self.data,
-            load_tokenizer(options.teacher),
-            max_length=options.max_length,
-            batch_size=options.batch_size,
-            seed=options.seed,
-            bf16=options.bf16,
-            checkpoints=options.checkpoints,
-            tensorboard=options.tensorboard,
-        )
+        return stages_of(options, of_text(self.data, load_tokenizer(options.teacher), options.max_length))
 
     def teacher(self, stages: Stages) -> Trained:
         """The stage "teacher": fine-tuned on the task, unless it is a classifier of it already."""
@@ -51,17 +44,37 @@ class Beginning:
         return stages.train("teacher", self.pretrained, TaskLoss(), epochs=self.teacher_epochs, learning_rate=rate)
 
 
-def begin(options: argparse.Namespace) -> Beginning:
-    """Load what the options of `fastdistill.recipes.options.add_run` and `add_training` name; nothing is written.
-
-    Learning rates that were left open are filled in.
-    """
-    data = load_task(
+def load(options: argparse.Namespace) -> TaskData:
+    """The data that the options of `fastdistill.recipes.options.add_run` name."""
+    PartialState(cpu=not torch.accelerator.is_available())  # the first one made decides for all: gloo without a GPU
+    return load_task(
         options.task,
         max_train_examples=options.max_train_examples,
         max_eval_examples=options.max_eval_examples,
         seed=options.seed,
     )
+
+
+def stages_of(options: argparse.Namespace, examples: Examples) -> Stages:
+    return Stages(
+        options.output,
+        examples,
+        batch_size=options.batch_size,
+        seed=options.seed,
+        bf16=options.bf16,
+        checkpoints=options.checkpoints,
+        tensorboard=options.tensorboard,
+    )
+
+
+def begin(options: argparse.Namespace, data: TaskData | None = None) -> Beginning:
+    """Load what the options of `fastdistill.recipes.options.add_run` and `add_training` name; nothing is written.
+
+    Learning rates that were left open are filled in. Raises ValueError for a task of images.
+    """
+    data = load(options) if data is None else data
+    if data.task.is_of_images:
+        raise ValueError(f"--task {options.task} is of images; expected one of text")
     teacher_epochs = _teacher_epochs(options, data.task)
     pretrained = load_classifier(options.teacher, data.task, seed=options.seed)
     narrow = min(1.0, WIDTH / pretrained.config.hidden_size) ** 2

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import statistics
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -80,12 +79,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="M",
         help="layers of teacher and student that are aligned (default: as many as the student has)",
     )
-    add(
-        "--seeds",
-        type=shared.listed(shared.integer(0, 2**32 - 1)),
-        metavar="N[,N...]",
-        help="train every student once with each, and report mean and spread (default: --seed)",
-    )
     add = parser.add_argument_group("what else to train").add_argument
     add(
         "--without",
@@ -96,21 +89,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="a student without data selection (ds), the assistant (ta) or the alignment of layers (doa), or "
         "several of these at once; may be repeated, for a student each",
     )
-    add("--baselines", action="store_true", help="a student that has no teacher, and one by plain distillation")
-    add(
-        "--chain",
-        type=shared.listed(shared.integer(1)),
-        metavar="K,K[,...]",
-        help="a student by plain distillation down a chain of models with so many layers, such as 6,4,2 (TAKD)",
-    )
-    add(
-        "--kd-temperature",
-        type=number(above=0),
-        default=2.0,
-        metavar="X",
-        help="of plain distillation: the assistants', the baseline's and the chain's (default: %(default)g)",
-    )
-    add("--no-plots", action="store_true", help="draw none; they need matplotlib")
+    shared.add_comparison(parser)
 
 
 def run(options: argparse.Namespace) -> dict[str, Any]:
@@ -123,8 +102,9 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
     """
     from fastdistill.objectives import LogitsKD, TaskLoss
     from fastdistill.plots import require_matplotlib
+    from fastdistill.recipes.assistants import Assistants, chain_of
     from fastdistill.recipes.begin import begin
-    from fastdistill.report import finish
+    from fastdistill.report import finish, summary
     from fastdistill.students import first_layers
 
     started = time.perf_counter()
@@ -137,7 +117,7 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
     depth = beginning.pretrained.config.num_hidden_layers
     variants = _variants(options)
     assistant_layers = _assistant_layers(options, depth, variants)
-    chain = _chain(options, depth)
+    chain = chain_of(options, depth)
     stages = beginning.stages()
     smoothing = options.label_smoothing or 0.0
     kd = LogitsKD(temperature=options.kd_temperature, label_smoothing=smoothing)
@@ -145,18 +125,7 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
 
     teacher = beginning.teacher(stages)
     results: dict[str, Any] = {"teacher": teacher.result}
-
-    def assistant(*layers: int) -> Trained:
-        """By plain distillation from the teacher, or from the assistant with the layers before the last."""
-        name = "-".join(map(str, ("assistant", *layers)))
-        if name not in assistants:
-            source = assistant(*layers[:-1]) if layers[:-1] else teacher
-            student = first_layers(teacher.model, layers[-1])
-            assistants[name] = stages.train(name, student, kd, teacher=source.model, **training)
-            results[name] = assistants[name].result
-        return assistants[name]
-
-    assistants: dict[str, Trained] = {}
+    assistant = Assistants(stages, teacher, kd, training, results)
     teachers = {"teacher": teacher.model}
     if assistant_layers:
         teachers["assistant"] = assistant(assistant_layers).model
@@ -167,7 +136,7 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
 
     def students(name: str, objective: Objective, teacher: Any = None) -> list[Trained]:
         trained = [_train(stages, name, student, objective, teacher, training) for stages in seeded]
-        results[name] = summary(task.metric, trained)
+        results[name] = summary(task.metric, [one.result for one in trained])
         return trained
 
     if options.baselines:
@@ -265,30 +234,6 @@ def _assistant_layers(options: argparse.Namespace, depth: int, variants: Mapping
     return int(layers)
 
 
-def _chain(options: argparse.Namespace, depth: int) -> Sequence[int]:
-    """The layers of the models that follow the teacher, or none; the teacher's own may stand before them."""
-    if options.chain is None:
-        return ()
-    chain = options.chain[1:] if options.chain[0] == depth else options.chain
-    falling = all(a > b for a, b in zip((depth, *chain), chain, strict=False))
-    if len(chain) < 2 or not falling or chain[-1] != options.student_layers:
-        raise ValueError(
-            f"--chain is {','.join(map(str, options.chain))}; expected falling numbers of layers below the teacher's "
-            f"{depth}, two or more, to the student's {options.student_layers}"
-        )
-    return tuple(chain)
-
-
-def summary(metric: str, trained: Sequence[Trained]) -> dict[str, Any]:
-    """Means over seeds, and of the metric each value and, of two or more, the sample standard deviation."""
-    results = [one.result for one in trained]
-    values = [result[metric] for result in results]
-    spread = {"spread": statistics.stdev(values)} if len(values) > 1 else {}
-    measured = (metric, "loss", "examples_per_second", "seconds")
-    mean = {key: statistics.fmean(result[key] for result in results) for key in measured}
-    return {**mean, **spread, "values": values, "parameters": results[0]["parameters"]}
-
-
 def _plot(
     options: argparse.Namespace,
     depth: int,
@@ -314,7 +259,8 @@ def _plot(
             for strategy in options.strategy
         }
         lines = {name: results[name][metric] for name in ("finetuned", "kd", "takd") if name in results}
-        plots.metric_by_ratio(options.output / "ratios.svg", metric, curves, lines)
+        asked = "share of the examples that query a teacher"
+        plots.metric_by_share(options.output / "ratios.svg", asked, metric, curves, lines)
     first, objective = next(iter(variants.items()))
     bins = [f"{i / 10:g} to {(i + 1) / 10:g}" for i in range(10)]
     plots.shares_over_time(

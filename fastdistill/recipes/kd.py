@@ -10,6 +10,7 @@ from fastdistill.recipes import options as shared
 
 if TYPE_CHECKING:
     from fastdistill.objectives import Objective
+    from fastdistill.ops.kd_ce_loss import Divergence
     from fastdistill.tasks import Task
 
 
@@ -34,7 +35,7 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
     started = time.perf_counter()
     beginning = begin(options)
     task = beginning.data.task
-    objective = _objective(options, task)
+    objective = logits_objective(options, task)
     first_layers(beginning.pretrained, options.student_layers)  # if it cannot be, say so before the teacher is trained
     stages = beginning.stages()
 
@@ -49,19 +50,23 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
     return finish(options.output, settings, task, results, time.perf_counter() - started)
 
 
-def _objective(options: argparse.Namespace, task: Task) -> Objective:
+def logits_objective(options: argparse.Namespace, task: Task, *, of_teacher: bool = False) -> Objective:
+    """By the options of `fastdistill.recipes.options.add_distillation`; or of it what a teacher's gates are scored by:
+    no labels, and soft cross-entropy for forward KL, from which it differs only in its gradient to the teacher."""
     from fastdistill.objectives import MSE, LogitsKD
 
+    label_weight = 0.0 if of_teacher else options.ce_weight
     if task.is_regression:
         for option in ("temperature", "divergence", "label_smoothing"):
             if (value := getattr(options, option)) is not None:
                 name = option.replace("_", "-")
                 raise ValueError(f"--{name} is {value}, but {task.name} is regression: there are no classes")
-        return MSE(kd_weight=options.kd_weight, label_weight=options.ce_weight)
+        return MSE(kd_weight=options.kd_weight, label_weight=label_weight)
+    default: Divergence = "soft_ce" if of_teacher else "forward_kl"
     return LogitsKD(
         temperature=options.temperature or 2.0,
         kd_weight=options.kd_weight,
-        ce_weight=options.ce_weight,
-        divergence=options.divergence or "forward_kl",
-        label_smoothing=options.label_smoothing or 0.0,
+        ce_weight=label_weight,
+        divergence=options.divergence or default,
+        label_smoothing=0.0 if of_teacher else options.label_smoothing or 0.0,
     )

@@ -74,23 +74,26 @@ def listed(type: Callable[[str], Item]) -> Callable[[str], tuple[Item, ...]]:
     return parse
 
 
-def add_run(parser: argparse.ArgumentParser) -> None:
-    """What to learn, from whom, and where to keep it."""
+def add_run(parser: argparse.ArgumentParser, *, needs_layers: bool = True, of_text_alone: bool = True) -> None:
+    """What to learn, from whom, and where to keep it; a student of the teacher's first layers, if there is no other.
+
+    A recipe that is not of text alone has tasks of images too, which have neither teacher nor layers."""
     add = parser.add_argument_group("what to run").add_argument
     add(
         "--task",
         required=True,
         help="a task's name (docstrings, which needs no network; sst2, mnli and the rest of GLUE; ag_news, emotion, "
-        "imdb), or a folder or file of jsonl[.gz], csv, tsv or parquet with columns sentence1[, sentence2], label",
+        "imdb), or a folder or file of jsonl[.gz], csv, tsv or parquet with columns sentence1[, sentence2], label"
+        + ("" if of_text_alone else "; or a folder of images, train/CLASS/* and validation/CLASS/*"),
     )
     add(
         "--teacher",
-        required=True,
+        required=of_text_alone,
         help="folder or hub name of a transformers encoder in safetensors, or minilm, which the extra 'demo' brings",
     )
     add(
         "--student-layers",
-        required=True,
+        required=needs_layers and of_text_alone,
         type=integer(1),
         metavar="K",
         help="the teacher's layers that the student has",
@@ -124,7 +127,7 @@ def add_training(parser: argparse.ArgumentParser) -> None:
         type=integer(1),
         default=32,
         metavar="N",
-        help="examples in a training batch, on each device (default: %(default)s)",
+        help="examples in a training batch, all processes' together (default: %(default)s)",
     )
     add(
         "--learning-rate",
@@ -141,7 +144,11 @@ def add_training(parser: argparse.ArgumentParser) -> None:
     )
     add("--label-smoothing", type=number(low=0, below=1), metavar="X", help="of the students' labels (default: 0)")
     add("--seed", type=integer(0, 2**32 - 1), default=0, metavar="N", help="(default: %(default)s)")
-    add("--bf16", action="store_true", help="train and evaluate in bfloat16 mixed precision")
+    add(
+        "--bf16",
+        action="store_true",
+        help="train and evaluate in bfloat16 mixed precision; scores of heads, neurons or weights stay float32",
+    )
     add(
         "--checkpoints",
         type=integer(0),
@@ -170,4 +177,48 @@ def add_distillation(parser: argparse.ArgumentParser) -> None:
         "--divergence",
         choices=DIVERGENCES,
         help="of the student's probabilities from the teacher's (default: forward_kl)",
+    )
+
+
+def add_comparison(
+    parser: argparse.ArgumentParser,
+    *,
+    plots: bool = True,
+    baselines: str = "a student that has no teacher, and one by plain distillation",
+) -> None:
+    """What else to train beside a method, how often, and whether to draw it, if there are plots."""
+    add = parser.add_argument_group("comparison").add_argument
+    add(
+        "--seeds",
+        type=listed(integer(0, 2**32 - 1)),
+        metavar="N[,N...]",
+        help="train every student once with each, and report mean and spread (default: --seed)",
+    )
+    add("--baselines", action="store_true", help=baselines)
+    add(
+        "--chain",
+        type=listed(integer(1)),
+        metavar="K,K[,...]",
+        help="a student by plain distillation down a chain of models with so many layers, such as 6,4,2 (TAKD)",
+    )
+    add(
+        "--kd-temperature",
+        type=number(above=0),
+        default=2.0,
+        metavar="X",
+        help="of plain distillation: the assistants', the baseline's and the chain's (default: %(default)g)",
+    )
+    if plots:
+        add("--no-plots", action="store_true", help="draw none; they need matplotlib")
+
+
+def add_executor(parser: argparse.ArgumentParser) -> None:
+    """Where trainings run that do not wait for each other."""
+    parser.add_argument_group("many trainings").add_argument(
+        "--executor",
+        choices=("local", "ray"),
+        default="local",
+        help="train students one after another (local), or as many at a time as a Ray cluster has GPUs, or else CPUs "
+        "(ray: the cluster of RAY_ADDRESS, or this machine; --output and HF_HOME must be on a file system that all its "
+        "machines share) (default: %(default)s)",
     )

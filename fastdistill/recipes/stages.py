@@ -8,33 +8,49 @@ from __future__ import annotations
 
 import contextlib
 import copy
-import hashlib
 import json
 import shutil
+import statistics
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import torch
 from accelerate import PartialState  # type: ignore[import-untyped]
+from accelerate.utils import send_to_device  # type: ignore[import-untyped]
 from rich.console import Console
-from transformers import AutoModelForSequenceClassification, PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
+from torch.utils.data import DataLoader
+from transformers import PreTrainedModel, TrainerCallback
+from transformers.integrations.fsdp import is_fsdp_enabled
 from transformers.trainer_callback import ProgressCallback
 
-from fastdistill.data import TaskData, tokenize
+from fastdistill.digest import digest, model_digest
+from fastdistill.first_token import first_token_only
 from fastdistill.metrics import compute_metrics
 from fastdistill.objectives import Objective
+from fastdistill.pruning import from_pretrained
+from fastdistill.recipes.examples import Examples
 from fastdistill.report import versions, write_json
+from fastdistill.scores import Scores
+from fastdistill.scoring import Sensitivities, score
 from fastdistill.selection import EXAMPLE
+from fastdistill.stored import store
+from fastdistill.team import TeacherTeam
 from fastdistill.trainer import DistillationConfig, DistillationTrainer
+from fastdistill.weights import WeightScores, WeightSensitivities, score_weights
 
 if TYPE_CHECKING:
     from datasets import Dataset
+    from torch import Tensor
+
+    from fastdistill.tasks import Task
 
 MARKER = "stage.json"
+
+Teacher = PreTrainedModel | Mapping[str, PreTrainedModel] | None
 
 
 @dataclass(frozen=True)
@@ -52,8 +68,8 @@ class Stages:
 
     Args:
         output: folder of the run; made if it does not exist.
-        data, tokenizer, max_length: the task's examples, tokenized here.
-        batch_size: examples in a training batch, on each device.
+        examples: the task's.
+        batch_size: examples in a training batch, of all processes together: they must divide it.
         seed: of dropout and of the order of examples; stages of equal length see the same batches.
         bf16: mixed precision.
         checkpoints: how often a stage saves its state on its way.
@@ -63,32 +79,32 @@ class Stages:
     def __init__(
         self,
         output: Path,
-        data: TaskData,
-        tokenizer: PreTrainedTokenizerBase,
+        examples: Examples,
         *,
-        max_length: int | None = None,
         batch_size: int = 32,
         seed: int = 0,
         bf16: bool = False,
         checkpoints: int = 3,
         tensorboard: bool = False,
     ) -> None:
-        self.output, self.task, self.tokenizer = output, data.task, tokenizer
+        self.output, self.task, self.tokenizer = output.absolute(), examples.task, examples.tokenizer
+        self.stored = self.output / "stored"
+        self.collate, self.train_data, self.eval_data = examples.collate, examples.train, examples.validation
         self.checkpoints, self.tensorboard = checkpoints, tensorboard
-        self.console = Console(stderr=True, quiet=not PartialState().is_main_process)
-        self.train_data = tokenize(data.train, tokenizer, data.task, max_length)
-        validation = tokenize(data.validation, tokenizer, data.task, max_length)
-        self.eval_data = validation.select(np.argsort(validation["length"][:], kind="stable"))  # less padding
         self.batch_size, self.seed, self.bf16 = batch_size, seed, bf16
         self.shared = {
             "batch_size": batch_size,
             "seed": seed,
             "bf16": bf16,
             "processes": PartialState().num_processes,
-            "data": _digest(json.dumps(batch) for d in (self.train_data, self.eval_data) for batch in d.iter(1000)),
+            "data": _data_digest(self.train_data, self.eval_data),
             "versions": versions(),
         }
         output.mkdir(parents=True, exist_ok=True)
+
+    @property
+    def console(self) -> Console:
+        return Console(stderr=True, quiet=not PartialState().is_main_process)
 
     def seeded(self, seed: int) -> Stages:
         """The same with another seed, in the folder "seed-N"."""
@@ -97,81 +113,275 @@ class Stages:
         other.output.mkdir(exist_ok=True)
         return other
 
+    def with_team(self, team: TeacherTeam) -> Stages:
+        """The same with a team's logits as columns of the training data: no stage then runs these teachers."""
+        other, processes = copy.copy(self), PartialState()
+        other.train_data = team.store(
+            self.train_data, collate=self.collate, folder=self.stored, device=processes.device, bf16=self.bf16
+        )
+        other.shared = {**self.shared, "data": _data_digest(other.train_data, self.eval_data)}
+        return other
+
+    def keep(self, name: str, came_from: Mapping[str, Any], make: Callable[[Path], Callable[[], None]]) -> Path:
+        """The folder `name` with what `make` makes for it, or with what is there if it came from all the same.
+
+        `make` may keep unfinished work in the folder that it is given; what it returns saves the result there."""
+        came_from = {**self.shared, **came_from}
+        folder = _Folder(self.output / name)
+        if "result" in folder.open(came_from):
+            self.console.print(f"{name}: done earlier, kept in {folder.path}")
+        else:
+            folder.close(came_from, {}, [], make(folder.path))
+        return folder.path
+
     def train(
         self,
         name: str,
         model: PreTrainedModel,
         objective: Objective,
         *,
-        teacher: PreTrainedModel | Mapping[str, PreTrainedModel] | None = None,
+        teacher: Teacher = None,
         callbacks: Sequence[TrainerCallback] = (),
         epochs: float,
         learning_rate: float,
+        batch_size: int | None = None,
+        store_hidden_states: bool = False,
     ) -> Trained:
         """Train a copy of `model` in the folder `name`, or take what is there if it came from all the same.
 
-        With `epochs` 0 the model is evaluated as it is. What `callbacks` change must be told by the objective's
-        repr. Raises ValueError where the folder is not a stage's.
+        Where the objective looks at nothing but a teacher's logits, those are stored before, once for all stages; and
+        with `store_hidden_states` also the first token's hidden states, where it looks at no other token.
+        With `epochs` 0 the model is evaluated as it is. What `callbacks` change must be told by the objective's repr.
+        Processes (torchrun, accelerate launch) share each batch, and find what one alone would, within rounding, but
+        for dropout, whose numbers are each process's own, and for objectives that choose among a batch's examples
+        (`DeKD`): each process chooses among its share. FSDP's parameters are gathered to be saved.
+        Raises ValueError where the folder is not a stage's, and where the processes cannot share a batch evenly.
         """
+        _check_processes(batch_size or self.batch_size)
+        folder, came_from, done = self._open(name, model, objective, teacher, epochs, learning_rate, batch_size)
+        if done:
+            return self.load(name)
+        checkpoint = folder.last_checkpoint()
+        if checkpoint:
+            self.console.print(f"{name}: going on from {checkpoint}")
+        started = time.perf_counter()
+        student = copy.deepcopy(model)
+        train_data, teacher = self._taught(objective, teacher, epochs, store_hidden_states)
+        if EXAMPLE in objective.needs_columns:
+            train_data = train_data.add_column(EXAMPLE, np.arange(len(train_data)))
+        trainer = DistillationTrainer(
+            model=student,
+            teacher_model=teacher,
+            objective=objective,
+            args=self._config(folder.path, epochs, learning_rate, batch_size or self.batch_size),
+            train_dataset=train_data,
+            eval_dataset=self.eval_data,
+            processing_class=self.tokenizer,
+            data_collator=self.collate,
+            compute_metrics=compute_metrics(self.task),
+            callbacks=list(callbacks),
+        )
+        trainer.remove_callback(ProgressCallback)
+        trainer.add_callback(_ProgressBar(name))
+        teachers = teacher.values() if isinstance(teacher, Mapping) else (teacher,)
+        with first_token_only(*(() if objective.needs_all_tokens else (student, *teachers))):
+            if epochs:
+                trainer.train(resume_from_checkpoint=checkpoint)
+            measured = trainer.evaluate()
+        student = _whole(trainer, model)
+        with first_token_only(None if objective.needs_all_tokens else student):
+            speed = self._speed(student)
+        result = {
+            self.task.metric: measured[f"eval_{self.task.metric}"],
+            "loss": measured["eval_loss"],
+            "parameters": student.num_parameters(),
+            "examples_per_second": speed,
+            "seconds": round(time.perf_counter() - started, 2),
+            "resumed": checkpoint is not None,
+        }
+        log = trainer.state.log_history
+
+        def save() -> None:
+            student.save_pretrained(folder.path)
+            if self.tokenizer is not None:
+                self.tokenizer.save_pretrained(folder.path)
+
+        folder.close(came_from, result, log, save)
+        return Trained(folder.load(), result, log)
+
+    def prepare(
+        self,
+        name: str,
+        model: PreTrainedModel,
+        objective: Objective,
+        *,
+        teacher: Teacher = None,
+        epochs: float,
+        learning_rate: float,
+        batch_size: int | None = None,
+        store_hidden_states: bool = False,
+    ) -> bool:
+        """What several stages' `train` would do at the same time if each ran in a process of its own: store what their
+        teacher says. Returns whether the stage is done already."""
+        _, _, done = self._open(name, model, objective, teacher, epochs, learning_rate, batch_size)
+        if not done:
+            self._taught(objective, teacher, epochs, store_hidden_states)
+        return done
+
+    def load(self, name: str) -> Trained:
+        """A stage that is done. Raises ValueError if it is not."""
+        folder = _Folder(self.output / name)
+        found = folder.read()
+        if "result" not in found:
+            raise ValueError(f"{folder.path} holds no stage that is done")
+        return Trained(folder.load(), found["result"], found["log"])
+
+    def _open(
+        self,
+        name: str,
+        model: PreTrainedModel,
+        objective: Objective,
+        teacher: Teacher,
+        epochs: float,
+        learning_rate: float,
+        batch_size: int | None,
+    ) -> tuple[_Folder, dict[str, Any], bool]:
+        """The stage's folder, what it comes from, and whether it is done."""
         came_from = {
             **self.shared,
             "epochs": epochs,
             "learning_rate": learning_rate,
+            "batch_size": batch_size or self.batch_size,
             "objective": repr(objective),
-            "model": _model_digest(model),
+            "model": model_digest(model),
             "teacher": _digests(teacher),
         }
         folder = _Folder(self.output / name)
         found = folder.open(came_from)
         if "result" in found:
             self.console.print(f"{name}: done earlier, kept in {folder.path}")
-            return Trained(folder.load(), found["result"], found["log"])
         if changed := found.get("changed"):
             self.console.print(f"{name}: begun anew, for a change of {', '.join(changed)}")
+        return folder, came_from, "result" in found
 
-        checkpoint = folder.last_checkpoint()
-        if checkpoint:
-            self.console.print(f"{name}: going on from {checkpoint}")
-        started = time.perf_counter()
-        student = copy.deepcopy(model)
-        trainer = DistillationTrainer(
-            model=student,
-            teacher_model=teacher,
-            objective=objective,
-            args=self._config(folder.path, epochs, learning_rate),
-            train_dataset=self._numbered() if EXAMPLE in objective.needs_columns else self.train_data,
-            eval_dataset=self.eval_data,
-            processing_class=self.tokenizer,
-            compute_metrics=compute_metrics(self.task),
-            callbacks=list(callbacks),
-        )
-        trainer.remove_callback(ProgressCallback)
-        trainer.add_callback(_ProgressBar(name))
-        if epochs:
-            trainer.train(resume_from_checkpoint=checkpoint)
-        measured = trainer.evaluate()
-        result = {
-            self.task.metric: measured[f"eval_{self.task.metric}"],
-            "loss": measured["eval_loss"],
-            "parameters": student.num_parameters(),
-            "examples_per_second": measured["eval_samples_per_second"],
-            "seconds": round(time.perf_counter() - started, 2),
-            "resumed": checkpoint is not None,
+    def _taught(
+        self, objective: Objective, teacher: Teacher, epochs: float, store_hidden_states: bool
+    ) -> tuple[Dataset, Teacher]:
+        """The training data with what the teacher says, and no teacher, if the objective looks at nothing else."""
+        states = store_hidden_states and objective.needs_hidden_states and not objective.needs_all_tokens
+        if epochs and isinstance(teacher, PreTrainedModel) and (objective.of_logits or states):
+            return self.outputs_of(teacher, hidden_states=states), None
+        return self.train_data, teacher
+
+    def score(
+        self,
+        name: str,
+        teacher: PreTrainedModel,
+        student: PreTrainedModel | None,
+        *,
+        objective: Objective | None,
+        reduce: Literal["example", "batch"] = "example",
+        on: Literal["train", "validation"] = "train",
+        of_weights: bool = False,
+    ) -> Sensitivities | WeightSensitivities:
+        """The sensitivities of a teacher's heads and neurons, or of its weights, kept in the folder `name`."""
+        kinds = ("expressiveness",) if student is None else ("expressiveness", "friendliness")
+
+        def make(folder: Path) -> Callable[[], None]:
+            processes = PartialState()
+            data = self.train_data if on == "train" else self.eval_data
+            if reduce == "example" and not of_weights:  # any batches will do: those with the least padding
+                data = data.select(np.argsort(data["length"][:], kind="stable"))
+            # whole batches to each process: they are those that one process would have
+            size, number = self.batch_size, processes.num_processes
+            data = data.select([row for row in range(len(data)) if row // size % number == processes.process_index])
+            loader = DataLoader(data.remove_columns("length"), self.batch_size, collate_fn=self.collate)
+            homes = [(model, model.device) for model in (teacher, student) if model is not None]
+            for model, _ in homes:
+                model.to(processes.device)
+            options: dict[str, Any] = {"objective": objective, "progress": processes.is_main_process}
+            found: Sensitivities | WeightSensitivities
+            if of_weights:
+                found = score_weights(teacher, loader, student, **options)
+            else:
+                checkpoint = folder / "unfinished.safetensors"
+                found = score(teacher, loader, student, reduce=reduce, checkpoint=checkpoint, **options)
+            for model, home in homes:
+                model.to(home)  # type: ignore[arg-type]
+
+            def save() -> None:
+                for kind in kinds:
+                    getattr(found, kind).save(folder / f"{kind}.safetensors")
+                for unfinished in folder.glob("unfinished.safetensors*"):
+                    unfinished.unlink()
+
+            return save
+
+        came_from = {
+            "objective": repr(objective),
+            "reduce": reduce,
+            "on": on,
+            "of_weights": of_weights,
+            "teacher": model_digest(teacher),
+            "student": None if student is None else model_digest(student),
         }
-        log = trainer.state.log_history
-        folder.close(came_from, result, log, student, self.tokenizer)
-        return Trained(folder.load(), result, log)
+        folder = self.keep(name, came_from, make)
+        loaded = [(WeightScores if of_weights else Scores).load(folder / f"{kind}.safetensors") for kind in kinds]
+        values: Any = (*loaded, None)[:2]
+        return (WeightSensitivities if of_weights else Sensitivities)(*values)
 
-    def _numbered(self) -> Dataset:
-        return self.train_data.add_column(EXAMPLE, np.arange(len(self.train_data)))
+    @torch.inference_mode()
+    def _speed(self, model: PreTrainedModel) -> float:
+        """Examples a second of forward passes alone, on a batch of middling length; the median of some, once warm."""
+        size = min(len(self.eval_data), max(64, self.batch_size))
+        start = (len(self.eval_data) - size) // 2
+        rows = self.eval_data.select(range(start, start + size))
+        rows = rows.select_columns([name for name in rows.column_names if name not in ("length", "labels")])
+        batch = send_to_device(dict(self.collate(list(rows))), model.device)
+        model.eval()  # type: ignore[no-untyped-call]
+        seconds = []
+        for _ in range(6):
+            began = time.perf_counter()
+            model(**batch).logits.cpu()  # waits for the device
+            seconds.append(time.perf_counter() - began)
+        return size / statistics.median(seconds[1:])
 
-    def _config(self, folder: Path, epochs: float, learning_rate: float) -> DistillationConfig:
+    def relabelled(self, task: Task, train: Tensor, validation: Tensor) -> Stages:
+        """The same examples with other labels, those of another task, in the same folder."""
+        other = copy.copy(self)
+        other.task = task
+        other.train_data, other.eval_data = (
+            data.remove_columns("labels").add_column("labels", labels.cpu().numpy())
+            for data, labels in ((self.train_data, train), (self.eval_data, validation))
+        )
+        other.shared = {**self.shared, "data": _data_digest(other.train_data, other.eval_data)}
+        return other
+
+    def outputs_of(
+        self,
+        teacher: PreTrainedModel,
+        on: Literal["train", "validation"] = "train",
+        *,
+        hidden_states: bool = False,
+    ) -> Dataset:
+        """The examples with what a teacher says to them: it runs once for all stages."""
+        return store(
+            self.train_data if on == "train" else self.eval_data,
+            teacher,
+            collate=self.collate,
+            hidden_states=hidden_states,
+            cache_file=self.stored / "teacher.arrow",
+            device=PartialState().device,
+            bf16=self.bf16,
+        )
+
+    def _config(self, folder: Path, epochs: float, learning_rate: float, batch_size: int) -> DistillationConfig:
         return DistillationConfig(
             output_dir=str(folder),
             num_train_epochs=epochs,
             learning_rate=learning_rate,
-            per_device_train_batch_size=self.batch_size,
-            per_device_eval_batch_size=max(64, self.batch_size),
+            per_device_train_batch_size=batch_size // PartialState().num_processes,
+            per_device_eval_batch_size=max(64, batch_size),
             weight_decay=0.01,
             warmup_steps=0.1,
             seed=self.seed,
@@ -199,7 +409,7 @@ class _Folder:
     def open(self, came_from: Mapping[str, Any]) -> dict[str, Any]:
         """Make the folder ready for this stage: {"result": ...} if it is done, {"changed": [...]} if what was there
         came from something else, and is removed."""
-        found = self._read()
+        found = self.read()
         before = found.pop("came_from", None)
         if before is not None and before != came_from:
             found = {"changed": [key for key in came_from if before.get(key) != came_from[key]]}
@@ -217,7 +427,7 @@ class _Folder:
         PartialState().wait_for_everyone()
         return found
 
-    def _read(self) -> dict[str, Any]:
+    def read(self) -> dict[str, Any]:
         if not self.marker.is_file():
             unfinished = f".{MARKER}."  # a marker whose writing was cut off
             if self.path.is_file() or any(not p.name.startswith(unfinished) for p in self.path.glob("*")):
@@ -233,13 +443,11 @@ class _Folder:
         came_from: Mapping[str, Any],
         result: Mapping[str, Any],
         log: Sequence[Mapping[str, float]],
-        model: PreTrainedModel,
-        tokenizer: PreTrainedTokenizerBase,
+        save: Callable[[], None],
     ) -> None:
-        """Save the model, and then say that the stage is done."""
+        """Save what the stage made, and then say that it is done."""
         if PartialState().is_main_process:
-            model.save_pretrained(self.path)
-            tokenizer.save_pretrained(self.path)
+            save()
             write_json(self.marker, {"came_from": came_from, "result": result, "log": log})
             self._remove_checkpoints()
         PartialState().wait_for_everyone()
@@ -251,10 +459,9 @@ class _Folder:
     def load(self) -> PreTrainedModel:
         """The stage's model, always as the disk has it: later stages then start from the same in every run."""
         try:
-            model = AutoModelForSequenceClassification.from_pretrained(self.path, use_safetensors=True)
+            return from_pretrained(self.path)
         except Exception as error:
             raise ValueError(f"{self.path} is damaged ({error}); remove it to do the stage again") from error
-        return model  # type: ignore[no-any-return]
 
     def last_checkpoint(self) -> str | None:
         """The latest checkpoint that was written to its end; Trainer writes trainer_state.json last."""
@@ -284,29 +491,36 @@ class _ProgressBar(ProgressCallback):
             self.training_bar.set_postfix(shown)
 
 
-def _digest(pieces: Iterable[str | bytes | memoryview]) -> str:
-    digest = hashlib.sha256()
-    for piece in pieces:
-        digest.update(piece.encode() if isinstance(piece, str) else piece)
-    return digest.hexdigest()
+def _check_processes(batch_size: int) -> None:
+    processes = PartialState().num_processes
+    if batch_size % processes:
+        raise ValueError(
+            f"--batch-size is {batch_size}, but {processes} processes share a batch; expected a multiple of {processes}"
+        )
+    if is_fsdp_enabled():
+        raise ValueError(
+            "accelerate's --fsdp_cpu_ram_efficient_loading is true, which gives all processes but the first models "
+            "without weights; expected false"
+        )
 
 
-def _digests(teacher: PreTrainedModel | Mapping[str, PreTrainedModel] | None) -> str | dict[str, str] | None:
+def _whole(trainer: DistillationTrainer, like: PreTrainedModel) -> PreTrainedModel:
+    """The trained student; of a sharded one (FSDP) a copy, which has its weights in the main process only."""
+    if not trainer.is_fsdp_enabled:
+        student: PreTrainedModel = trainer.accelerator.unwrap_model(trainer.model)
+        return student
+    state = trainer.accelerator.get_state_dict(trainer.model)  # all processes send their shards
+    student = copy.deepcopy(like).to(trainer.args.device)  # type: ignore[arg-type]
+    if state:
+        student.load_state_dict(state)
+    return student
+
+
+def _data_digest(*splits: Dataset) -> str:
+    return digest(json.dumps(batch, default=bytes.hex) for split in splits for batch in split.iter(1000))
+
+
+def _digests(teacher: Teacher) -> str | dict[str, str] | None:
     if isinstance(teacher, Mapping):
-        return {name: _model_digest(model) for name, model in teacher.items()}
-    return None if teacher is None else _model_digest(teacher)
-
-
-def _model_digest(model: PreTrainedModel) -> str:
-    """Of the model's weights and of what its config says beside where and by what it was written."""
-    config = model.config.to_dict()
-    for key in ("_name_or_path", "architectures", "dtype", "transformers_version", "use_cache"):
-        config.pop(key, None)
-
-    def pieces() -> Iterable[str | memoryview]:
-        yield json.dumps([type(model).__name__, config], sort_keys=True, default=str)
-        for name, tensor in sorted(model.state_dict().items()):
-            yield f"{name} {tensor.dtype} {tuple(tensor.shape)}"
-            yield tensor.detach().cpu().reshape(-1).view(torch.uint8).numpy().data
-
-    return _digest(pieces())
+        return {name: model_digest(model) for name, model in teacher.items()}
+    return None if teacher is None else model_digest(teacher)
