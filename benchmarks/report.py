@@ -1,6 +1,6 @@
 """Turns pytest-benchmark's JSON into a Markdown table of ratios, a plot and a JSON small enough to keep.
 
-    python -m benchmarks.report runs/benchmarks.json [--name cpu] [--readme README.md]
+    python -m benchmarks.report runs/benchmarks.json [more.json ...] [--name cpu] [--readme README.md]
 
 writes benchmarks/results/NAME.{json,md,svg} and, with --readme, the table between the README's benchmark markers.
 """
@@ -12,6 +12,7 @@ import json
 import os
 import platform
 from collections import defaultdict
+from collections.abc import Container
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,12 @@ from benchmarks.harness import DEVICE, OURS
 
 RESULTS = Path(__file__).parent / "results"
 BEGIN, END = "<!-- benchmarks: begin -->", "<!-- benchmarks: end -->"
+
+HEADLINES = {
+    "kd_ce_loss", "uncertainty", "gated_ffn and gradients", "score", "pruned forward", "DeKD step", "STARK",
+    "sampled teacher step", "theta's gradient", "AutoSKD",
+}  # fmt: skip
+"""The ops whose lines stand in the README."""
 
 Rows = list[dict[str, Any]]
 
@@ -49,6 +56,10 @@ def condense(raw: dict[str, Any]) -> dict[str, Any]:
     return {"date": raw["datetime"][:10], "machine": machine, "versions": versions, "rows": rows}
 
 
+def _latest(rows: Rows) -> Rows:
+    return list({(row["op"], row["case"], row["implementation"]): row for row in rows}.values())
+
+
 def by_case(rows: Rows) -> dict[tuple[str, str], dict[str, dict[str, Any]]]:
     cases: dict[tuple[str, str], dict[str, dict[str, Any]]] = defaultdict(dict)
     for row in rows:
@@ -56,27 +67,28 @@ def by_case(rows: Rows) -> dict[tuple[str, str], dict[str, dict[str, Any]]]:
     return cases
 
 
-def table(kept: dict[str, Any]) -> str:
-    """One line a case: our time, then how many times as long each peer takes."""
-    rows, machine = kept["rows"], kept["machine"]
-    peers = list(dict.fromkeys(r["implementation"] for r in rows if not r["implementation"].startswith(OURS)))
-    header = ["op", "case", "dtype", OURS, *(f"{p} takes" for p in peers), "copy bandwidth", "peak memory"]
+def table(kept: dict[str, Any], ops: Container[str] | None = None) -> str:
+    """One line a case, of these ops or of all: our time, then how many times as long each peer takes."""
+    rows, machine = [row for row in kept["rows"] if ops is None or row["op"] in ops], kept["machine"]
+    header = ["op", "case", "dtype", OURS, "how many times as long others take", "copy bandwidth", "peak memory"]
     lines = ["| " + " | ".join(header) + " |", "|" + "---|" * len(header)]
     for (op, case), measured in by_case(rows).items():
         for name, row in measured.items():
             if name.startswith(OURS):
                 label = op + name.removeprefix(OURS)
-                ratios = [_ratio(measured.get(p), row) for p in peers]
+                peers = {peer: other for peer, other in measured.items() if not peer.startswith(OURS)}
+                ratios = ", ".join(f"{peer} {_ratio(other, row)}" for peer, other in peers.items())
                 share = f"{row['copy_share']:.0%}" if row.get("copy_share") else ""
-                cells = [label, case, row["dtype"], _time(row["median_s"]), *ratios, share, _memory(row)]
+                cells = [label, case, row["dtype"], _time(row["median_s"]), ratios, share, _memory(row)]
                 lines.append("| " + " | ".join(cells) + " |")
     where = machine.get("gpu") or f"{machine['cpu']}, {machine['threads']} threads, {machine['capability']}"
     versions = ", ".join(f"{name} {version}" for name, version in kept["versions"].items())
-    return "\n".join(lines) + f"\n\n{where}; {versions}; {kept['date']}. Medians of one run.\n"
+    return "\n".join(lines) + f"\n\n{where}; {versions}; {kept['date']}. Medians; each line of one run.\n"
 
 
-def _ratio(peer: dict[str, Any] | None, ours: dict[str, Any]) -> str:
-    return f"{peer['median_s'] / ours['median_s']:.1f}×" if peer else ""
+def _ratio(peer: dict[str, Any], ours: dict[str, Any]) -> str:
+    ratio = peer["median_s"] / ours["median_s"]
+    return f"{ratio:.1f}×" if ratio >= 2 else f"{ratio:.2f}×"
 
 
 def _time(seconds: float) -> str:
@@ -131,12 +143,19 @@ def write(path: Path, text: str) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("json", type=Path, help="what pytest --benchmark-json wrote")
+    parser.add_argument(
+        "json",
+        type=Path,
+        nargs="+",
+        help="what pytest --benchmark-json or this wrote; of runs on one machine, the last of a case",
+    )
     parser.add_argument("--name", default=DEVICE, help=f"of the files in {RESULTS.name}/ (default: the device)")
     parser.add_argument("--readme", type=Path, help="a file whose part between the benchmark markers is replaced")
     options = parser.parse_args()
 
-    kept = condense(json.loads(options.json.read_text()))
+    read = [json.loads(path.read_text()) for path in options.json]
+    runs = [one if "rows" in one else condense(one) for one in read]
+    kept = {**runs[-1], "rows": _latest([row for run in runs for row in run["rows"]])}
     RESULTS.mkdir(exist_ok=True)
     write(RESULTS / f"{options.name}.json", json.dumps(kept, indent=1) + "\n")
     write(RESULTS / f"{options.name}.md", table(kept))
@@ -145,7 +164,7 @@ def main() -> None:
         before, _, rest = options.readme.read_text().partition(BEGIN)
         if END not in rest:
             raise ValueError(f"{options.readme} lacks the markers {BEGIN} and {END}")
-        write(options.readme, f"{before}{BEGIN}\n{table(kept)}{END}{rest.partition(END)[2]}")
+        write(options.readme, f"{before}{BEGIN}\n{table(kept, HEADLINES)}{END}{rest.partition(END)[2]}")
     print(table(kept))
 
 

@@ -9,8 +9,8 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import BertConfig, BertForSequenceClassification
 
+from benchmarks.encoders import encoder
 from benchmarks.harness import DEVICE, OURS, measure
 from fastdistill import DeKD, LogitsKD, TeacherOutputs, first_layers
 
@@ -19,11 +19,7 @@ BATCH, TOKENS, CLASSES = 32, 32, 6
 
 @functools.cache
 def models() -> tuple[Any, Any, Any]:
-    torch.manual_seed(0)
-    config = BertConfig(
-        hidden_size=384, num_hidden_layers=6, num_attention_heads=12, intermediate_size=1536, num_labels=CLASSES
-    )
-    teacher = BertForSequenceClassification(config).to(DEVICE).eval()
+    teacher = encoder(6, CLASSES)
     student, assistant = (first_layers(teacher, layers) for layers in (2, 4))
     return teacher.requires_grad_(False), assistant.requires_grad_(False).eval(), student.train()
 
