@@ -36,8 +36,8 @@ from fastdistill.first_token import first_token_only
 from fastdistill.multi_teacher import Draws
 from fastdistill.ops import kd_ce_loss
 from fastdistill.ops.checks import check_choice, check_number
+from fastdistill.processes import rank_and_number, sum_over_processes
 from fastdistill.scores import load_checked, save_atomically
-from fastdistill.scoring import sum_over_processes
 from fastdistill.teachers import LOGITS
 from fastdistill.trainer import LengthGroupedSampler
 
@@ -370,7 +370,7 @@ class _Search:
     ) -> None:
         _check(dataset, names, settings)
         self.settings, self.names, self.collate, self.device, self.bf16 = settings, names, collate, device, bf16
-        self.process, self.processes = _process()
+        self.process, self.processes = rank_and_number()
         self.student = copy.deepcopy(student).to(device).requires_grad_(True)  # type: ignore[arg-type]
         plain = dataset.with_format("numpy")
         self.team = torch.stack([torch.from_numpy(np.stack(plain[name + LOGITS][:])) for name in names], 1).float()
@@ -509,16 +509,9 @@ class _Search:
             optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
 
 
-def _process() -> tuple[int, int]:
-    """This one's number, and how many there are."""
-    if torch.distributed.is_available() and torch.distributed.is_initialized():
-        return torch.distributed.get_rank(), torch.distributed.get_world_size()
-    return 0, 1
-
-
 def _sums(tensors: list[Tensor]) -> list[Tensor]:
     """Over all processes, in one message."""
-    if _process()[1] == 1:
+    if rank_and_number()[1] == 1:
         return tensors
     flat = torch.cat([tensor.flatten() for tensor in tensors])
     sum_over_processes(flat)

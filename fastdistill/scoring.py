@@ -18,6 +18,7 @@ from fastdistill.first_token import first_token_only
 from fastdistill.gates import Gates, gate
 from fastdistill.objectives import ATTENTION_MASK, MSE, LogitsKD, LossFunction, Objective, TaskLoss, as_objective
 from fastdistill.ops.checks import check_choice
+from fastdistill.processes import rank_and_number, sum_over_processes
 from fastdistill.scores import Scores, load_checked, mix, save_atomically
 
 if TYPE_CHECKING:
@@ -219,17 +220,6 @@ def _split(values: Tensor, sizes: list[int]) -> Scores:
     return Scores(layers[:half], layers[half:])
 
 
-def _is_distributed() -> bool:
-    return torch.distributed.is_available() and torch.distributed.is_initialized()
-
-
-def sum_over_processes(*tensors: Tensor) -> None:
-    """In place; nothing in a single process."""
-    if _is_distributed():
-        for tensor in tensors:
-            torch.distributed.all_reduce(tensor)
-
-
 @contextmanager
 def evaluating(*models: nn.Module | None, trained: Sequence[nn.Parameter] = ()) -> Iterator[None]:
     """Models in eval mode whose weights take no gradient, but for those `trained`; then as they were."""
@@ -259,7 +249,7 @@ class _Checkpoint:
         self.path = None
         if path is None:
             return
-        rank = torch.distributed.get_rank() if _is_distributed() else 0
+        rank, _ = rank_and_number()
         self.path = Path(f"{path}.{rank}" if rank else path)
         self.digest = digest([*settings, *(model_digest(model) for model in models if model is not None)])
 

@@ -25,6 +25,7 @@ from transformers.utils.generic import find_labels
 from fastdistill.alignment import hidden_states as all_states
 from fastdistill.digest import digest, model_digest, tensor_pieces
 from fastdistill.first_token import first_token_only
+from fastdistill.processes import join
 from fastdistill.teachers import HIDDEN_STATES, LOGITS
 
 Collate = Callable[[list[dict[str, Any]]], Mapping[str, Any]]
@@ -80,7 +81,7 @@ def store(
     for columns that the dataset has already, and for a model whose logits are not ``[B, C]``.
     """
     _check(dataset, model, name, collate, batch_size, {"hidden_states": hidden_states, "bf16": bf16})
-    processes = PartialState(cpu=not torch.accelerator.is_available())  # as it is, if there is one
+    processes = join()
     teacher = _Teacher(model, collate, name, batch_size, hidden_states, torch.device(device or model.device), bf16)
     shown = dataset.with_format(None).select_columns(teacher.columns(dataset))
     path = _path(cache_file, name)

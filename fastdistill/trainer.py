@@ -20,6 +20,7 @@ from transformers.modeling_outputs import SequenceClassifierOutput
 
 from fastdistill.architectures import ARCHITECTURES, encoder_layers
 from fastdistill.objectives import ATTENTION_MASK, MSE, LogitsKD, LossFunction, Objective, TaskLoss, as_objective
+from fastdistill.processes import settle_at_exit
 from fastdistill.pruning import from_pretrained, is_reshaped
 from fastdistill.sharing import CONFIG_KEY
 from fastdistill.teachers import HIDDEN_STATES, LOGITS, TeacherOutputs, stored_outputs
@@ -99,6 +100,7 @@ class DistillationTrainer(Trainer):
                 f"args.label_smoothing_factor is {args.label_smoothing_factor} and would be ignored; "
                 "expected 0, and label_smoothing in the objective"
             )
+        settle_at_exit()
         super().__init__(model=model, args=args, **trainer)
         self.model_accepts_loss_kwargs = True  # so that compute_loss is told num_items_in_batch, whatever the model
         self._parts: dict[str, Tensor] = {}

@@ -16,8 +16,9 @@ from fastdistill.architectures import encoder_weights, refuse_hooked
 from fastdistill.first_token import first_token_only
 from fastdistill.objectives import LossFunction, Objective, TaskLoss
 from fastdistill.ops import accumulate_sensitivity_
+from fastdistill.processes import sum_over_processes
 from fastdistill.scores import check_sparsity, load_checked, mix, save_atomically
-from fastdistill.scoring import evaluating, objective_of, split_batch, sum_over_processes
+from fastdistill.scoring import evaluating, objective_of, split_batch
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

@@ -26,6 +26,7 @@ from torch.utils.data import BatchSampler
 from fastdistill import autoskd
 from fastdistill.autoskd import METHODS, Batch, Found
 from fastdistill.cli import main
+from fastdistill.processes import rank_and_number
 from fastdistill.recipes import stages
 from fastdistill.scores import Scores
 from fastdistill.trainer import _EvenShares
@@ -102,7 +103,7 @@ def searches(folder: Path) -> None:
 
 def gradients() -> dict[str, Tensor]:
     """theta's, in double precision, of a batch of seven and one of one example, shared by the processes there are."""
-    process, processes = autoskd._process()
+    process, processes = rank_and_number()
     student = tiny.bert(layers=2, dropout=0.0, attn_implementation="eager").double().eval()
 
     def share(whole: Batch) -> Batch:

@@ -5,12 +5,11 @@ from __future__ import annotations
 import argparse
 from dataclasses import dataclass
 
-import torch
-from accelerate import PartialState  # type: ignore[import-untyped]
 from transformers import PreTrainedModel
 
 from fastdistill.data import TaskData, load_task
 from fastdistill.objectives import TaskLoss
+from fastdistill.processes import join
 from fastdistill.recipes.examples import Examples, of_text
 from fastdistill.recipes.stages import Stages, Trained
 from fastdistill.students import describe_head, load_classifier, load_tokenizer
@@ -46,7 +45,7 @@ class Beginning:
 
 def load(options: argparse.Namespace) -> TaskData:
     """The data that the options of `fastdistill.recipes.options.add_run` name."""
-    PartialState(cpu=not torch.accelerator.is_available())  # the first one made decides for all: gloo without a GPU
+    join()
     return load_task(
         options.task,
         max_train_examples=options.max_train_examples,

@@ -13,12 +13,12 @@ from pathlib import Path
 from typing import Any
 from weakref import WeakKeyDictionary
 
-import torch
 from accelerate import PartialState  # type: ignore[import-untyped]
 from rich.console import Console
 from transformers import PreTrainedModel
 
 from fastdistill.objectives import Objective
+from fastdistill.processes import join
 from fastdistill.recipes.stages import Stages, Trained
 
 RETRIES = 2
@@ -141,7 +141,7 @@ def executor_of(options: argparse.Namespace) -> Local:
 
 def _train(config: Mapping[str, Any], trials: Mapping[str, Any]) -> None:
     """A trial, in a process of the cluster."""
-    PartialState(cpu=not torch.accelerator.is_available())
+    join()
     Trial(**_fetched(trials[config["trial"]])).train()
 
 
