@@ -48,11 +48,11 @@ def gated_ffn(
     neuron whose gate is 0 (for ``[B, I]``: in all examples) is left out of all arithmetic: its weights are not read,
     and their gradients are exactly 0. Where the gate needs one, every neuron is computed.
 
-    Which neurons are on is found once for a gate, which on CUDA waits for the device; and their weights are gathered
-    once, unless the weights require a gradient and one is being recorded: then in each call. Both are kept for as long
-    as gate and weights are the same tensors (or the same parts of them), alive and not changed in place. A change that
-    autograd does not count (through ``.data``, or by what replaces the storage of parameters) goes unnoticed: tell of
-    it by :func:`torch.autograd.graph.increment_version`. Nothing is kept of tensors made in inference mode.
+    Which neurons are on is found once for a gate, which on CUDA waits for the device; and the weights of a frozen layer
+    are gathered once. Both are kept for as long as gate and weights are the same tensors (or the same parts of them),
+    alive and not changed in place. A change that autograd does not count (through ``.data``, or by what replaces the
+    storage of parameters) goes unnoticed: tell of it by :func:`torch.autograd.graph.increment_version`. Nothing is kept
+    of what requires a gradient, which fused optimizers change uncounted, nor of tensors made in inference mode.
 
     Under torch.compile, for tensor subclasses and on the meta device the gate only multiplies, for no shape may depend
     on values: the result and its gradients are the same but where weights of neurons that are off are not finite.
@@ -152,9 +152,9 @@ class _Cache:
         """``compute()``, or what it returned when called for the same ``tensor``, ``what`` and ``of``, the last being
         one particular object. Of calls that differ only in ``of`` and in the tensor's values, the last is kept."""
         with torch.inference_mode(False), torch.no_grad():  # what is kept may be used in a later call that records
-            if tensor.is_inference():
-                return compute()
             whole = tensor if tensor._base is None else tensor._base
+            if whole.requires_grad or tensor.is_inference():
+                return compute()
             values = self.entries.get(whole)
             if values is None:
                 values = self.entries[whole] = {}

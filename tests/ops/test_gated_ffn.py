@@ -338,11 +338,12 @@ def test_nothing_is_kept_alive(device: str) -> None:
     assert len(module._ON.entries) == len(module._GATHERED.entries) == 0
 
 
-def test_training_with_a_fixed_mask(device: str, gathers: list[str]) -> None:
+@pytest.mark.parametrize("fused", [False, True])  # fused optimizers change tensors uncounted
+def test_training_with_a_fixed_mask(device: str, gathers: list[str], fused: bool) -> None:
     ours, theirs = ([None if x is None else x.clone() for x in make(3, 5, 8, device=device)] for _ in range(2))
     for function, inputs in ((eager.gated_ffn, theirs), (gated_ffn, ours)):
         parameters = [x.requires_grad_() for x in inputs[1:5]]
-        optimizer = torch.optim.AdamW(parameters, lr=0.1, weight_decay=0.0)
+        optimizer = torch.optim.AdamW(parameters, lr=0.1, weight_decay=0.0, fused=fused)
         for _ in range(3):
             function(*inputs).square().sum().backward()
             with torch.no_grad():
@@ -352,8 +353,21 @@ def test_training_with_a_fixed_mask(device: str, gathers: list[str]) -> None:
     assert gathers.count("on") == 1
     with torch.no_grad():
         torch.testing.assert_close(gated_ffn(*ours), eager.gated_ffn(*theirs))
+        detached = [None if x is None else x.detach() for x in ours]
+        torch.testing.assert_close(gated_ffn(*detached), eager.gated_ffn(*theirs))
     off = ours[5] == 0
     assert torch.equal(ours[1][off], make(3, 5, 8, device=device)[1][off])  # gradient 0: not moved
+
+
+def test_a_gate_that_an_optimizer_changes(device: str) -> None:
+    inputs = make(3, 5, 8, device=device)
+    gate = inputs[5].requires_grad_()
+    optimizer = torch.optim.SGD([gate], lr=1.0, fused=True)
+    for _ in range(2):
+        with torch.no_grad():
+            torch.testing.assert_close(gated_ffn(*inputs), eager.gated_ffn(*inputs))
+        gate.grad = torch.where(torch.arange(len(gate), device=device) % 3 == 0, gate.detach(), -1.0)  # closes these
+        optimizer.step()
 
 
 def test_inference_mode(gathers: list[str]) -> None:
