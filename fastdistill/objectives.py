@@ -54,6 +54,12 @@ class Objective(ABC):
         return False
 
     @property
+    def of_softmax(self) -> bool:
+        """Whether, beside labels, it uses nothing but the probabilities of both: then it stays the same when all logits
+        of an example change alike."""
+        return False
+
+    @property
     def problem(self) -> Problem | None:
         """The only kind of problem that this objective fits, or None."""
         return None
@@ -118,6 +124,10 @@ class LogitsKD(Objective):
 
     @property
     def of_logits(self) -> bool:
+        return True
+
+    @property
+    def of_softmax(self) -> bool:
         return True
 
     @property
@@ -271,6 +281,10 @@ class WeightedSum(Objective):
     @property
     def of_logits(self) -> bool:
         return all(objective.of_logits for _, objective in self.terms.values() if objective.needs_teacher)
+
+    @property
+    def of_softmax(self) -> bool:
+        return all(objective.of_softmax for _, objective in self.terms.values() if objective.needs_teacher)
 
     @property
     def problem(self) -> Problem | None:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm  # type: ignore[import-untyped]
 from transformers.modeling_outputs import SequenceClassifierOutput
 
-from fastdistill.digest import digest, model_digest
+from fastdistill.digest import digest, model_digest, tensor_pieces
 from fastdistill.first_token import first_token_only
 from fastdistill.gates import Gates, gate
 from fastdistill.objectives import ATTENTION_MASK, MSE, LogitsKD, LossFunction, Objective, TaskLoss, as_objective
@@ -81,32 +81,36 @@ def score(
         reduce: "example", the definition: the mean over labelled examples of absolute gradients. "batch", as the
             published code: the mean over batches of the batch mean's absolute gradient.
         checkpoint: a file in which what was found so far is kept every few batches; a call with the same models and
-            settings goes on from there, and skips the batches that it has seen. The loader must give them in the
-            same order. Each process has its own. At the end it holds everything, and is yours to remove.
+            settings goes on from there, and skips the batches that it has seen. The loader must give the same ones in
+            the same order. Each process has its own. At the end it holds everything, and is yours to remove.
         progress: whether to show a progress bar.
 
     In a data-parallel run each process gives its own share of the data, and all get the sum of what they found.
 
     Raises ValueError for a batch without labels or without a column that the objective needs, an unknown architecture,
-    data without a labelled example, an objective that needs no teacher or several, and a checkpoint that is damaged.
+    data without a labelled example, a student that is the teacher itself, an objective that needs no teacher or several,
+    a checkpoint that is damaged or of other data, and a call within torch.inference_mode.
     """
     check_choice("reduce", reduce, ("example", "batch"))
+    if torch.is_inference_mode_enabled():
+        raise ValueError("score was called in torch.inference_mode, where there are no gradients; expected outside it")
     chosen = objective_of(teacher, student, objective)
     device = next(teacher.parameters()).device
     narrowed = (teacher, student) if student is None or not chosen.needs_all_tokens else ()
     with evaluating(teacher, student), first_token_only(*narrowed), gate(teacher) as gates:
         sizes = [len(g) for g in gates.tensors]
-        totals = torch.zeros(1 if student is None else 2, sum(sizes), dtype=torch.float64, device=device)
+        widest = torch.float32 if device.type == "mps" else torch.float64
+        totals = torch.zeros(1 if student is None else 2, sum(sizes), dtype=widest, device=device)
         kept = _Checkpoint(checkpoint, [teacher, student], (repr(chosen), reduce))
         count, done = kept.load(totals)
-        number = -1
         for number, batch in enumerate(tqdm(loader, desc="score", disable=not progress)):
+            kept.see(batch)
             if number < done:
                 continue
             count += _add(totals, teacher, student, gates, chosen, reduce, batch)
             if (number + 1) % SAVE_EVERY == 0:
-                kept.save(totals, count, number + 1)
-        kept.save(totals, count, number + 1)
+                kept.save(totals, count)
+        kept.save(totals, count)
     counted = torch.tensor(float(count), dtype=torch.float64, device=device)
     sum_over_processes(totals, counted)
     count = int(counted)
@@ -139,7 +143,7 @@ def _add(
         losses.append(lambda theirs: objective(answers, theirs, labels, **columns) * labelled)
 
     if student is None or objective.of_logits:
-        found = _from_logits(gates, outputs.logits, losses, student is None or isinstance(objective, LogitsKD))
+        found = _from_logits(gates, outputs.logits, losses, student is None or objective.of_softmax)
     else:
         with torch.enable_grad():
             values = [loss(outputs) for loss in losses]
@@ -171,7 +175,9 @@ def _from_logits(
 
 
 def _gradients(gates: Gates, outputs: Tensor, upstream: Tensor | None = None, *, retain_graph: bool = False) -> Tensor:
-    """Every example's, ``[B, all gates]``."""
+    """Every example's, ``[B, all gates]``; of a model without heads and neurons there are none."""
+    if not outputs.requires_grad:
+        return outputs.new_zeros(len(gates.heads[0]), 0)
     found = torch.autograd.grad(outputs, gates.tensors, upstream, retain_graph=retain_graph, materialize_grads=True)
     return torch.cat(found, 1)
 
@@ -180,6 +186,8 @@ def objective_of(
     teacher: PreTrainedModel, student: PreTrainedModel | None, objective: Objective | LossFunction | None
 ) -> Objective:
     """The objective, checked, or the default."""
+    if student is teacher:
+        raise ValueError("student is the teacher itself; expected another model")
     if objective is not None:
         if student is None:
             raise ValueError("objective is given but student is None; expected a student")
@@ -204,7 +212,8 @@ def split_batch(
     there = labels == labels if labels.is_floating_point() else labels != -100
     if labels.dim() == 1 and not there.all():
         number = len(labels)
-        batch = {k: v[there] if isinstance(v, Tensor) and len(v) == number else v for k, v in batch.items()}
+        rows = {k: v for k, v in batch.items() if isinstance(v, Tensor) and v.shape[:1] == (number,)}
+        batch = {**batch, **{name: value[there] for name, value in rows.items()}}
     labelled = int(there.sum())
     batch = {k: v.to(device, non_blocking=True) if isinstance(v, Tensor) else v for k, v in batch.items()}
     own = {name for name in objective.needs_columns if name != ATTENTION_MASK}
@@ -252,6 +261,8 @@ class _Checkpoint:
         rank, _ = rank_and_number()
         self.path = Path(f"{path}.{rank}" if rank else path)
         self.digest = digest([*settings, *(model_digest(model) for model in models if model is not None)])
+        self.number, self.seen = 0, ""  # batches so far, and a hash of them
+        self.done, self.expected = 0, ""  # the same of those that the file is of
 
     def load(self, totals: Tensor) -> tuple[int, int]:
         """Fills the totals; returns how many examples they are of, and of how many batches."""
@@ -261,9 +272,22 @@ class _Checkpoint:
         if metadata.get("digest") != self.digest:
             return 0, 0
         totals.copy_(tensors["totals"])
-        return int(metadata["count"]), int(metadata["done"])
+        self.done, self.expected = int(metadata["done"]), metadata["seen"]
+        return int(metadata["count"]), self.done
 
-    def save(self, totals: Tensor, count: int, done: int) -> None:
+    def see(self, batch: Mapping[str, Any]) -> None:
+        if self.path is None:
+            return
+        self.number += 1
+        self.seen = digest([self.seen, *tensor_pieces({k: v for k, v in batch.items() if isinstance(v, Tensor)})])
+        self._check(self.number != self.done or self.seen == self.expected)
+
+    def save(self, totals: Tensor, count: int) -> None:
         if self.path is not None:
-            facts = {"digest": self.digest, "count": str(count), "done": str(done)}
+            self._check(self.number >= self.done)
+            facts = {"digest": self.digest, "count": str(count), "done": str(self.number), "seen": self.seen}
             save_atomically({"totals": totals.cpu()}, self.path, facts)
+
+    def _check(self, fits: bool) -> None:
+        if not fits:
+            raise ValueError(f"{self.path} is of other batches than loader gives; expected the same, or another file")

@@ -92,15 +92,23 @@ def test_regression() -> None:
             torch.testing.assert_close(layer.double(), values, rtol=1e-5, atol=1e-12)
 
 
+SUM = WeightedSum({"kd": (2.0, LogitsKD()), "reverse": (1.0, LogitsKD(divergence="reverse_kl")), "ce": (1.0, TaskLoss())})
+
+
+@pytest.mark.parametrize("objective", [None, SUM])
 @pytest.mark.parametrize("classes, backwards", [(1, 1), (2, 1), (3, 2)])
-def test_how_many_backward_passes_there_are(classes: int, backwards: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_how_many_backward_passes_there_are(
+    classes: int, backwards: int, objective: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if objective is SUM and classes == 1:
+        pytest.skip("a sum for classes")
     teacher, student = models(classes)
     calls = []
     grad = torch.autograd.grad
     monkeypatch.setattr(
         torch.autograd, "grad", lambda outputs, inputs, *a, **k: calls.append(inputs) or grad(outputs, inputs, *a, **k)
     )
-    fastdistill.score(teacher, batches((4,), classes), student, progress=False)
+    fastdistill.score(teacher, batches((4,), classes), student, objective=objective, progress=False)
     assert sum(isinstance(inputs, list) for inputs in calls) == backwards
 
 
@@ -113,6 +121,13 @@ def test_the_models_are_left_as_they_were() -> None:
     assert [p.requires_grad for p in teacher.parameters()] == flags
     assert teacher.training and student.training and all(module.training for module in teacher.modules())
     assert all(p.grad is None for p in [*teacher.parameters(), *student.parameters()])
+
+
+def test_a_model_that_has_neither_heads_nor_neurons() -> None:
+    teacher, student = models()
+    none = fastdistill.prune(teacher, fastdistill.score(teacher, batches(), progress=False).expressiveness, 1.0)
+    found = fastdistill.score(none, batches(), student, progress=False).knowledgeable()
+    assert [len(layer) for layer in (*found.heads, *found.neurons)] == [0] * 4
 
 
 def test_without_a_student() -> None:
@@ -186,6 +201,11 @@ def test_scoring_goes_on_where_it_was_cut_off(tmp_path: Path, monkeypatch: pytes
     other = fastdistill.score(teacher, data, student, progress=False)
     assert torch.equal(changed.friendliness.heads[0], other.friendliness.heads[0])  # type: ignore[union-attr]
 
+    others = ([{**data[0], "labels": 1 - data[0]["labels"]}, *data[1:]], data[:3])
+    for batches_of_others in others:
+        with pytest.raises(ValueError, match="of other batches than loader gives"):
+            fastdistill.score(teacher, batches_of_others, student, checkpoint=file, progress=False)
+
     file.write_bytes(b"no")
     with pytest.raises(ValueError, match="no safetensors file, or damaged"):
         fastdistill.score(teacher, data, student, checkpoint=file, progress=False)
@@ -214,6 +234,10 @@ def test_what_cannot_be_scored() -> None:
     teacher, student = models()
     with pytest.raises(ValueError, match="reduce is 'mean'"):
         fastdistill.score(teacher, batches(), student, reduce="mean")  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="student is the teacher itself"):
+        fastdistill.score(teacher, batches(), teacher, progress=False)
+    with torch.inference_mode(), pytest.raises(ValueError, match="expected outside it"):
+        fastdistill.score(teacher, batches(), progress=False)
     with pytest.raises(ValueError, match="objective is given but student is None"):
         fastdistill.score(teacher, batches(), objective=LogitsKD())
     with pytest.raises(ValueError, match="loader gave a batch without labels: input_ids"):
