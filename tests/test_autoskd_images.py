@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
 
 import fastdistill
 from fastdistill.cli import main
@@ -34,6 +35,8 @@ def test_a_team_of_networks(tmp_path: Path) -> None:
     assert sorted(file.name.split("-")[0] for file in (output / "stored").iterdir()) == sorted(
         [*found["team"], "teacher"]
     )
+    alike, alone = (fastdistill.from_pretrained(output / name) for name in ("team-wrn_10_1", "seed-0/finetuned"))
+    assert not torch.equal(next(alike.parameters()), next(alone.parameters()))  # a teacher is not the student itself
     student = fastdistill.from_pretrained(output / "seed-0" / "autoskd-1")
     assert isinstance(student, WideResNetForImageClassification)
     assert (output / "theta.svg").is_file() and (output / "candidates.svg").is_file()

@@ -115,6 +115,14 @@ def test_other_ways(sources: Path, tmp_path: Path, more: tuple[str, ...]) -> Non
     assert found["drop"] == min(weaker, len(found["team"]) - 1)
 
 
+def test_equal_candidates_are_tried_once(sources: Path, tmp_path: Path) -> None:
+    """Where one teacher is left, they all are."""
+    assert main(command(sources, tmp_path / "run", "--drop", "2", "--candidates", "3", "--no-plots")) == 0
+    (tried,) = record(tmp_path / "run")["candidates"]["autoskd"]
+    assert list(tried) == ["autoskd-1"]
+    assert sorted(tried["autoskd-1"]["theta"].values()) == [0, 0, 1]
+
+
 PROGRAM = """
 import sys
 from fastdistill.cli import main

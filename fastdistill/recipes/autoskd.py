@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import argparse
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict
+from itertools import chain
 from typing import TYPE_CHECKING, Any
 
 from fastdistill.recipes import options as shared
@@ -20,7 +21,7 @@ if TYPE_CHECKING:
     from fastdistill.autoskd import Found, Settings
     from fastdistill.objectives import Objective
     from fastdistill.recipes.executors import Trial
-    from fastdistill.recipes.stages import Stages
+    from fastdistill.recipes.stages import Stages, Trained
     from fastdistill.tasks import Task
 
 Results = dict[str, Any]
@@ -125,7 +126,7 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
        validation examples counts, and so does, to compare, the best of random distributions. (Both are the best of
        many on the very examples that they are reported on: compare equal numbers of them.)
 
-    Each seed has a search of its own.
+    Each seed has a search of its own, and of images a student with weights of its own.
     """
     from fastdistill.objectives import LogitsKD, TaskLoss
     from fastdistill.plots import require_matplotlib
@@ -149,38 +150,50 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
 
     results: Results = {}
     team = source.train(stages, executor, results)
-    student = source.student()
     seeded = [stages.seeded(seed) for seed in options.seeds or (options.seed,)]
+    students = {stages.seed: source.student(stages.seed) for stages in seeded}
 
-    def learn(name: str, objective: Objective, teacher: PreTrainedModel | None = None) -> None:
-        trials = [Trial(stages, name, student, objective, {"teacher": teacher, **training}) for stages in seeded]
-        results[name] = summary(task.metric, [one.result for one in executor.in_turn(trials)])
+    def trials(learners: Mapping[str, tuple[Objective, PreTrainedModel | None]]) -> Iterator[Trial]:
+        for name, (objective, teacher) in learners.items():
+            for stages in seeded:
+                yield Trial(stages, name, students[stages.seed], objective, {"teacher": teacher, **training})
+
+    def summarize(names: Iterable[str], trained: Iterator[Trained]) -> None:
+        results.update({name: summary(task.metric, [next(trained).result for _ in seeded]) for name in names})
 
     kd = LogitsKD(temperature=options.kd_temperature, label_smoothing=smoothing)
-    learn("finetuned", TaskLoss(smoothing))
-    if (assistant := source.chained()) is not None:
-        learn("takd", kd, assistant)
     strongest = max(team, key=lambda name: team[name].result[task.metric])
+    learners: dict[str, tuple[Objective, PreTrainedModel | None]] = {"finetuned": (TaskLoss(smoothing), None)}
+    if (assistant := source.chained()) is not None:
+        learners["takd"] = (kd, assistant)
     if options.baselines:
-        learn("kd", kd, team[strongest].model)
+        learners["kd"] = (kd, team[strongest].model)
+    summarize(learners, executor.in_turn(trials(learners)))
     weaker = sum(one.result[task.metric] < results["finetuned"][task.metric] for one in team.values())
     drop = min(weaker, len(team) - 1) if options.drop is None else options.drop
 
     with_logits = stages.with_team(TeacherTeam({name: one.model for name, one in team.items()}))
     seeded = [with_logits.seeded(stages.seed) for stages in seeded]
-    if options.baselines:
-        for name, objective in _baselines(options, tuple(team), strongest).items():
-            learn(name, objective)
-    runs = [_Run(stages, student, tuple(team), _settings(options, drop, stages.seed), training) for stages in seeded]
+    runs = [
+        _Run(stages, students[stages.seed], tuple(team), _settings(options, drop, stages.seed), training)
+        for stages in seeded
+    ]
     thetas = {"autoskd": [run.learned() for run in runs]}
     if options.random_candidates:
         thetas["random"] = [run.random(options.random_candidates) for run in runs]
+    mixed = _baselines(options, tuple(team), strongest) if options.baselines else {}
     trained = executor.in_turn(
-        run.trial(name, theta)
-        for by_seed in thetas.values()
-        for run, named in zip(runs, by_seed, strict=True)
-        for name, theta in named.items()
+        chain(
+            trials({name: (objective, None) for name, objective in mixed.items()}),
+            (
+                run.trial(name, theta)
+                for by_seed in thetas.values()
+                for run, named in zip(runs, by_seed, strict=True)
+                for name, theta in named.items()
+            ),
+        )
     )
+    summarize(mixed, trained)
     candidates = {}
     for kind, by_seed in thetas.items():
         tried = [{name: next(trained).result for name in named} for named in by_seed]
@@ -228,8 +241,10 @@ class _Run:
         self.found = self._search()
 
     def learned(self) -> dict[str, Theta]:
-        """By what each candidate is called."""
-        return {f"autoskd-{place}": self._named(theta) for place, theta in enumerate(self.found.candidates, 1)}
+        """By what each candidate is called; of equal ones the first alone."""
+        named = {f"autoskd-{place}": self._named(theta) for place, theta in enumerate(self.found.candidates, 1)}
+        first = {tuple(theta.values()): name for name, theta in reversed(named.items())}
+        return {name: theta for name, theta in named.items() if first[tuple(theta.values())] == name}
 
     def random(self, number: int) -> dict[str, Theta]:
         import torch

@@ -34,8 +34,8 @@ class Team(Protocol):
     def train(self, stages: Stages, executor: Local, results: dict[str, Any]) -> dict[str, Trained]:
         """The teachers, by names that are identifiers; all that was trained for them goes into `results`."""
 
-    def student(self) -> PreTrainedModel:
-        """Where students begin, once the team is trained."""
+    def student(self, seed: int) -> PreTrainedModel:
+        """Where students with this seed begin, once the team is trained."""
 
     def chained(self) -> PreTrainedModel | None:
         """The last assistant of --chain."""
@@ -101,7 +101,7 @@ class _Cuts:
         results |= {name: one.result for name, one in team.items()}
         return team
 
-    def student(self) -> PreTrainedModel:
+    def student(self, seed: int) -> PreTrainedModel:
         return first_layers(self.teacher.model, self.options.student_layers)
 
     def chained(self) -> PreTrainedModel | None:
@@ -122,11 +122,13 @@ class _Images:
             raise ValueError(f"--team is {options.team[0]}; expected two or more networks")
         options.learning_rate = options.learning_rate or IMAGE_RATE
         self.options, self.data, self.settings = options, data, vars(options)
-        self.networks = {name.replace("-", "_"): self._network(name) for name in options.team}
-        self.network, self.teachers = self._network(options.student), len(self.networks)
+        # with other weights than a student of the same kind
+        self.networks = {name.replace("-", "_"): self._network(name, ~options.seed) for name in options.team}
+        self._network(options.student, options.seed)  # if it cannot be, say so before the team is trained
+        self.teachers = len(self.networks)
 
-    def _network(self, name: str) -> PreTrainedModel:
-        return image_classifier(name, self.data.task, seed=self.options.seed)
+    def _network(self, name: str, seed: int) -> PreTrainedModel:
+        return image_classifier(name, self.data.task, seed=seed)
 
     def stages(self) -> Stages:
         return stages_of(self.options, of_images(self.data))
@@ -139,8 +141,8 @@ class _Images:
         results |= {name: one.result for name, one in team.items()}
         return team
 
-    def student(self) -> PreTrainedModel:
-        return self.network
+    def student(self, seed: int) -> PreTrainedModel:
+        return self._network(self.options.student, seed)
 
     def chained(self) -> None:
         return None
