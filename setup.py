@@ -49,7 +49,7 @@ def extensions() -> list:
             cpu_sources,
             extra_compile_args=[
                 "-O3", "-g0", "-std=c++20", "-fno-math-errno", "-fopenmp", "-DAT_PARALLEL_OPENMP=1",
-                "-Wno-attributes", "-Wno-maybe-uninitialized",
+                "-Wno-attributes", "-Wno-maybe-uninitialized", "-Wno-unknown-pragmas",
                 f"-DCPU_CAPABILITY={isa}", f"-DCPU_CAPABILITY_{isa}", *flags,
             ],
         )
