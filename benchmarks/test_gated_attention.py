@@ -12,6 +12,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
 from benchmarks.harness import DEVICE, OURS, measure
@@ -38,10 +39,20 @@ def flex(gate: Tensor, tokens: int) -> Attention:
     return lambda query, key, value, gate: compiled(query, key, value, block_mask=blocks)
 
 
+def by(backend: SDPBackend) -> Attention:
+    def attend(*inputs: Tensor) -> Tensor:
+        with sdpa_kernel(backend):
+            return eager(*inputs)
+
+    return attend
+
+
+CUDA_ONLY = {"flash": SDPBackend.FLASH_ATTENTION, "cuDNN": SDPBackend.CUDNN_ATTENTION}
 IMPLEMENTATIONS: dict[str, Callable[[Tensor, int], Attention]] = {
     "eager": lambda gate, tokens: eager,
     "torch.compile": lambda gate, tokens: torch.compile(eager, dynamic=False),
     "FlexAttention": flex,
+    **{name: lambda gate, tokens, backend=backend: by(backend) for name, backend in CUDA_ONLY.items()},
     OURS: lambda gate, tokens: gated_attention,
 }
 
@@ -53,8 +64,10 @@ IMPLEMENTATIONS: dict[str, Callable[[Tensor, int], Attention]] = {
 def test_gated_attention(
     benchmark: Any, implementation: str, size: tuple[int, int, int, int], gate_grad: bool, closed: float
 ) -> None:
-    if implementation == "FlexAttention" and (DEVICE == "cpu" or gate_grad):
-        pytest.skip("no backward on CPU" if DEVICE == "cpu" else "no gradient to gates")
+    if DEVICE == "cpu" and implementation in ("FlexAttention", *CUDA_ONLY):
+        pytest.skip("no backward on CPU" if implementation == "FlexAttention" else "of CUDA alone")
+    if gate_grad and implementation == "FlexAttention":
+        pytest.skip("no gradient to gates")
     torch.manual_seed(0)
     torch.compiler.reset()
     batch, heads, tokens, channels = size

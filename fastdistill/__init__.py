@@ -25,6 +25,7 @@ _LAZY = {
     "PKD": "alignment",
     "SampledTeacher": "multi_teacher",
     "Scores": "scores",
+    "SelectEachEpoch": "selection",
     "TeacherOutputs": "teachers",
     "TeacherTeam": "team",
     "WeightedSum": "objectives",

@@ -137,17 +137,17 @@ def informative_layers(states: Tensor, number: int) -> Tensor:
 
     states: ``[L, B, d]``. A layer's entropy is the mean over examples of that of
     :math:`\mathrm{softmax}(h)` over the hidden size (DeKD, equation 8; its division by :math:`\log|Y|` changes no
-    order). Nothing waits for the device.
+    order). Of equals the first come first. Nothing waits for the device.
     """
     if not 1 <= number <= len(states):
         raise ValueError(f"number is {number!r}; expected from 1 to {len(states)}, the teacher's layers")
-    return hidden_entropy(states).topk(number).indices.sort().values
+    return hidden_entropy(states).argsort(descending=True, stable=True)[:number].sort().values
 
 
 def projections(widths: tuple[int, int], number: int) -> nn.ModuleList:
     """A linear map for each of `number` pairs of layers, from the first width to the second."""
-    if len(widths) != 2 or not all(isinstance(width, int) and width > 0 for width in widths):
-        raise ValueError(f"widths is {widths!r}; expected the hidden sizes of student and teacher")
+    if not _is_pair(widths) or 0 in widths:
+        raise ValueError(f"widths is {widths!r}; expected the hidden sizes of student and teacher, positive integers")
     return nn.ModuleList([nn.Linear(*widths) for _ in range(number)])
 
 

@@ -37,9 +37,9 @@ from fastdistill.multi_teacher import Draws
 from fastdistill.ops import kd_ce_loss
 from fastdistill.ops.checks import check_choice, check_number
 from fastdistill.processes import rank_and_number, sum_over_processes
+from fastdistill.sampling import LengthGroupedSampler
 from fastdistill.scores import load_checked, save_atomically
 from fastdistill.teachers import LOGITS
-from fastdistill.trainer import LengthGroupedSampler
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -229,7 +229,7 @@ class Settings:
         epochs: passes over the training half, both phases together.
         batch_size: examples of each half in a step.
         learning_rate: peak of the student's Adam (weight decay 1e-4), after a linear rise over a tenth of the steps;
-            it then falls to 0.
+            it then falls to 0. Gradients are clipped to a norm of 1.
         theta_learning_rate: of theta's Adam (weight decay 1e-3).
         look_ahead: alpha; by default theta's learning rate, as the paper has it.
         temperature: of the loss; the paper's has none (1).
@@ -339,9 +339,12 @@ def search(
         bf16: train the student under bfloat16 autocast.
         progress: show a bar on stderr.
 
-    Raises ValueError for a dataset without a teacher's logits, for fewer teachers than two, for too few steps or too
-    many dropped teachers, and for a checkpoint that is damaged.
+    Raises ValueError for a dataset without a teacher's logits, for logits that are not finite or not of the student's
+    classes, for fewer teachers than two, for too few steps or too many dropped teachers, for `checkpoints` below 0, and
+    for a checkpoint that is damaged.
     """
+    if isinstance(checkpoints, bool) or not isinstance(checkpoints, int) or checkpoints < 0:
+        raise ValueError(f"checkpoints is {checkpoints!r}; expected an integer of at least 0")
     state = _Search(student, dataset, tuple(names), settings, collate, torch.device(device or student.device), bf16)
     file = None if checkpoint is None else Path(checkpoint)
     if file is not None:
@@ -371,9 +374,8 @@ class _Search:
         _check(dataset, names, settings)
         self.settings, self.names, self.collate, self.device, self.bf16 = settings, names, collate, device, bf16
         self.process, self.processes = rank_and_number()
+        self.team = torch.stack([_logits(dataset, name, student) for name in names], 1)
         self.student = copy.deepcopy(student).to(device).requires_grad_(True)  # type: ignore[arg-type]
-        plain = dataset.with_format("numpy")
-        self.team = torch.stack([torch.from_numpy(np.stack(plain[name + LOGITS][:])) for name in names], 1).float()
         taken = inspect.signature(student.forward).parameters.keys() - {"label", *find_labels(type(student))}  # type: ignore[no-untyped-call]
         self.data = dataset.with_format(None).select_columns([c for c in dataset.column_names if c in taken])
         lengths = dataset["length"][:] if "length" in dataset.column_names else [0] * len(dataset)
@@ -534,6 +536,17 @@ class _Half:
             self.epoch = epoch
             self.order = [self.places[place] for place in self.sampler]
         return self.order[batch * self.batch_size : (batch + 1) * self.batch_size]
+
+
+def _logits(dataset: Dataset, name: str, student: PreTrainedModel) -> Tensor:
+    """A teacher's, ``[N, C]``."""
+    column, classes = name + LOGITS, student.config.num_labels
+    logits = torch.from_numpy(np.stack(dataset.with_format("numpy")[column][:])).float()
+    if logits.shape[1:] != (classes,):
+        raise ValueError(f"dataset has {column!r} of shape {list(logits.shape)}; expected [N, {classes}], as student's")
+    if not logits.isfinite().all():
+        raise ValueError(f"dataset has NaN or infinity in {column!r}; expected finite numbers")
+    return logits
 
 
 def _check(dataset: Dataset, names: tuple[str, ...], settings: Settings) -> None:

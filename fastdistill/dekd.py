@@ -13,7 +13,8 @@ from fastdistill.alignment import align, hidden_states, informative_layers, proj
 from fastdistill.objectives import Objective, weighted_sum
 from fastdistill.ops import kd_ce_loss, select_uncertain, uncertainty
 from fastdistill.ops.checks import check_choice, check_number
-from fastdistill.selection import EXAMPLE, STRATEGIES, Chosen, Strategy, check_ratio, select
+from fastdistill.ops.select_uncertain import STRATEGIES
+from fastdistill.selection import EXAMPLE, Chosen, Strategy, check_ratio, select
 from fastdistill.teachers import ask
 
 ENTROPY_BINS = 10
@@ -43,7 +44,8 @@ class DeKD(Objective):
     that are kept. Other outputs must be of the whole batch.
 
     Args:
-        ratio, strategy: how many are kept, and by which measure; see `fastdistill.selection.select`.
+        ratio, strategy: how many are kept, and by which measure; see `fastdistill.selection.select`. The ratio is of
+            each micro-batch: with accumulation or several processes, of each one's share of a step.
         select_per: "batch", or "epoch": they are chosen from the whole of the data before each epoch (see
             `SelectEachEpoch`), and those of a batch are found by the dataset's column "example".
         ce_on: cross-entropy on "all" examples of a batch, or on the "selected" ones.
@@ -55,12 +57,15 @@ class DeKD(Objective):
         widths: the student's and the teacher's hidden size, where they differ: each of the M pairs (`layers` must be
             given) then has a learned linear map from one to the other, in `module`.
         label_smoothing: in [0, 1), of the hard labels.
-        log_selection: log what is kept, too: "entropy/0" to "entropy/9", the share of the kept examples whose
-            entropy, divided by log C, is in that tenth of [0, 1]; and "layer/1", ...: how often a layer is aligned.
+        log_selection: count what is kept, too: "entropy/0" to "entropy/9", the kept examples whose entropy, divided by
+            log C, is in that tenth of [0, 1]; and "layer/1", ...: the micro-batches that a layer is aligned on.
 
-    Its parts are "ce", "ta" and "da". An example with the label -100 has no cross-entropy, and is otherwise as others
-    are. Raises ValueError or TypeError for an argument out of its range, or without
-    effect, and for models that do not fit.
+    Its parts are "ce", "ta" and "da", and those numbers (int64). An example with the label -100 has no cross-entropy,
+    which is 0 where no example has one, and is otherwise as others are. `DistillationTrainer` however weighs
+    micro-batches by their labelled examples, all terms alike: one without any teaches nothing.
+
+    Raises ValueError or TypeError for an argument out of its range, or without effect, and for models that do not fit:
+    logits must be ``[B, C]``.
     """
 
     ratio: float = 0.5
@@ -86,13 +91,16 @@ class DeKD(Objective):
         check_choice("ce_on", self.ce_on, ("all", "selected"))
         for name in ("ce_weight", "ta_weight", "da_weight"):
             check_number(name, getattr(self, name), minimum=0)
-        if not self.needs_teacher:
+        if not self.ta_weight and not self.da_weight:
             raise ValueError("ta_weight and da_weight are both 0; expected a positive one, or TaskLoss")
         check_number("temperature", self.temperature, above=0)
         check_number("label_smoothing", self.label_smoothing, minimum=0, below=1)
-        for name in ("layers", "widths"):
-            if getattr(self, name) is not None and not self.da_weight:
-                raise ValueError(f"{name} is {getattr(self, name)} but da_weight is 0; expected None")
+        for name in ("scale_by_temperature", "assistant", "log_selection"):
+            if not isinstance(getattr(self, name), bool):
+                raise TypeError(f"{name} is {getattr(self, name)!r}; expected True or False")
+        self._refuse_without("ce_weight", "ce_on", "label_smoothing")
+        self._refuse_without("ta_weight", "temperature", "scale_by_temperature")
+        self._refuse_without("da_weight", "layers", "widths")
         if self.layers is not None and (isinstance(self.layers, bool) or not isinstance(self.layers, int)):
             raise TypeError(f"layers is {self.layers!r}; expected an integer or None")
         if self.layers is not None and self.layers < 1:
@@ -105,9 +113,12 @@ class DeKD(Objective):
         modules = {name: module for name, module in own.items() if module is not None}
         self.module = nn.ModuleDict(modules) if modules else None
 
-    @property
-    def needs_teacher(self) -> bool:
-        return self.ta_weight > 0 or self.da_weight > 0
+    def _refuse_without(self, weight: str, *names: str) -> None:
+        """Arguments that have no effect without this weight."""
+        for name in names:
+            value, default = getattr(self, name), getattr(DeKD, name)
+            if not getattr(self, weight) and value != default:
+                raise ValueError(f"{name} is {value!r} but {weight} is 0; expected {default!r}, the default")
 
     @property
     def needs_hidden_states(self) -> bool:
@@ -116,6 +127,10 @@ class DeKD(Objective):
     @property
     def needs_all_tokens(self) -> bool:
         return False
+
+    @property
+    def of_logits(self) -> bool:
+        return not self.da_weight
 
     @property
     def needs_columns(self) -> tuple[str, ...]:
@@ -140,6 +155,8 @@ class DeKD(Objective):
     ) -> tuple[Tensor, dict[str, Tensor]]:
         if labels is None and self.ce_weight:
             raise ValueError(f"labels is None; {self} needs them")
+        if student.logits.dim() != 2:
+            raise ValueError(f"student.logits has shape {tuple(student.logits.shape)}; expected [B, C]")
         main, assistant = self._named(teacher)
         kept = self._kept(student.logits.detach(), example)
         terms = {}
@@ -192,10 +209,10 @@ class DeKD(Objective):
     def _cross_entropy(self, logits: Tensor, labels: Tensor | None, kept: Tensor) -> Tensor:
         assert labels is not None
         if self.ce_on == "selected":
-            if not len(kept):
-                return _nothing(logits)
             logits, labels = logits[kept], labels[kept]
-        return kd_ce_loss(logits, logits.detach(), labels, kd_weight=0.0, label_smoothing=self.label_smoothing)
+        smoothing = self.label_smoothing
+        total = kd_ce_loss(logits, logits.detach(), labels, kd_weight=0.0, label_smoothing=smoothing, reduction="sum")
+        return total / labels.ne(-100).sum().clamp(min=1)
 
     def _divergence(self, logits: Tensor, rows: Tensor, answers: Tensor | None) -> Tensor:
         if answers is None:
@@ -209,7 +226,7 @@ class DeKD(Objective):
         )
 
     def _align(self, student: Any, taught: Any, kept: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-        """The loss, and for each of the teacher's layers whether it is aligned."""
+        """The loss, and for each of the teacher's layers whether it is aligned, 1 or 0."""
         ours = hidden_states("student", student)[1:]
         number = len(ours) if self.layers is None else self.layers
         if number > len(ours):
@@ -219,14 +236,14 @@ class DeKD(Objective):
         theirs = torch.stack([layer[:, 0] for layer in hidden_states("teacher", taught)[1:]])
         layers = informative_layers(theirs, number)
         loss = align([layer[kept, 0] for layer in ours[:number]], theirs[layers], self._projections)
-        chosen = torch.zeros(len(theirs), device=layers.device).index_fill(0, layers, 1.0)
+        chosen = torch.zeros(len(theirs), dtype=torch.int64, device=layers.device).index_fill(0, layers, 1)
         return loss, {f"layer/{place}": flag for place, flag in enumerate(chosen, 1)}
 
 
 def _entropies(logits: Tensor) -> dict[str, Tensor]:
-    """The share of examples whose normalised entropy is in each of `ENTROPY_BINS` equal parts of [0, 1]."""
+    """How many examples have a normalised entropy in each of `ENTROPY_BINS` equal parts of [0, 1]."""
     part = (uncertainty(logits) * ENTROPY_BINS).long().clamp(max=ENTROPY_BINS - 1)
-    return {f"entropy/{i}": (part == i).sum() / max(1, len(part)) for i in range(ENTROPY_BINS)}
+    return {f"entropy/{i}": (part == i).sum() for i in range(ENTROPY_BINS)}
 
 
 def _nothing(logits: Tensor) -> Tensor:

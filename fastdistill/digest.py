@@ -6,10 +6,14 @@ import hashlib
 import json
 from collections.abc import Iterable, Iterator, Mapping
 from itertools import chain
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
+
+if TYPE_CHECKING:
+    from datasets import Dataset
 
 
 def digest(pieces: Iterable[str | bytes | memoryview]) -> str:
@@ -25,6 +29,20 @@ def tensor_pieces(tensors: Mapping[str, Tensor]) -> Iterator[str | memoryview]:
     for name, tensor in sorted(tensors.items()):
         yield f"{name} {tensor.dtype} {tuple(tensor.shape)}"
         yield tensor.detach().cpu().reshape(-1).view(torch.uint8).numpy().data
+
+
+def row_pieces(rows: Dataset) -> Iterator[str | memoryview]:
+    """Names, types and values of all columns, in whatever way they are kept; of images, and what else is in files that
+    rows name, the files' bytes."""
+    import pyarrow as pa
+    from datasets.table import embed_table_storage
+
+    for table in rows.with_format("arrow").iter(256):
+        # taken, and so laid out anew: a slice's buffers may hold what is around it
+        own = embed_table_storage(table).take(pa.array(range(len(table)))).combine_chunks()
+        yield str(own.schema.remove_metadata())
+        for batch in own.to_batches():
+            yield memoryview(batch.serialize())
 
 
 def model_digest(model: PreTrainedModel) -> str:

@@ -86,7 +86,13 @@ def pixels(dataset: Dataset, size: tuple[int, int]) -> Dataset:
     encoded = dataset.cast_column("image", datasets.Image(decode=False))
     features = datasets.Features({"label": datasets.Value("int64"), "pixel_values": datasets.Value("binary")})
     read_all = encoded.map(
-        read, batched=True, batch_size=256, remove_columns="image", features=features, desc="Reading images"
+        read,
+        batched=True,
+        batch_size=256,
+        remove_columns="image",
+        features=features,
+        load_from_cache_file=False,  # which datasets knows by the files' names, not by what is in them
+        desc="Reading images",
     )
     return read_all.rename_column("label", "labels")
 

@@ -1,7 +1,8 @@
 """Objectives of several teachers: their mean, their sum weighted by how well each knows the label, one at random.
 
 All take the teachers by name, as `fastdistill.trainer.DistillationTrainer` gives them (models, or the columns that
-`fastdistill.team.TeacherTeam.store` makes); in a plain loop ``teacher`` is {name: outputs}.
+`fastdistill.team.TeacherTeam.store` makes); in a plain loop ``teacher`` is {name: outputs}. Where there are labels,
+examples with the label -100 count neither in the loss nor in the mean over the examples, as in `kd_ce_loss`.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from torch import Tensor, nn
 from fastdistill.objectives import Objective, Problem
 from fastdistill.ops import kd_ce_loss
 from fastdistill.ops.checks import check_number
+from fastdistill.ops.kd_ce_loss import Reduction
 
 
 @dataclass(frozen=True)
@@ -48,10 +50,13 @@ class _OfTeam(Objective):
             raise ValueError(f"teacher is {given}; expected a dictionary of the outputs of {', '.join(self.names)}")
         return [teacher[name].logits for name in self.names]
 
-    def _soft_ce(self, student: Any, teacher_logits: Tensor, reduction: Any = "mean") -> Tensor:
+    def _soft_ce(
+        self, student: Any, teacher_logits: Tensor, labels: Tensor | None, reduction: Reduction = "mean"
+    ) -> Tensor:
         return kd_ce_loss(
             student.logits,
             teacher_logits,
+            labels,
             temperature=self.temperature,
             divergence="soft_ce",
             ce_weight=0.0,
@@ -73,7 +78,8 @@ class AvgKD(_OfTeam):
     .. math::
         \tau^2\,\mathrm{CE}\Big(\frac1n \sum_i p_{t_i}^\tau,\; p_s^\tau\Big)
 
-    which is the mean of the teachers' soft cross-entropies. No labels are used; with one name it is plain distillation.
+    which is the mean of the teachers' soft cross-entropies. Labels only say which examples (-100) do not count.
+    With one name it is plain distillation.
 
     Args:
         names: the teachers'; one or more.
@@ -83,7 +89,7 @@ class AvgKD(_OfTeam):
     """
 
     def parts(self, student: Any, teacher: Any, labels: Tensor | None) -> tuple[Tensor, dict[str, Tensor]]:
-        return self._soft_ce(student, self._mixture(self._team(teacher))), {}
+        return self._soft_ce(student, self._mixture(self._team(teacher)), labels), {}
 
 
 @dataclass(frozen=True)
@@ -94,7 +100,7 @@ class MTBERT(_OfTeam):
     .. math::
         \sum_i \frac{\tau^2\,\mathrm{CE}(p_{t_i}^\tau, p_s^\tau)}{1 + \mathrm{CE}(y, p_{t_i})}
 
-    averaged over the examples; the weight is at temperature 1 and a constant.
+    averaged over the examples whose label is not -100; the weight is at temperature 1 and a constant.
 
     Args:
         names: the teachers'; one or more.
@@ -111,7 +117,8 @@ class MTBERT(_OfTeam):
             weights = torch.stack([1 / (1 + _cross_entropy(logits, labels)) for logits in team])
         # Soft cross-entropy is linear in the target: one call for the weighted mean of targets, times their sum.
         target = self._mixture(team, (weights / weights.sum(0)).log())
-        return (weights.sum(0) * self._soft_ce(student, target, reduction="none")).mean(), {}
+        losses = weights.sum(0) * self._soft_ce(student, target, labels, reduction="none")
+        return losses.sum() / labels.ne(-100).sum(), {}
 
 
 def _cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
@@ -125,7 +132,8 @@ class SampledTeacher(Objective):
 
     A teacher that is a model runs only when it is sampled. The generator is the objective's own: draws depend on `seed`
     and on how often it was called, and its state is saved in checkpoints, so that a resumed run goes on with the same
-    teachers. All processes draw the same. With accumulated gradients each micro-batch draws anew.
+    teachers. All processes draw the same. With accumulated gradients each micro-batch draws anew. Examples with the
+    label -100 do not count.
 
     Args:
         theta: name -> probability, >= 0; they sum to 1 (within 1e-4, and are divided by their sum).

@@ -81,7 +81,8 @@ class Objective(ABC):
 
     @abstractmethod
     def parts(self, student: Any, teacher: Any, labels: Tensor | None) -> tuple[Tensor, dict[str, Tensor]]:
-        """The loss, and what it is made of: detached, unweighted scalars by name, left on their device.
+        """The loss, and what it is made of: detached, unweighted scalars by name, left on their device; the trainer's
+        logs have their means, and of integers, which count something, the sums.
 
         An empty dictionary where the loss is all there is to say."""
 

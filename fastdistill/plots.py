@@ -68,18 +68,25 @@ def densities(path: Path, values: Tensor, label: str) -> None:
     _save(figure, path)
 
 
-def shares_over_time(path: Path, log: Log, prefix: str, label: str, ticks: Sequence[str]) -> None:
-    """A map of the logged shares "`prefix`/0", "`prefix`/1", ... (one row each, named by `ticks`) over the epochs."""
-    entries = [entry for entry in log if any(key.startswith(prefix + "/") for key in entry)]
-    names = sorted({key for entry in entries for key in entry if key.startswith(prefix + "/")}, key=_number)
+def shares_over_time(path: Path, log: Log, prefix: str, label: str, ticks: Sequence[str], *, at_once: int = 1) -> None:
+    """A map of the `shares` of what was counted as "`prefix`/0", "`prefix`/1", ... (one row each, named by `ticks`)
+    over the epochs."""
     figure, axes = _figure("epoch", label)
-    times = [entry["epoch"] for entry in entries]
-    edges = [0.0, *times]  # an entry is of the time since the one before
-    shares = [[entry.get(name, 0.0) for entry in entries] for name in names]
-    colours = axes.pcolormesh(edges, range(len(names) + 1), shares, cmap="viridis", vmin=0)
-    axes.set_yticks([place + 0.5 for place in range(len(names))], [ticks[place] for place in range(len(names))])
+    edges = [0.0, *(entry["epoch"] for entry in log if "loss" in entry)]  # an entry is of the time since the one before
+    rows = shares(log, prefix, at_once)
+    colours = axes.pcolormesh(edges, range(len(rows) + 1), rows, cmap="viridis", vmin=0)
+    axes.set_yticks([place + 0.5 for place in range(len(rows))], [ticks[place] for place in range(len(rows))])
     figure.colorbar(colours, label="share")
     _save(figure, path)
+
+
+def shares(log: Log, prefix: str, at_once: int = 1) -> list[list[float]]:
+    """For each of "`prefix`/0", "`prefix`/1", ..., in each log of training, how often it was counted, of the times that
+    anything was; `at_once` are counted each time, to which the shares sum. NaN where nothing was."""
+    entries = [entry for entry in log if "loss" in entry]
+    names = sorted({key for entry in entries for key in entry if key.startswith(prefix + "/")}, key=_number)
+    totals = [sum(entry.get(name, 0.0) for name in names) / at_once or float("nan") for entry in entries]
+    return [[entry.get(name, 0.0) / total for entry, total in zip(entries, totals, strict=True)] for name in names]
 
 
 def probabilities_over_steps(path: Path, names: Sequence[str], theta: Tensor, selected_at: int) -> None:

@@ -119,13 +119,12 @@ class _Bias(nn.Module):
 
     in_features = 0
 
-    def __init__(self, bias: Tensor | None) -> None:
+    def __init__(self, bias: Tensor) -> None:
         super().__init__()
-        self.bias = None if bias is None else nn.Parameter(bias.detach().clone())
+        self.bias = nn.Parameter(bias.detach().clone())
 
     def forward(self, inputs: Tensor) -> Tensor:
-        bias = inputs.new_zeros(()) if self.bias is None else self.bias
-        return bias.expand(*inputs.shape[:-1], -1)
+        return self.bias.expand(*inputs.shape[:-1], -1)
 
 
 class _Nothing(nn.Module):

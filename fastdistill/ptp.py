@@ -59,7 +59,7 @@ def count_ptp_labels(labels: Tensor) -> dict[str, int]:
 
 
 def ptp_student(student: Model, *, seed: int = 0) -> Model:
-    """A copy of a student whose head is a new one, drawn from `seed`, for `PTP_LABELS`."""
+    """A copy of a student, in its mode, whose head is a new one, drawn from `seed`, for `PTP_LABELS`."""
     config = copy.deepcopy(student.config)
     config.id2label = dict(enumerate(PTP_LABELS))
     config.label2id = {name: label for label, name in enumerate(PTP_LABELS)}
@@ -70,7 +70,7 @@ def ptp_student(student: Model, *, seed: int = 0) -> Model:
         other = type(student)(config)
     for name, head in other.named_children():
         if name != student.base_model_prefix:
-            setattr(model, name, head.to(student.device, student.dtype))
+            setattr(model, name, head.to(student.device, student.dtype).train(student.training))
     model.num_labels = config.num_labels  # type: ignore[assignment]
     return model
 

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
-import os
 import platform
 import statistics
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from fastdistill.files import replacing
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -94,6 +95,5 @@ def versions() -> dict[str, str]:
 
 def write_json(path: Path, value: object) -> None:
     """Write JSON so that the file is the old one or the new one, whole, at any moment."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    temporary.write_text(json.dumps(value, indent=2, default=str) + "\n")
-    os.replace(temporary, path)
+    with replacing(path) as temporary:
+        temporary.write_text(json.dumps(value, indent=2, default=str) + "\n")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,6 +12,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from fastdistill.files import replacing
 from fastdistill.ops.checks import check_choice, check_number
 
 if TYPE_CHECKING:
@@ -148,9 +148,8 @@ def _best(units: Units, scores: Sequence[Tensor], sparsity: float, round_to: int
 
 
 def save_atomically(tensors: dict[str, Tensor], path: Path, metadata: dict[str, str]) -> None:
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    save_file(tensors, temporary, metadata=metadata)
-    os.replace(temporary, path)
+    with replacing(path) as temporary:
+        save_file(tensors, temporary, metadata=metadata)
 
 
 def load_checked(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:

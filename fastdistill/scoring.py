@@ -88,8 +88,8 @@ def score(
     In a data-parallel run each process gives its own share of the data, and all get the sum of what they found.
 
     Raises ValueError for a batch without labels or without a column that the objective needs, an unknown architecture,
-    data without a labelled example, a student that is the teacher itself, an objective that needs no teacher or several,
-    a checkpoint that is damaged or of other data, and a call within torch.inference_mode.
+    data without a labelled example, a student that is the teacher itself, an objective that needs no teacher or
+    several, a checkpoint that is damaged or of other data, and a call within torch.inference_mode.
     """
     check_choice("reduce", reduce, ("example", "batch"))
     if torch.is_inference_mode_enabled():

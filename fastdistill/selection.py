@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
@@ -11,16 +12,19 @@ from transformers import TrainerCallback
 
 from fastdistill.ops import select_uncertain
 from fastdistill.ops.checks import check_choice, check_number
-from fastdistill.ops.uncertainty import KINDS
+from fastdistill.ops.select_uncertain import STRATEGIES
+from fastdistill.sampling import lengths_of
+from fastdistill.trainer_checks import own_columns
 
 if TYPE_CHECKING:
     from fastdistill.dekd import DeKD
 
 Strategy = Literal["entropy", "least_confidence", "margin", "random"]
-STRATEGIES = (*KINDS, "random")
 
 EXAMPLE = "example"
 """The dataset column that holds an example's number, 0 to N-1, for a choice made over the whole data."""
+
+LENGTH = "length"
 
 
 def select(
@@ -66,12 +70,17 @@ class Chosen(nn.Module):
         self.flags[indices] = True
 
     def among(self, examples: Tensor) -> Tensor:
-        """The places in a batch of those that are chosen; it waits for the device, to know how many they are."""
+        """The places in a batch of those that are chosen; it waits for the device, to know how many they are.
+
+        On the CPU it raises ValueError for a number that no example has."""
         if not len(self.flags):
             raise ValueError(
                 "no examples are chosen yet; give the trainer callbacks=[SelectEachEpoch(objective)], "
                 "or call objective.choose(logits) before each epoch"
             )
+        number = len(self.flags)
+        if examples.device.type == "cpu" and len(unknown := examples[(examples < 0) | (examples >= number)]):
+            raise ValueError(f"{EXAMPLE} holds {int(unknown[0])}; expected numbers from 0 to {number - 1}")
         return self.flags[examples].nonzero().squeeze(1)
 
     def get_extra_state(self) -> Tensor:  # a buffer would have to have the checkpoint's size already
@@ -105,38 +114,45 @@ class SelectEachEpoch(TrainerCallback):
         if self.objective.strategy == "random":
             logits = torch.empty(len(dataset), 1, device=args.device)  # the number of rows is all that it takes
         else:
-            logits = predict(model, dataset, collate, args.per_device_eval_batch_size)
+            unused = set(own_columns(self.objective)) - {EXAMPLE}
+            logits = predict(model, dataset, collate, args.per_device_eval_batch_size, unused)
         generator = torch.Generator(args.device).manual_seed(args.seed + int(epoch))
         self.objective.choose(logits, generator)
 
 
 @torch.no_grad()
-def predict(model: nn.Module, dataset: Any, collate: Any, batch_size: int) -> Tensor:
-    """A classifier's logits ``[N, C]`` on all of a dataset, by the number in its column "example"."""
-    from accelerate import PartialState  # type: ignore[import-untyped]
-    from accelerate.utils import reduce, send_to_device  # type: ignore[import-untyped]
+def predict(model: nn.Module, dataset: Any, collate: Any, batch_size: int, unused: Collection[str] = ()) -> Tensor:
+    """A classifier's logits ``[N, C]`` on all of a dataset, by the number in its column "example".
 
-    processes, device = PartialState(), next(model.parameters()).device
-    ours = Subset(dataset, range(processes.process_index, len(dataset), processes.num_processes))
+    It sees neither that column nor "labels" nor "length" nor the `unused`. Batches are of similar length, where lengths
+    are known; processes share the work."""
+    from accelerate import PartialState  # type: ignore[import-untyped]
+    from accelerate.utils import gather_object, reduce, send_to_device  # type: ignore[import-untyped]
+
+    if hasattr(dataset, "select_columns"):  # what is not read need not be decoded
+        dataset = dataset.select_columns([column for column in dataset.column_names if column not in unused])
+    processes, device, number = PartialState(), next(model.parameters()).device, len(dataset)
+    lengths = lengths_of(dataset, LENGTH) or [0] * number
+    order = sorted(range(number), key=lengths.__getitem__, reverse=True)
+    ours = Subset(dataset, order[processes.process_index :: processes.num_processes])
     # A generator of its own: the global one's numbers must not depend on whether this was done.
     loader = DataLoader(ours, batch_size, collate_fn=collate, generator=torch.Generator())
-    logits, times = torch.zeros(0), torch.zeros(len(dataset), device=device)
+    found: list[tuple[Tensor, Tensor]] = []
     training = model.training
     model.eval()
     for batch in loader:
         batch = send_to_device(dict(batch), device)
-        batch.pop("labels", None)
-        examples = batch.pop(EXAMPLE)
-        found = model(**batch).logits
-        if not len(logits):
-            logits = torch.zeros(len(dataset), found.shape[-1], device=device)
-        if int(examples.max()) < len(dataset):
-            times[examples] += 1
-            logits[examples] = found.float()
+        features = {name: value for name, value in batch.items() if name not in (EXAMPLE, "labels", LENGTH, *unused)}
+        found.append((batch[EXAMPLE], model(**features).logits.float()))
     model.train(training)
+    classes = max(gather_object([said.shape[-1] for _, said in found[:1]]))  # a process may have had no examples
+    logits, times = torch.zeros(number, classes, device=device), torch.zeros(number, device=device)
+    for examples, said in found:
+        inside = (examples >= 0) & (examples < number)
+        logits[examples[inside]] = said[inside]
+        times[examples[inside]] += 1
     if processes.num_processes > 1:  # each has its own rows, and zeros for the others
         logits, times = reduce(logits, "sum"), reduce(times, "sum")
     if not bool((times == 1).all()):
-        last = len(dataset) - 1
-        raise ValueError(f"the column {EXAMPLE!r} does not number the examples; expected 0 to {last}, once each")
+        raise ValueError(f"the column {EXAMPLE!r} does not number the examples; expected 0 to {number - 1}, once each")
     return logits

@@ -73,9 +73,11 @@ def shuffled_sharing(model: Model, layers: int | None = None, *, swap: bool = Tr
 
     A layer that is applied again has modules of its own, and so hidden states and gates (`fastdistill.gate`) of its
     own. The new model is saved by its own ``save_pretrained``, each weight once, and loaded by
-    `fastdistill.from_pretrained`. All its weights train. Raises TypeError or ValueError for wrong arguments, and
-    ValueError for an unknown architecture and for a model that has shared layers already.
+    `fastdistill.from_pretrained`; transformers' own would draw new weights for the layers above, and reports them as
+    missing. All its weights train. Raises TypeError or ValueError for wrong arguments, and ValueError for an unknown
+    architecture, for a model that has shared layers already and for one within `fastdistill.gate`.
     """
+    refuse_hooked(model)
     depth = len(encoder_layers(model))
     refuse_shared(model)
     if layers is None:

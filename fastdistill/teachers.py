@@ -50,7 +50,7 @@ class TeacherOutputs:
         """
         if self.stored is not None:
             return gather(self.stored, indices)
-        return self._run(_sub_batch(self.features, indices))
+        return self._run(_sub_batch(self.features, indices, getattr(self.model, "main_input_name", None)))
 
     @cached_property
     def whole(self) -> Any:
@@ -94,9 +94,10 @@ def stored_outputs(name: str, batch: Mapping[str, Any]) -> SequenceClassifierOut
     return SequenceClassifierOutput(logits=logits, hidden_states=tokens)
 
 
-def _sub_batch(features: Mapping[str, Any], indices: Tensor) -> dict[str, Any]:
+def _sub_batch(features: Mapping[str, Any], indices: Tensor, main_input: str | None) -> dict[str, Any]:
     tensors = {name: value for name, value in features.items() if isinstance(value, Tensor) and value.dim()}
-    rows = {name: value[indices] for name, value in tensors.items()}
+    batch = len(tensors.get(main_input or "", next(iter(tensors.values()), indices)))
+    rows = {name: value[indices] if len(value) == batch else value for name, value in tensors.items()}
     mask = rows.get("attention_mask")
     if mask is not None and mask.dim() == 2:
         padded = mask.shape[1]

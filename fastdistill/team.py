@@ -6,15 +6,13 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import datasets
 import torch
+from transformers import PreTrainedModel
 
-from fastdistill.stored import Collate, store
-from fastdistill.teachers import HIDDEN_STATES, LOGITS
+from fastdistill.stored import Collate, beside, check_dataset, said_to
 
 if TYPE_CHECKING:
     from datasets import Dataset
-    from transformers import PreTrainedModel
 
 
 class TeacherTeam(Mapping[str, "PreTrainedModel"]):
@@ -26,27 +24,27 @@ class TeacherTeam(Mapping[str, "PreTrainedModel"]):
     Args:
         teachers: name -> model. A name is an identifier: the dataset's columns begin with it.
 
-    Raises ValueError for no teachers, a name that is no identifier, and labels that are not all the same.
+    Raises ValueError for no teachers, a name that is no identifier, and labels that are not all the same, and TypeError
+    for what is no model of transformers.
     """
 
     def __init__(self, teachers: Mapping[str, PreTrainedModel]) -> None:
         self.teachers = dict(teachers)
         if not self.teachers:
             raise ValueError("teachers is empty; expected one or more models by name")
-        first, *others = self.teachers
-        for name in self.teachers:
+        known: list[str] = []
+        for name, model in self.teachers.items():
             if not isinstance(name, str) or not name.isidentifier():
                 raise ValueError(f"teachers has the name {name!r}; expected letters, digits and underscores")
-        for name in others:
-            ours, theirs = (_labels(self.teachers[one]) for one in (first, name))
-            agree = len(ours) == len(theirs) and all(
-                a == b or not a or not b for a, b in zip(ours, theirs, strict=True)
-            )
-            if not agree:
+            if not isinstance(model, PreTrainedModel):
+                raise TypeError(f"teachers[{name!r}] is a {type(model).__name__}; expected a PreTrainedModel")
+            theirs = _labels(model)
+            if known and not _agree(known, theirs):
                 raise ValueError(
-                    f"teachers[{name!r}] has the labels {_told(self.teachers[name])} but teachers[{first!r}] "
-                    f"{_told(self.teachers[first])}; expected the same in the same order"
+                    f"teachers[{name!r}] has the labels {_told(theirs)} but those before it {_told(known)}; "
+                    "expected the same in the same order"
                 )
+            known = [ours or label for ours, label in zip(known or theirs, theirs, strict=True)]
 
     def __getitem__(self, name: str) -> PreTrainedModel:
         return self.teachers[name]
@@ -79,13 +77,14 @@ class TeacherTeam(Mapping[str, "PreTrainedModel"]):
             dataset: tokenized for the student, and for all teachers that are not named in `inputs`.
             collate: for all teachers, or by name for each.
             inputs: name -> the same examples in the same order as that teacher takes them, where it has another
-                tokenizer or image size. Only its logits come over; the student never sees these columns.
+                tokenizer or image size. Only its logits come over; the student never sees these columns. Where both
+                datasets have "labels", or "label", these must be equal; without them nothing is checked but the length.
             batch_size, device, bf16: as of `store`.
             hidden_states: also "{name}_hidden_states".
-            folder: of the stored files; by default that of `store`.
+            folder: of the stored files, whose names then begin with the teachers'; by default that of `store`.
 
-        Raises what `store` does, and ValueError for a name that is not the team's and for inputs of another length or
-        with other labels than the dataset.
+        A teacher that has changed runs alone, without the others. Raises what `store` does, and ValueError for a name
+        that is not the team's and for inputs of another length or with other labels than the dataset.
         """
         inputs = inputs or {}
         given = {"inputs": inputs, "collate": collate if isinstance(collate, Mapping) else {}}
@@ -94,33 +93,24 @@ class TeacherTeam(Mapping[str, "PreTrainedModel"]):
                 raise ValueError(f"{argument} has {', '.join(unknown)}; expected names of {', '.join(self.teachers)}")
         if isinstance(collate, Mapping) and (missing := [name for name in self if name not in collate]):
             raise ValueError(f"collate has no {', '.join(missing)}; expected one for each teacher")
+        check_dataset(dataset, *self)
         for name, rows in inputs.items():
             _check_aligned(name, rows, dataset)
-        for name, model in self.items():
-            own = name in inputs
-            said = store(
-                inputs[name] if own else dataset,
+        said = [
+            said_to(
+                inputs.get(name, dataset),
                 model,
-                name=name,
-                collate=collate[name] if isinstance(collate, Mapping) else collate,
-                batch_size=batch_size,
-                hidden_states=hidden_states,
-                cache_file=None if folder is None else Path(folder) / f"{name}.arrow",
-                device=device,
-                bf16=bf16,
+                name,
+                collate[name] if isinstance(collate, Mapping) else collate,
+                batch_size,
+                hidden_states,
+                None if folder is None else Path(folder) / f"{name}.arrow",
+                device,
+                bf16,
             )
-            dataset = _with_columns(dataset, said, name) if own else said
-        return dataset
-
-
-def _with_columns(dataset: Dataset, said: Dataset, name: str) -> Dataset:
-    columns = [column for column in (name + LOGITS, name + HIDDEN_STATES) if column in said.column_names]
-    if clash := [column for column in columns if column in dataset.column_names]:
-        raise ValueError(f"dataset has a column {clash[0]!r} already; expected another name, or no such column")
-    stored = said.with_format(None).select_columns(columns)
-    both = datasets.concatenate_datasets([dataset.with_format(None), stored], split=dataset.split, axis=1)
-    kind = dataset.format
-    return both.with_format(kind["type"], **kind["format_kwargs"])
+            for name, model in self.items()
+        ]
+        return beside(dataset, *said)
 
 
 def _check_aligned(name: str, rows: Dataset, dataset: Dataset) -> None:
@@ -128,16 +118,22 @@ def _check_aligned(name: str, rows: Dataset, dataset: Dataset) -> None:
         raise ValueError(
             f"inputs[{name!r}] has {len(rows)} examples but dataset {len(dataset)}; expected the same ones"
         )
-    for column in ("labels", "label"):
-        if column in rows.column_names and column in dataset.column_names and rows[column][:] != dataset[column][:]:
+    ours, theirs = dataset.with_format(None), rows.with_format(None)
+    for column in {"labels", "label"} & set(ours.column_names) & set(theirs.column_names):
+        if theirs[column][:] != ours[column][:]:
             raise ValueError(f"inputs[{name!r}] has other {column} than dataset; expected the same order of examples")
 
 
 def _labels(model: PreTrainedModel) -> list[str]:
     """Their names in order; config's default, "LABEL_0" and so on, names nothing."""
     names = [str(model.config.id2label[place]) for place in sorted(model.config.id2label)]  # type: ignore[index,arg-type]
-    return ["" if name == f"LABEL_{place}" else name.casefold() for place, name in enumerate(names)]
+    return ["" if name == f"LABEL_{place}" else name for place, name in enumerate(names)]
 
 
-def _told(model: PreTrainedModel) -> str:
-    return ", ".join(str(label) for label in model.config.id2label.values())  # type: ignore[union-attr]
+def _agree(ours: list[str], theirs: list[str]) -> bool:
+    pairs = zip(ours, theirs, strict=False)
+    return len(ours) == len(theirs) and all(a.casefold() == b.casefold() or not a or not b for a, b in pairs)
+
+
+def _told(labels: list[str]) -> str:
+    return ", ".join(label or f"LABEL_{place}" for place, label in enumerate(labels))

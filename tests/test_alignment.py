@@ -85,6 +85,7 @@ def test_low_precision_is_compared_in_float32() -> None:
         (lambda: PKD([(1, -1)]), "expected \\(student layer, teacher layer\\)"),
         (lambda: PKD(widths=(4, 8)), "widths is \\(4, 8\\) but pairs is 'skip'; expected the pairs as numbers"),
         (lambda: PKD([(1, 1)], widths=(4, 0)), "widths is \\(4, 0\\); expected the hidden sizes"),
+        (lambda: PKD([(1, 1)], widths=(4, True)), "widths is \\(4, True\\); expected the hidden sizes"),
         (lambda: PKD()(states(3, 8, 1), states(2, 8, 2)), "the student has 3 layers and the teacher 2"),
         (lambda: PKD([(1, 3)])(states(1, 8, 1), states(2, 8, 2)), "pairs has \\(1, 3\\), but .* the teacher 2"),
         (lambda: PKD()(states(2, 8, 1), None), "teacher is None"),
@@ -111,6 +112,13 @@ def test_informative_layers_have_the_highest_entropy_in_order_of_depth() -> None
     for number in (0, 6):
         with pytest.raises(ValueError, match=f"number is {number}; expected from 1 to 5"):
             informative_layers(made, number)
+
+
+def test_of_equally_informative_layers_the_first_come_first() -> None:
+    made = torch.zeros(64, 3, 8)
+    made[5, :, 0] = 2.0
+    for number in (1, 5, 33):
+        assert informative_layers(made, number).tolist() == [i for i in range(64) if i != 5][:number]
 
 
 # In the trainer

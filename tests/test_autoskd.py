@@ -230,6 +230,28 @@ def test_what_cannot_be(change: dict[str, Any], message: str) -> None:
         autoskd.search(tiny.bert(layers=1), data(), ("a", "d"), SETTINGS, collate=DataCollatorWithPadding(None))
 
 
+@pytest.mark.parametrize("checkpoints", [-1, 1.5, True])
+def test_checkpoints_are_a_number(checkpoints: Any) -> None:
+    with pytest.raises(ValueError, match=f"checkpoints is {checkpoints}; expected an integer of at least 0"):
+        search(checkpoints=checkpoints)
+    search(checkpoints=0)
+
+
+@pytest.mark.parametrize(
+    "logits, message",
+    [
+        ([[0.0, float("nan")]] * 40, "dataset has NaN or infinity in 'd_logits'; expected finite numbers"),
+        ([[0.0, float("-inf")]] * 40, "dataset has NaN or infinity in 'd_logits'"),
+        ([[0.0, 1.0, 2.0]] * 40, r"dataset has 'd_logits' of shape \[40, 3\]; expected \[N, 2\], as student's"),
+        ([0.0] * 40, r"dataset has 'd_logits' of shape \[40\]"),
+    ],
+)
+def test_logits_that_cannot_be(logits: Any, message: str) -> None:
+    dataset, collate = data().add_column("d_logits", logits), DataCollatorWithPadding(tiny.tokenizer())
+    with pytest.raises(ValueError, match=message):
+        autoskd.search(tiny.bert(layers=1), dataset, ("a", "d"), SETTINGS, collate=collate)
+
+
 def test_images_and_batch_norm() -> None:
     """Nothing in a search is of text: a ResNet learns from stored logits, with theta's gradient through its step."""
     torch.manual_seed(0)

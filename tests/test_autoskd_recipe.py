@@ -162,6 +162,7 @@ def test_a_killed_search_goes_on(sources: Path, finished: Path, tmp_path: Path) 
         (("--candidates", "9"), "phase 2 has 3 of the 6 steps"),
         (("--order", "1", "--look-ahead", "1"), "order 1 does not look ahead"),
         (("--student-layers", "4"), "expected from 1 to 3"),
+        (("--kd-temperature", "3"), "--kd-temperature would have no effect"),
         (("--method", "both"), "invalid choice: 'both'"),
         (("--task", "scores"), "is regression"),
     ],

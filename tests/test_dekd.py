@@ -15,9 +15,19 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from transformers import DataCollatorWithPadding
 
-from fastdistill import DeKD, DistillationTrainer, LogitsKD, TeacherOutputs, WeightedSum
-from fastdistill.selection import SelectEachEpoch
+from fastdistill import (
+    DeKD,
+    DistillationTrainer,
+    LogitsKD,
+    SelectEachEpoch,
+    TeacherOutputs,
+    WeightedSum,
+    uncertainty,
+)
+from fastdistill.plots import shares
+from fastdistill.selection import predict
 from tests import tiny
 
 EXACT = {"rtol": 0.0, "atol": 0.0}
@@ -189,13 +199,30 @@ def test_what_is_kept_can_be_logged() -> None:
     parts = DeKD(log_selection=True).parts(STUDENT, TEACHERS, LABELS)[1]
     kept = uncertain_first()[:4]
     bins = [int(10 * entropy(STUDENT.logits[i]) / math.log(C)) for i in kept]
-    assert [parts[f"entropy/{k}"].item() for k in range(10)] == pytest.approx([bins.count(k) / 4 for k in range(10)])
+    assert [parts[f"entropy/{k}"].item() for k in range(10)] == [bins.count(k) for k in range(10)]
     states = TEACHERS["teacher"].hidden_states[1:]
     informative = torch.tensor([sum(entropy(layer[i, 0]) for i in kept) for layer in states])
     chosen = informative.topk(3).indices.tolist()
     assert [parts[f"layer/{j}"].item() for j in range(1, 7)] == [float(j in chosen) for j in range(6)]
     even = SimpleNamespace(logits=torch.zeros(B, C, dtype=torch.float64), hidden_states=STUDENT.hidden_states)
-    assert DeKD(log_selection=True).parts(even, TEACHERS, LABELS)[1]["entropy/9"] == 1  # also where it is all of 1
+    assert DeKD(log_selection=True).parts(even, TEACHERS, LABELS)[1]["entropy/9"] == 4  # also where it is all of 1
+
+
+@pytest.mark.parametrize("ce_on", ["all", "selected"])
+@pytest.mark.parametrize("unlabelled", [(3, 5), tuple(range(B)), tuple(uncertain_first()[:4])])
+def test_an_example_without_a_label_has_no_cross_entropy(ce_on: Any, unlabelled: tuple[int, ...]) -> None:
+    student = outputs(1, grad=True)
+    labels = LABELS.clone()
+    labels[list(unlabelled)] = -100
+    loss, parts = DeKD(ce_on=ce_on).parts(student, TEACHERS, labels)
+    rows = uncertain_first()[:4] if ce_on == "selected" else range(B)
+    counted = [i for i in rows if i not in unlabelled]
+    ce = F.cross_entropy(STUDENT.logits[counted], LABELS[counted]) if counted else torch.zeros_like(loss)
+    torch.testing.assert_close(parts["ce"], ce)
+    everything = by_hand(STUDENT, TEACHERS, LABELS, kept=uncertain_first()[:4])
+    torch.testing.assert_close(loss, 0.5 * ce + 0.3 * everything["ta"] + 0.2 * everything["da"])
+    loss.backward()
+    assert student.logits.grad.isfinite().all()
 
 
 def test_it_sums_with_others() -> None:
@@ -266,6 +293,16 @@ def test_a_batch_without_a_chosen_example_asks_nobody(ce_on: Any) -> None:
         ({"widths": (8, 8)}, ValueError, "widths is \\(8, 8\\) but layers is None"),
         ({"layers": 0}, ValueError, "layers is 0"),
         ({"layers": 1.5}, TypeError, "layers is 1.5"),
+        ({"layers": 1, "widths": (8, True)}, ValueError, r"widths is \(8, True\); expected the hidden sizes"),
+        ({"layers": 1, "widths": (8, 0)}, ValueError, r"widths is \(8, 0\); expected the hidden sizes"),
+        ({"layers": 1, "widths": 8}, ValueError, "widths is 8; expected the hidden sizes of student and teacher"),
+        ({"assistant": None}, TypeError, "assistant is None; expected True or False"),
+        ({"log_selection": 1}, TypeError, "log_selection is 1; expected True or False"),
+        ({"scale_by_temperature": "yes"}, TypeError, "scale_by_temperature is 'yes'; expected True or False"),
+        ({"ta_weight": 0, "temperature": 2.0}, ValueError, "temperature is 2.0 but ta_weight is 0; expected 5.0"),
+        ({"ta_weight": 0, "scale_by_temperature": True}, ValueError, "scale_by_temperature is True but ta_weight is 0"),
+        ({"ce_weight": 0, "label_smoothing": 0.1}, ValueError, "label_smoothing is 0.1 but ce_weight is 0; expected 0"),
+        ({"ce_weight": 0, "ce_on": "selected"}, ValueError, "ce_on is 'selected' but ce_weight is 0; expected 'all'"),
     ],
 )
 def test_a_wrong_setting_is_named(settings: dict[str, Any], error: type[Exception], message: str) -> None:
@@ -293,6 +330,18 @@ def test_a_wrong_setting_is_named(settings: dict[str, Any], error: type[Exceptio
         (
             lambda: DeKD(select_per="epoch")(STUDENT, TEACHERS, LABELS, example=LABELS),
             r"no examples are chosen yet; give the trainer callbacks=\[SelectEachEpoch",
+        ),
+        (
+            lambda: chosen(3)(STUDENT, TEACHERS, LABELS, example=torch.arange(12, 21)),
+            "example holds 20; expected numbers from 0 to 19",
+        ),
+        (
+            lambda: chosen(3)(STUDENT, TEACHERS, LABELS, example=torch.arange(-1, 8)),
+            "example holds -1; expected numbers from 0 to 19",
+        ),
+        (
+            lambda: DeKD()(SimpleNamespace(logits=torch.zeros(2, 5, C)), TEACHERS, LABELS),
+            r"student.logits has shape \(2, 5, 4\); expected \[B, C\]",
         ),
         (
             lambda: DeKD()(SimpleNamespace(logits=STUDENT.logits), TEACHERS, LABELS),
@@ -446,8 +495,38 @@ def test_parts_and_choices_are_logged(tmp_path: Path) -> None:
     for entry in t.state.log_history[:-1]:
         loss = 0.5 * entry["ce"] + 0.3 * entry["ta"] + 0.2 * entry["da"]
         assert entry["loss"] == pytest.approx(loss, rel=1e-4)
-        assert sum(entry[f"entropy/{i}"] for i in range(10)) == pytest.approx(1)
-        assert sum(entry[f"layer/{j}"] for j in (1, 2, 3)) == pytest.approx(2)
+        assert sum(entry[f"entropy/{i}"] for i in range(10)) == 12  # of each of three batches four
+        assert sum(entry[f"layer/{j}"] for j in (1, 2, 3)) == 6
+
+
+def test_shares_are_of_all_that_was_kept(tmp_path: Path) -> None:
+    """Whatever batches hold of it, or whether they hold any, and however many of their examples are labelled."""
+    objective = DeKD(select_per="epoch", ratio=0.1, strategy="random", log_selection=True)
+    kept: list[Tensor] = []
+
+    def parts(student: Any, *args: Any, example: Tensor) -> Any:
+        kept.append(uncertainty(student.logits.detach()[objective.module["chosen"].among(example)]))
+        return DeKD.parts(objective, student, *args, example=example)
+
+    objective.parts = parts  # type: ignore[method-assign]
+    data = numbered()
+    labels = [-100 if place % 3 else label for place, label in enumerate(data["labels"])]
+    data = data.remove_columns("labels").add_column("labels", labels)
+    options = {"args_gradient_accumulation_steps": 2, "args_num_train_epochs": 4, "args_logging_steps": 2}
+    t = trainer(tmp_path, objective, data, **options)
+    t.train()
+    found = shares(t.state.log_history, "entropy")
+    micro_batches = [kept[:5], kept[5:10], kept[10:15], kept[15:]]  # an epoch's three steps, of two, two and one
+    steps = [torch.cat(part) for epoch in micro_batches for part in (epoch[:2], epoch[2:4], epoch[4:])]
+    logs = [torch.cat(steps[i : i + 2]) for i in range(0, 12, 2)]
+    assert len({len(part) for part in logs}) > 1 and any(not len(part) for epoch in micro_batches for part in epoch)
+    for place, entropies in enumerate(logs):
+        column = [row[place] for row in found]
+        bins = (10 * entropies).long().clamp(max=9).bincount(minlength=10) / len(entropies)
+        torch.testing.assert_close(torch.tensor(column), bins, equal_nan=True)
+    layers = torch.tensor(shares(t.state.log_history, "layer", 2)).sum(0)
+    asked = torch.tensor([bool(len(part)) for part in logs])
+    torch.testing.assert_close(layers, torch.where(asked, 2.0, math.nan), equal_nan=True)
 
 
 @pytest.mark.parametrize("select_per", ["batch", "epoch"])
@@ -553,18 +632,21 @@ def test_what_does_not_go_together_is_named(tmp_path: Path, options: Any, messag
 
 
 def train(folder: Path, processes: int) -> None:
-    """With all examples kept and no halves, nothing depends on which micro-batch an example is in."""
+    """With all examples kept and no halves, nothing depends on which micro-batch an example is in.
+
+    In "rare", where one is kept an epoch, most of the time no process aligns, and never more than one."""
     torch.manual_seed(int(os.environ.get("RANK", 0)))  # each process draws other projections, and must use the first's
     objective = DeKD(select_per="epoch", assistant=False, da_weight=0.0, log_selection=True)
     aligned = WeightedSum({"dekd": (1.0, DeKD(ratio=1.0, assistant=False, layers=1, widths=(16, 24)))})
-    for name, each in (("epoch", objective), ("widths", aligned)):
+    rare = DeKD(select_per="epoch", ratio=1 / 48, assistant=False, layers=1, widths=(16, 24))
+    for name, each in (("epoch", objective), ("widths", aligned), ("rare", rare)):
         t = DistillationTrainer(
             model=tiny.bert(1, layers=1, dropout=0.0),
             teacher_model=tiny.bert(2, layers=1, hidden_size=24),
             objective=each,
             train_dataset=numbered(48),
             processing_class=tiny.tokenizer(),
-            callbacks=[SelectEachEpoch(objective)] if each is objective else [],
+            callbacks=[] if each is aligned else [SelectEachEpoch(each)],
             args=tiny.config(
                 folder,
                 per_device_train_batch_size=8 // processes,
@@ -578,6 +660,9 @@ def train(folder: Path, processes: int) -> None:
         if t.is_world_process_zero():
             state = {**t.model.state_dict(), **{f"own.{k}": v for k, v in each.module.state_dict().items()}}
             torch.save(state, folder / f"{name}.pt")
+    words = DataCollatorWithPadding(tiny.tokenizer())
+    one = predict(tiny.bert(1), numbered(1).remove_columns("length"), words, 4)  # fewer examples than processes
+    torch.save(one, folder / f"predicted-{os.environ.get('RANK', 0)}.pt")
 
 
 def test_two_processes(tmp_path: Path) -> None:
@@ -603,6 +688,13 @@ def test_two_processes(tmp_path: Path) -> None:
     (flags,) = (name for name in one if "chosen" in name)
     assert one[flags].sum() == 24
     assert torch.equal(one[flags], two[flags])  # the processes found their shares of the data's predictions
+    rare = torch.load(tmp_path / "two" / "rare.pt", weights_only=True)
+    assert rare[flags].sum() == 1
+    files = ("one/predicted-0.pt", "two/predicted-0.pt", "two/predicted-1.pt")
+    one, *two = (torch.load(tmp_path / file, weights_only=True) for file in files)
+    assert one.shape == (1, 2)
+    for found in two:
+        torch.testing.assert_close(found, one)
 
 
 if __name__ == "__main__":

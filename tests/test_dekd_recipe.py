@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import shutil
 import statistics
 import sys
@@ -13,7 +14,7 @@ import torch
 from transformers import AutoModelForSequenceClassification
 
 from fastdistill.cli import main
-from fastdistill.recipes import stages
+from fastdistill.recipes import dekd, stages
 from fastdistill.students import first_layers
 from tests import tiny
 from tests.records import record, untimed
@@ -91,11 +92,11 @@ def test_each_student_has_its_objective(finished: Path) -> None:
 
 def test_the_table_has_spreads(sources: Path, finished: Path, capsys: pytest.CaptureFixture[str]) -> None:
     before = untimed(finished, "results")
-    dekd = before["results"]["dekd"]
+    found = before["results"]["dekd"]
     assert main(command(sources, finished, *EVERYTHING)) == 0
     said = capsys.readouterr()
     row = next(line for line in said.out.splitlines() if " dekd " in line)
-    assert f"{100 * dekd['accuracy']:.1f} ± {100 * dekd['spread']:.1f}" in row
+    assert f"{100 * found['accuracy']:.1f} ± {100 * found['spread']:.1f}" in row
     assert "dekd: done earlier" in said.err.replace("\n", "")
     assert untimed(finished, "results") == before
 
@@ -214,9 +215,69 @@ def test_ratios_and_strategies(sources: Path, tmp_path: Path, capsys: pytest.Cap
     assert "spread" not in found["results"]["dekd-1"]  # there is one seed
 
 
-def test_without_an_assistant_none_is_trained(sources: Path, tmp_path: Path) -> None:
-    assert main(command(sources, tmp_path, "--ta-weight", "0", "--no-plots")) == 0
-    assert list(record(tmp_path)["results"]) == ["teacher", "dekd"]
+@pytest.mark.parametrize("options", [("--ta-weight", "0"), ("--assistant-layers", "0", "--student-layers", "3")])
+def test_without_an_assistant_none_is_trained(sources: Path, tmp_path: Path, options: tuple[str, ...]) -> None:
+    """Between three layers and four there can be none."""
+    assert main(command(sources, tmp_path, *options, "--no-plots")) == 0
+    found = record(tmp_path)
+    assert list(found["results"]) == ["teacher", "dekd"]
+    assert ("assistant=False" in found["settings"]["objectives"]["dekd"]) == ("--assistant-layers" in options)
+
+
+def variants(*options: str) -> dict[str, Any]:
+    parser = argparse.ArgumentParser()
+    dekd.add_arguments(parser)
+    return dekd._variants(parser.parse_args(command(Path(), Path(), *options)[1:]))
+
+
+def test_variants_are_called_by_exact_names() -> None:
+    assert list(variants("--ratio", "0.3333333,0.3333334")) == ["dekd-entropy-0.3333333", "dekd-entropy-0.3333334"]
+    assert {name: one.strategy for name, one in variants("--strategy", "entropy,random", "--ratio", "1").items()} == {
+        "dekd-1": "entropy"
+    }
+    found = variants("--without", "ta,ds", "--without", "doa,ds,ta")
+    assert list(found) == ["dekd", "dekd-without-ds-ta", "dekd-without-ds-ta-doa"]
+    assert (found["dekd-without-ds-ta"].ratio, found["dekd-without-ds-ta"].assistant) == (1.0, False)
+
+
+@pytest.mark.parametrize(
+    "options, columns",
+    [
+        (("--da-weight", "0"), {"teacher_logits", "assistant_logits"}),
+        (("--store-hidden-states",), {"teacher_logits", "teacher_hidden_states", "assistant_logits"}),
+        (
+            ("--store-hidden-states", "--select-per", "epoch", "--assistant-layers", "0"),
+            {"teacher_logits", "teacher_hidden_states"},
+        ),
+    ],
+)
+def test_stored_outputs_stand_for_the_teachers(
+    sources: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, options: tuple[str, ...], columns: set[str]
+) -> None:
+    """No teacher runs in the students' steps, and they learn the same."""
+    options = (*options, "--epochs", "2", "--seeds", "0,7", "--no-plots")
+    taught: list[tuple[Any, set[str]]] = []
+
+    class Watched(stages.DistillationTrainer):
+        def train(self, *args: Any, **kwargs: Any) -> Any:
+            if Path(self.args.output_dir).name == "dekd":
+                taught.append((self.teachers, {name for name in self.train_dataset.column_names if "_" in name}))
+            return super().train(*args, **kwargs)
+
+    monkeypatch.setattr(stages, "DistillationTrainer", Watched)
+    assert main(command(sources, tmp_path / "stored", *options)) == 0
+    shown = {"input_ids", "attention_mask", "token_type_ids"}
+    assert [(models, names - shown) for models, names in taught] == [({}, columns)] * 2
+    with monkeypatch.context() as patch:
+        patch.setattr(stages.Stages, "_taught", lambda self, objective, teacher, *rest: (self.train_data, teacher))
+        assert main(command(sources, tmp_path / "live", *options)) == 0
+    assert len(taught[-1][0]) == (1 if "--assistant-layers" in options else 2)
+    for seed in (0, 7):
+        ours, theirs = (model(tmp_path / run / f"seed-{seed}" / "dekd").state_dict() for run in ("stored", "live"))
+        for weights in (ours, theirs):
+            for name in [name for name in weights if name.endswith("key.bias")]:
+                weights.pop(name)  # changes no output: its gradient is rounding alone, which Adam makes steps of
+        torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-4)
 
 
 def test_without_matplotlib_plots_are_refused_at_once(
@@ -254,11 +315,28 @@ def test_matplotlib_is_imported_only_to_plot(sources: Path, tmp_path: Path, monk
         (["--da-weight", "0", "--without", "doa"], "--without doa changes nothing"),
         (["--ta-weight", "0", "--da-weight", "0"], "ta_weight and da_weight are both 0"),
         (["--da-weight", "0", "--align-layers", "1"], "layers is 1 but da_weight is 0"),
+        (["--da-weight", "0", "--store-hidden-states"], "--store-hidden-states is given, but --da-weight is 0"),
+        (["--ta-weight", "0", "--temperature", "3"], "temperature is 3.0 but ta_weight is 0"),
+        (["--ta-weight", "0", "--scale-by-temperature"], "scale_by_temperature is True but ta_weight is 0"),
+        (["--ta-weight", "0", "--kd-temperature", "3"], "--kd-temperature is 3, but no model learns by plain"),
+        (["--assistant-layers", "0", "--kd-temperature", "3"], "--kd-temperature is 3, but no model learns by plain"),
+        (["--ce-weight", "0", "--ce-on", "selected"], "ce_on is 'selected' but ce_weight is 0"),
+        (
+            ["--ce-weight", "0", "--assistant-layers", "0", "--label-smoothing", "0.1"],
+            "--label-smoothing is 0.1, but no student learns labels",
+        ),
+        (["--without", "ds,ta", "--without", "ta,ds"], "--without ta,ds is given twice"),
+        (["--without", "ds", "--without", "ds"], "--without ds is given twice"),
+        (["--assistant-layers", "0", "--without", "ta"], "--without ta changes nothing"),
         (["--align-layers", "2"], "--align-layers is 2; the student has 1"),
         (["--student-layers", "5"], "--student-layers is 5; the teacher has 4"),
-        (["--student-layers", "3"], "more layers than the student's 3 and fewer than the teacher's 4, not 3"),
+        (
+            ["--student-layers", "3"],
+            "more layers than the student's 3 and fewer than the teacher's 4, not 3; --assistant-layers 0 is for no",
+        ),
         (["--assistant-layers", "4"], "more layers than the student's 1 and fewer than the teacher's 4, not 4"),
         (["--ta-weight", "0", "--assistant-layers", "2"], "--assistant-layers is given, but --ta-weight is 0"),
+        (["--ta-weight", "0", "--assistant-layers", "0"], "--assistant-layers is given, but --ta-weight is 0"),
         (["--chain", "4,1"], "--chain is 4,1; expected falling numbers of layers below the teacher's 4, two or more"),
         (["--chain", "4,3,2"], "--chain is 4,3,2; expected"),
         (["--chain", "2,3,1"], "--chain is 2,3,1; expected"),

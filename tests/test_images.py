@@ -4,12 +4,15 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import datasets
 import numpy as np
 import pytest
 import torch
+from datasets import Dataset, load_from_disk
 from PIL import Image
 
-from fastdistill import load_task, tokenize
+from fastdistill import load_task, store, tokenize
+from fastdistill.image_classifiers import image_classifier
 from fastdistill.images import ImageCollator, pixels, size_of
 from fastdistill.recipes.examples import of_images
 from tests import tiny
@@ -43,6 +46,29 @@ def test_pixels_are_the_images(folder: Path) -> None:
     for place in (0, 13, 23):
         wanted = torch.from_numpy(np.asarray(data[place]["image"]).copy()).permute(2, 0, 1)
         torch.testing.assert_close(batch["pixel_values"][place] * 0.25 + 0.5, wanted / 255)
+
+
+def test_pixels_are_those_that_files_have_now(folder: Path, tmp_path: Path) -> None:
+    files = [str(file) for file in sorted((folder / "train").rglob("*.png"))]
+    Dataset.from_dict({"image": files, "label": [0] * 24}).save_to_disk(tmp_path / "data")
+    data = load_from_disk(tmp_path / "data").cast_column("image", datasets.Image())  # `datasets` has a cache for it
+    before = pixels(data, (8, 8))["pixel_values"][:]
+    Image.new("RGB", (8, 8), 51).save(sorted((folder / "train" / "high").iterdir())[0])
+    after = pixels(data, (8, 8))["pixel_values"][:]
+    assert [old != new for old, new in zip(before, after, strict=True)] == [True] + [False] * 23
+
+
+def test_what_a_teacher_says_is_of_the_pixels(folder: Path, tmp_path: Path) -> None:
+    teacher = image_classifier("wrn-10-1", load_task(folder).task)
+
+    def said() -> torch.Tensor:
+        examples = of_images(load_task(folder))
+        stored = store(examples.train, teacher, collate=examples.collate, batch_size=4, cache_file=tmp_path / "x.arrow")
+        return torch.tensor(stored["teacher_logits"][:])
+
+    before = said()
+    Image.new("RGB", (8, 8), 51).save(sorted((folder / "train" / "low").iterdir())[-1])
+    assert ((said() - before).abs().amax(1) > 1e-6).tolist() == [False] * 23 + [True]
 
 
 def test_images_of_another_size_or_mode_become_the_same(folder: Path) -> None:

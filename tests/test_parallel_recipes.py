@@ -28,8 +28,8 @@ from fastdistill.autoskd import METHODS, Batch, Found
 from fastdistill.cli import main
 from fastdistill.processes import rank_and_number
 from fastdistill.recipes import stages
+from fastdistill.sampling import EvenShares
 from fastdistill.scores import Scores
-from fastdistill.trainer import _EvenShares
 from tests import tiny
 from tests.records import record, without_times
 from tests.test_autoskd import SETTINGS, batches, search
@@ -219,12 +219,12 @@ def test_processes_share_thetas_gradient(runs: Path) -> None:
 
 
 def test_shares_are_even() -> None:
-    shares = _EvenShares(BatchSampler(range(13), 3, drop_last=False), 2)
+    shares = EvenShares(BatchSampler(range(13), 3, drop_last=False), 2)
     assert list(shares) == [[0, 1, 2], [3, 4, 5], [6, 7, 8], [9, 10, 11], [12], [12]]
     assert len(shares) == 6
-    shares = _EvenShares(BatchSampler(range(11), 3, drop_last=False), 2)
+    shares = EvenShares(BatchSampler(range(11), 3, drop_last=False), 2)
     assert list(shares)[2:] == [[6, 7, 8], [9, 10]]
-    assert len(_EvenShares(BatchSampler(range(11), 3, drop_last=True), 2)) == 2
+    assert len(EvenShares(BatchSampler(range(11), 3, drop_last=True), 2)) == 2
 
 
 def test_processes_that_cannot_share_a_batch(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -177,6 +177,8 @@ def test_another_threshold_repeats_the_pretraining(sources: Path, finished: Path
         (("--without", "kd"), "'kd' is not among sps, swap, ptp"),
         (("--threshold", "0.5"), "0.5 is not a finite number above 0.5"),
         (("--threshold", "0.9,0.8,0.7"), "--threshold has 3 numbers; expected one or two"),
+        (("--kd-temperature", "3"), "--kd-temperature would have no effect"),
+        (("--store-hidden-states", "--beta", "0"), "--store-hidden-states would have no effect"),
         (("--alpha", "1.1"), "1.1 is not a finite number of at least 0 and at most 1"),
         (("--chain", "2,3"), "--chain is 2,3; expected falling numbers"),
     ],

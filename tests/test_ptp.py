@@ -101,6 +101,13 @@ def test_the_head_is_replaced_and_comes_back(kind: str) -> None:
     assert found(**batch).logits.shape == (2, 3)
 
 
+@pytest.mark.parametrize("training", [True, False])
+def test_the_mode_is_the_students(training: bool) -> None:
+    for kind in ("bert", "electra", "vit"):
+        ptp = ptp_student(classifier(kind).train(training))
+        assert all(module.training == training for module in ptp.modules())
+
+
 def test_a_model_on_labels_of_one_class() -> None:
     """A class without examples is a class all the same."""
     ptp = ptp_student(tiny.bert())

@@ -92,7 +92,8 @@ def test_regression() -> None:
             torch.testing.assert_close(layer.double(), values, rtol=1e-5, atol=1e-12)
 
 
-SUM = WeightedSum({"kd": (2.0, LogitsKD()), "reverse": (1.0, LogitsKD(divergence="reverse_kl")), "ce": (1.0, TaskLoss())})
+REVERSE = LogitsKD(divergence="reverse_kl")
+SUM = WeightedSum({"kd": (2.0, LogitsKD()), "reverse": (1.0, REVERSE), "ce": (1.0, TaskLoss())})
 
 
 @pytest.mark.parametrize("objective", [None, SUM])

@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import DataCollatorWithPadding
 
 from fastdistill import DeKD, uncertainty
@@ -79,6 +79,9 @@ def test_a_choice_is_looked_up_and_kept() -> None:
     assert chosen.among(torch.tensor([1])).tolist() == []
     chosen.choose(6, torch.tensor([1]))
     assert chosen.among(torch.tensor([2, 1])).tolist() == [1]
+    for number in (6, -1):
+        with pytest.raises(ValueError, match=f"example holds {number}; expected numbers from 0 to 5"):
+            chosen.among(torch.tensor([2, number]))
     another = Chosen()
     another.load_state_dict(chosen.state_dict())  # whatever its size
     assert another.among(torch.arange(6)).tolist() == [1]
@@ -107,7 +110,43 @@ def test_predictions_are_the_models_in_the_order_of_the_numbers() -> None:
         torch.testing.assert_close(logits[i], alone)
 
 
-@pytest.mark.parametrize("examples", [[0, 1, 2, 2], [1, 2, 3, 4]])
+class Strict(nn.Module):
+    """Takes what it names and nothing else, and notes how long its batches are."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.model, self.padded = tiny.bert(1), []
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Any:
+        self.padded.append(input_ids.shape[1])
+        return self.model(input_ids=input_ids, attention_mask=attention_mask)
+
+
+@pytest.mark.parametrize("known", ["length", "tokens"])
+def test_a_model_sees_its_own_columns_in_batches_of_similar_length(known: str) -> None:
+    data = tiny.dataset(40).add_column("example", list(range(40)))
+    lengths = sorted(data["length"][:], reverse=True)
+    if known == "tokens":
+        data = data.remove_columns("length")
+    stored = data.add_column("teacher_logits", [[0.0, 1.0]] * 40).add_column("teacher_hidden_states", [[[0.0]]] * 40)
+    expected = predict(tiny.bert(1), data, collate, 8)
+    seen = set()
+
+    def noted(rows: list[dict[str, Any]]) -> Any:
+        seen.update(*rows)
+        return collate(rows)
+
+    model = Strict()
+    torch.testing.assert_close(predict(model, stored, noted, 8, ("teacher_logits", "teacher_hidden_states")), expected)
+    assert not [name for name in seen if "teacher" in name]  # nor are they read
+    assert model.padded == lengths[::8]
+    as_list = [dict(row) for row in stored]
+    torch.testing.assert_close(
+        predict(Strict(), as_list, collate, 8, ("teacher_logits", "teacher_hidden_states")), expected
+    )
+
+
+@pytest.mark.parametrize("examples", [[0, 1, 2, 2], [1, 2, 3, 4], [0, 1, 2, -1]])
 def test_numbers_that_do_not_number_the_examples(examples: list[int]) -> None:
     with pytest.raises(ValueError, match="'example' does not number the examples; expected 0 to 3, once each"):
         predict(tiny.bert(1), numbered(4, examples), collate, 2)
@@ -131,6 +170,14 @@ def test_each_epoch_has_its_own_choice() -> None:
         assert sorted(expected.tolist()) == chosen.nonzero().squeeze(1).tolist()
     assert not torch.equal(*choices)
     assert torch.equal(begin_epoch(objective, models[0], data, 1.5), choices[1])  # resumed within the second
+
+
+def test_what_teachers_said_is_not_for_the_student() -> None:
+    data = numbered(20)
+    objective = DeKD(select_per="epoch", assistant=False)
+    stored = data.add_column("teacher_logits", [[0.0, 1.0]] * 20)
+    chosen = begin_epoch(objective, Strict(), stored, 0)
+    assert torch.equal(chosen, begin_epoch(objective, tiny.bert(1), data, 0))
 
 
 def test_a_random_choice_depends_on_seed_and_epoch_alone() -> None:

@@ -177,6 +177,13 @@ def test_what_shared_layers_cannot_become() -> None:
             change()
 
 
+def test_a_model_with_gates_is_refused() -> None:
+    """The copy would keep them."""
+    model = tiny.bert()
+    with fastdistill.gate(model), pytest.raises(ValueError, match="model is within fastdistill.gate"):
+        fastdistill.shuffled_sharing(model)
+
+
 @pytest.mark.parametrize("layers", [0, 3, 1.0, True])
 def test_layers_that_there_are_not(layers: Any) -> None:
     with pytest.raises(ValueError, match=r"layers is .*; expected from 1 to 2"):

@@ -63,8 +63,9 @@ def finished(sources: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_a_run_trains_all_that_was_asked_for(finished: Path) -> None:
     found = record(finished)
-    names = ["teacher", "finetuned", "assistant-2", "takd", "trial", "stark", "stark-rand", "stark-auto"]
-    assert sorted(found["results"]) == sorted(names)  # its baseline is the trial itself
+    names = ["teacher", "finetuned", "assistant-2", "takd", "trial", "kd", "stark", "stark-rand", "stark-auto"]
+    assert sorted(found["results"]) == sorted(names)
+    assert found["results"]["kd"] == found["results"]["trial"]  # it is the trial itself
     assert list(found["sparsities"]) == ["stark", "stark-rand", "stark-auto"]
     for seed in (0, 7):
         folder = finished / f"seed-{seed}"
@@ -225,6 +226,7 @@ def test_a_killed_run_goes_on(sources: Path, finished: Path, tmp_path: Path, mar
         (("--selection", "random", "--score-on", "validation"), "--score-on would have no effect"),
         (("--selection", "auto", "--sparsity", "0.2"), "--sparsity would have no effect"),
         (("--learning-rate-grid", "0.1"), "--learning-rate would have no effect"),
+        (("--kd-temperature", "3"), "--kd-temperature would have no effect"),
         (("--student-layers", "4"), "--student-layers is 4; the teacher has 3"),
         (("--objective", "ckd"), "--student-layers is 1; --objective ckd"),
         (("--chain", "2,3"), "--chain is 2,3; expected falling numbers"),

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -9,12 +10,16 @@ from types import SimpleNamespace
 from typing import Any
 
 import datasets
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 from transformers import BertForTokenClassification, DataCollatorWithPadding
 
+import fastdistill
 from fastdistill import PKD, DistillationTrainer, LogitsKD, WeightedSum, store, stored
-from tests import tiny
+from fastdistill.digest import digest, row_pieces
+from tests import encoders, tiny
 
 ROWS = 22
 COLLATE = DataCollatorWithPadding(tiny.tokenizer())
@@ -35,7 +40,7 @@ def calls() -> Iterator[Callable[[Any], list[int]]]:
         seen: list[int] = []
         hooks.append(
             model.register_forward_pre_hook(
-                lambda module, args, inputs: seen.append(len(inputs["input_ids"])), with_kwargs=True
+                lambda module, args, inputs: seen.append(len(inputs[module.main_input_name])), with_kwargs=True
             )
         )
         return seen
@@ -61,10 +66,8 @@ def said(model: Any, row: dict[str, Any]) -> tuple[torch.Tensor, torch.Tensor]:
 # What is stored
 
 
-@pytest.mark.parametrize("lengths", [True, False])
-def test_each_example_has_what_the_teacher_says_to_it(tmp_path: Path, lengths: bool) -> None:
+def test_each_example_has_what_the_teacher_says_to_it(tmp_path: Path) -> None:
     data, model = tiny.dataset(ROWS), tiny.bert(2, layers=3)
-    data = data if lengths else data.remove_columns("length")
     found = keep(tmp_path, data, model, hidden_states=True)
     assert found.column_names == [*data.column_names, "teacher_logits", "teacher_hidden_states"]
     fixed = datasets.List(datasets.Value("float32"), length=16)
@@ -155,13 +158,82 @@ def test_what_makes_a_difference_runs_it_again(tmp_path: Path, calls: Any) -> No
 
     padded = DataCollatorWithPadding(tiny.tokenizer(), padding="max_length", max_length=20)
     changes = (
-        {"name": "assistant"}, {"batch_size": 5}, {"hidden_states": True}, {"bf16": True}, {"collate": other_collate},
-        {"collate": padded}, {"data": data.select(range(ROWS - 1))},
+        {"batch_size": 5}, {"hidden_states": True}, {"bf16": True}, {"collate": other_collate}, {"collate": padded},
+        {"data": data.select(range(ROWS - 1))}, {"data": data.select(range(ROWS - 1, -1, -1))},
     )  # fmt: skip
     for change in changes:
         number = len(seen)
         keep(tmp_path, **{"data": data, "model": model} | change)
         assert len(seen) > number, change
+
+
+def test_what_makes_none_runs_it_once(tmp_path: Path, calls: Any) -> None:
+    """Neither other columns, nor their order, format and place, nor the name, of which the columns are."""
+    model, data = tiny.bert(2), tiny.dataset(ROWS)
+    expected = keep(tmp_path, data, model)
+    seen = calls(model)
+    halves = (
+        datasets.Dataset.from_list(data.to_list()[part], features=data.features) for part in (slice(9), slice(9, ROWS))
+    )
+    backwards = data.select(range(ROWS - 1, -1, -1)).flatten_indices().select(range(ROWS - 1, -1, -1))
+    data.save_to_disk(tmp_path / "data")
+    same = (
+        data.remove_columns(["length", "labels"]), data.select_columns([*reversed(data.column_names)]),
+        data.with_format("torch", columns=["labels"]), data.add_column("more", range(ROWS)),
+        datasets.load_from_disk(tmp_path / "data"), datasets.concatenate_datasets([*halves]), backwards,
+        datasets.concatenate_datasets([tiny.dataset(3, seed=1), data]).select(range(3, ROWS + 3)),
+    )  # fmt: skip
+    for rows in same:
+        assert keep(tmp_path, rows, model).with_format(None)["teacher_logits"][:] == expected["teacher_logits"][:]
+    assert keep(tmp_path, data, model, name="assistant")["assistant_logits"][:] == expected["teacher_logits"][:]
+    assert seen == []
+    assert not [*tmp_path.glob("cache-*")]  # of `backwards`, which has no folder of its own
+
+
+def test_rows_have_one_digest_however_they_are_kept() -> None:
+    """Of every type, with nulls, and of slices that begin and end within a byte."""
+    columns = {
+        "flags": [[True, False], None, [True]] * 40,
+        "texts": ["a", None, "longer"] * 40,
+        "numbers": [1, None, 3] * 40,
+        "bytes": [b"\0", b"", b"xyz"] * 40,
+        "nested": [{"a": [[1.5], []]}, {"a": None}, {"a": [[2.5, 3.5]]}] * 40,
+        "array": [np.full((2, 3), float(row)) for row in range(120)],
+    }
+    features = {**datasets.Dataset.from_dict(columns).features, "array": datasets.Array2D((2, 3), "float32")}
+    rows = datasets.Dataset.from_dict(columns, features=datasets.Features(features))
+    taken = rows.select(range(119, -1, -1)).flatten_indices().select(range(119, -1, -1))
+    for start, end in ((0, 120), (5, 98), (1, 2)):
+        parts = [rows.select(range(start, end)), taken.select(range(start, end))]
+        parts.append(datasets.Dataset.from_list(parts[0].to_list(), features=rows.features))
+        assert len({digest(row_pieces(part)) for part in parts}) == 1
+    assert digest(row_pieces(rows)) != digest(row_pieces(taken.select(range(119, -1, -1))))
+
+
+@pytest.mark.parametrize("decode", [True, False])
+def test_images_are_known_by_what_is_in_their_files(tmp_path: Path, decode: bool, calls: Any) -> None:
+    files = sorted(tiny.image_folder(tmp_path / "squares").rglob("*.png"))
+    columns = {"pixel_values": [str(file) for file in files]}
+
+    def collate(examples: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
+        found = [one["pixel_values"] for one in examples]
+        pixels = [np.asarray(image if decode else Image.open(image["path"])) for image in found]
+        return {"pixel_values": torch.from_numpy(np.stack(pixels)).permute(0, 3, 1, 2) / 255}
+
+    def said() -> Any:
+        features = datasets.Features({"pixel_values": datasets.Image(decode=decode)})
+        data = datasets.Dataset.from_dict(columns, features=features)
+        return np.array(keep(tmp_path, data, model, collate=collate)["teacher_logits"][:])
+
+    model = encoders.classifier("vit")
+    before = said()
+    seen = calls(model)
+    np.testing.assert_array_equal(said(), before)
+    assert seen == []
+    Image.fromarray(np.full((8, 8, 3), 200, np.uint8)).save(files[-1])  # no example by which the collator is known
+    after = said()
+    changed = (after != before).any(1)
+    assert changed[-1] and not changed[:16].any()
 
 
 def test_by_default_it_is_kept_in_datasets_cache(tmp_path: Path, monkeypatch: Any, calls: Any) -> None:
@@ -171,7 +243,7 @@ def test_by_default_it_is_kept_in_datasets_cache(tmp_path: Path, monkeypatch: An
     seen = calls(model)
     keep(tmp_path, model=model, cache_file=None)
     assert seen == []
-    assert len(list((tmp_path / "cache" / "fastdistill").glob("teacher-*.arrow"))) == 3
+    assert len(list((tmp_path / "cache" / "fastdistill").glob("BertForSequenceClassification-*.arrow"))) == 3
 
 
 def test_an_interrupted_one_goes_on_where_it_stopped(tmp_path: Path, calls: Any) -> None:
@@ -194,24 +266,47 @@ def test_an_interrupted_one_goes_on_where_it_stopped(tmp_path: Path, calls: Any)
     assert found[:] == expected[:]
 
 
-@pytest.mark.parametrize("left", [0, 100, 0.5, -1, "blocks"])
+def test_one_that_is_killed_leaves_nothing_for_long(tmp_path: Path) -> None:
+    code = f"""
+import os, pathlib, signal
+from tests import test_stored
+test_stored.stored.POOL = 2
+os.replace = lambda *_: os.kill(os.getpid(), signal.SIGKILL)
+test_stored.keep(pathlib.Path({str(tmp_path)!r}))
+"""
+    run = subprocess.run([sys.executable, "-c", code], cwd=Path(__file__).parent.parent, timeout=300)
+    assert run.returncode == -signal.SIGKILL
+    (left,) = tmp_path.iterdir()
+    assert left.name.startswith(".teacher-")
+    keep(tmp_path)
+    assert [path.suffix for path in tmp_path.iterdir()] == [".arrow"] * 3
+
+
+def test_a_disk_that_is_full_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: Any) -> None:
+        raise OSError("no space left")
+
+    monkeypatch.setattr(os, "replace", fail)
+    with pytest.raises(OSError, match="no space left"):
+        keep(tmp_path)
+    assert not [*tmp_path.iterdir()]
+
+
+@pytest.mark.parametrize("left", [0, 10, 100, 0.5, -1, "values", "end"])
 def test_a_damaged_file_is_written_again(tmp_path: Path, left: Any, calls: Any) -> None:
     model = tiny.bert(2)
     expected = keep(tmp_path, model=model, hidden_states=True)[:]
     path = sorted(tmp_path.glob("*.arrow"))[0]
     whole = path.read_bytes()
-    if left == "blocks":  # a file that is readable, with fewer rows
-        datasets.Dataset.from_file(str(path)).select(range(4)).map(
-            lambda row: row, cache_file_name=str(path) + "x.arrow"
-        )
-        Path(str(path) + "x.arrow").replace(path)
+    if isinstance(left, str):  # readable, with the right number of rows
+        place = {"values": len(whole) // 2, "end": len(whole) - 1}[left]
+        path.write_bytes(whole[:place] + bytes([whole[place] ^ 1]) + whole[place + 1 :])
     else:
         path.write_bytes(whole[: int(left * len(whole)) if isinstance(left, float) else left])
     seen = calls(model)
     assert keep(tmp_path, model=model, hidden_states=True)[:] == expected
-    assert seen in ([1, 4, 4], [])
-    assert bool(seen) or left == -1  # the last byte is of the mark of the end, without which all rows are there
-    assert path.read_bytes() == whole or left == -1
+    assert seen == [1, 4, 4]
+    assert path.read_bytes() == whole
 
 
 def test_what_it_takes_is_said(tmp_path: Path, capsys: Any, monkeypatch: Any) -> None:
@@ -315,6 +410,13 @@ def tokens() -> Any:
 def test_what_is_wrong_is_named(tmp_path: Path, options: Any, error: Any, message: str) -> None:
     with pytest.raises(error, match=message):
         keep(tmp_path, **options)
+
+
+def test_a_model_with_gates_is_refused(tmp_path: Path) -> None:
+    """What it says would be kept as what it says without them."""
+    model = tiny.bert(2)
+    with fastdistill.gate(model), pytest.raises(ValueError, match="model is within fastdistill.gate"):
+        keep(tmp_path, model=model)
 
 
 def test_a_model_without_hidden_states_is_named(tmp_path: Path) -> None:

@@ -55,6 +55,15 @@ def test_padding_on_the_left_stays() -> None:
     assert teacher.seen == [(2, 12)]
 
 
+def test_what_is_not_of_each_row_stays() -> None:
+    teacher, inputs = tiny.bert(2).eval(), features() | {"position_ids": torch.arange(max(LENGTHS)).unsqueeze(0)}
+    with torch.no_grad():
+        expected = teacher(**inputs).logits
+    for order in (inputs, dict(reversed(inputs.items()))):
+        rows = torch.tensor([4, 1])
+        torch.testing.assert_close(TeacherOutputs(teacher, order).rows(rows).logits, expected[rows])
+
+
 def test_what_is_no_text_is_not_cut() -> None:
     seen = {}
 

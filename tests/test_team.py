@@ -78,12 +78,65 @@ def test_a_teacher_with_another_tokenizer(tmp_path: Path) -> None:
         team.store(dataset, collate={"small": collate(), "wide": collate()}, folder=tmp_path)
 
 
+def runs(team: TeacherTeam) -> dict[str, list[int]]:
+    """How many examples each call of each teacher has, from now on."""
+    seen: dict[str, list[int]] = {name: [] for name in team}
+    for name, model in team.items():
+        model.register_forward_pre_hook(
+            lambda module, args, inputs, name=name: seen[name].append(len(inputs["input_ids"])), with_kwargs=True
+        )
+    return seen
+
+
+def test_a_teacher_that_has_changed_runs_alone(tmp_path: Path) -> None:
+    team, dataset = TeacherTeam(models()), tiny.dataset(12)
+    before = team.store(dataset, collate=collate(), folder=tmp_path)
+    again = TeacherTeam({name: team[name] for name in reversed(NAMES)})
+    seen = runs(again)
+    after = again.store(dataset, collate=collate(), folder=tmp_path)  # in another order
+    assert all(not calls for calls in seen.values())
+    assert after.column_names == [*dataset.column_names, *(f"{name}_logits" for name in reversed(NAMES))]
+    with torch.no_grad():
+        again["small"].classifier.bias[0] += 1
+    after = again.store(dataset, collate=collate(), folder=tmp_path)
+    assert {name for name, calls in seen.items() if calls} == {"small"}
+    assert after["wide_logits"][:] == before["wide_logits"][:]
+    torch.testing.assert_close(torch.tensor(after["small_logits"][:]), logits_of(again["small"], dataset))
+
+
+def test_the_format_is_the_datasets(tmp_path: Path) -> None:
+    team, dataset = TeacherTeam(models()), tiny.dataset(12)
+    formatted = dataset.with_format("torch", columns=["labels"], output_all_columns=True)
+    theirs = dataset.with_format("numpy", columns=["input_ids"])
+    options: dict[str, Any] = {"collate": collate(), "folder": tmp_path}
+    stored = team.store(formatted, inputs={"wide": theirs}, **options)
+    row = stored[0]
+    assert row.keys() == set(stored.column_names)
+    assert isinstance(row["wide_logits"], Tensor) and isinstance(row["labels"], Tensor)
+    assert isinstance(row["input_ids"], list)
+    with pytest.raises(ValueError, match="has other labels"):
+        team.store(formatted, inputs={"wide": theirs.select(range(11, -1, -1))}, **options)
+
+
+def test_a_column_that_is_there_is_named_before_a_teacher_runs(tmp_path: Path) -> None:
+    team, dataset = TeacherTeam(models()), tiny.dataset(12).add_column("deep_hidden_states", [0] * 12)
+    seen = runs(team)
+    for inputs in ({}, {"deep": tiny.dataset(12)}):
+        with pytest.raises(ValueError, match="dataset has a column 'deep_hidden_states' already"):
+            team.store(dataset, collate=collate(), inputs=inputs, folder=tmp_path)
+    assert all(not calls for calls in seen.values())
+
+
 def test_a_team_must_be_of_the_same_labels() -> None:
     named = {"id2label": {0: "low", 1: "high"}, "label2id": {"low": 0, "high": 1}}
     other = {"id2label": {0: "high", 1: "low"}, "label2id": {"low": 1, "high": 0}}
     TeacherTeam({"a": tiny.bert(), "b": tiny.bert(**named)})  # one that names none agrees
-    with pytest.raises(ValueError, match=r"teachers\['b'\] has the labels high, low but teachers\['a'\] low, high"):
+    with pytest.raises(ValueError, match=r"teachers\['b'\] has the labels high, low but those before it low, high"):
         TeacherTeam({"a": tiny.bert(**named), "b": tiny.bert(**other)})
+    with pytest.raises(ValueError, match=r"teachers\['c'\] has the labels high, low but those before it low, high"):
+        TeacherTeam({"a": tiny.bert(), "b": tiny.bert(**named), "c": tiny.bert(**other)})
+    with pytest.raises(TypeError, match=r"teachers\['b'\] is a Linear; expected a PreTrainedModel"):
+        TeacherTeam({"a": tiny.bert(), "b": torch.nn.Linear(1, 1)})  # type: ignore[dict-item]
     with pytest.raises(ValueError, match="LABEL_2"):
         TeacherTeam({"a": tiny.bert(), "b": tiny.bert(num_labels=3)})
     with pytest.raises(ValueError, match="the name 'a b'"):
@@ -131,6 +184,22 @@ def test_mtbert(temperature: float) -> None:
     torch.testing.assert_close(loss, expected)
     gradients = [torch.autograd.grad(one, student.logits)[0] for one in (loss, expected)]
     torch.testing.assert_close(*gradients)
+
+
+@pytest.mark.parametrize("make", [AvgKD, MTBERT, lambda names: SampledTeacher({names[0]: 1.0})])
+def test_examples_without_a_label_do_not_count(make: Any) -> None:
+    student, there = outputs(0, grad=True), LABELS != 1
+    with torch.no_grad():
+        student.logits[~there] *= 100
+    loss = make(NAMES)(student, TEAM, LABELS.where(there, -100))
+    fewer = SimpleNamespace(logits=student.logits[there])
+    expected = make(NAMES)(
+        fewer, {name: SimpleNamespace(logits=TEAM[name].logits[there]) for name in NAMES}, LABELS[there]
+    )
+    torch.testing.assert_close(loss, expected)
+    gradients = [torch.autograd.grad(one, student.logits)[0] for one in (loss, expected)]
+    torch.testing.assert_close(*gradients)
+    assert (gradients[0][~there] == 0).all()
 
 
 def test_sampled_teachers_are_sampled_by_theta() -> None:

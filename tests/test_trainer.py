@@ -15,7 +15,7 @@ from transformers import HfArgumentParser, TrainerCallback, TrainingArguments, V
 
 from fastdistill import MSE, DistillationConfig, DistillationTrainer, LogitsKD, WeightedSum
 from fastdistill.objectives import Objective, TaskLoss
-from fastdistill.trainer import LengthGroupedSampler
+from fastdistill.sampling import LengthGroupedSampler
 from tests import tiny
 
 EXACT = {"rtol": 0.0, "atol": 0.0}
@@ -287,11 +287,14 @@ def one_epoch(folder: Path, data: Any, batch_size: int, accumulate: int, **optio
     return t
 
 
-@pytest.mark.parametrize("number, ignored", [(24, ()), (22, ()), (24, (0, 1, 9, 17, 18, 19))])
+@pytest.mark.parametrize(
+    "number, ignored", [(24, ()), (22, ()), (24, (0, 1, 9, 17, 18, 19)), (24, (4, 5, 6, 7)), (24, tuple(range(8, 16)))]
+)
 def test_accumulated_gradients_are_those_of_the_whole_batch(
     tmp_path: Path, number: int, ignored: tuple[int, ...]
 ) -> None:
-    """Also where the last micro-batch is smaller, and where micro-batches have unequal numbers of labels."""
+    """Also where the last micro-batch is smaller, and where micro-batches have unequal numbers of labels, or none: a
+    step without labels teaches nothing."""
     data = tiny.dataset(number)
     labels = [-100 if i in ignored else label for i, label in enumerate(data["labels"])]
     data = data.remove_columns("labels").add_column("labels", labels)
@@ -300,6 +303,18 @@ def test_accumulated_gradients_are_those_of_the_whole_batch(
     torch.testing.assert_close(parts.model.state_dict(), whole.model.state_dict(), rtol=1e-4, atol=1e-6)
     for a, b in zip(whole.state.log_history[:-1], parts.state.log_history[:-1], strict=True):
         assert [a[k] for k in ("loss", "kd", "ce")] == pytest.approx([b[k] for k in ("loss", "kd", "ce")], rel=1e-4)
+
+
+@pytest.mark.parametrize("objective", [LogitsKD(), TaskLoss(), LogitsKD(ce_weight=0.0)])
+def test_without_labels_nothing_is_learned(tmp_path: Path, objective: Objective) -> None:
+    data = tiny.dataset(16)
+    data = data.remove_columns("labels").add_column("labels", [-100] * 16)
+    options = {} if objective.needs_teacher else {"teacher_model": None}
+    t = one_epoch(tmp_path, data, 4, 2, objective=objective, **options)
+    torch.testing.assert_close(t.model.state_dict(), tiny.bert(1, dropout=0.0).state_dict(), **EXACT)
+    assert {value for entry in t.state.log_history[:-1] for k, value in entry.items() if k in ("loss", "kd", "ce")} == {
+        0
+    }
 
 
 # Resuming

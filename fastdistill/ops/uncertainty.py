@@ -21,7 +21,7 @@ def uncertainty(logits: Tensor, kind: Kind = "entropy", normalize: bool = True) 
 
     With :math:`p_{(1)} \geq p_{(2)}` the two largest probabilities,
 
-    * ``"entropy"``: :math:`H(p) = -\sum_c p_c \log p_c` (DeKD, equation 3);
+    * ``"entropy"``: :math:`H(p) = -\sum_c p_c \log p_c` (DeKD, equations 4 and 5);
     * ``"least_confidence"``: :math:`1 - p_{(1)}`;
     * ``"margin"``: :math:`1 - (p_{(1)} - p_{(2)})`. (DeKD prints the margin itself, which is small where a
       prediction is uncertain.)
@@ -40,7 +40,8 @@ def uncertainty(logits: Tensor, kind: Kind = "entropy", normalize: bool = True) 
 
     Differentiable once, by an exact gradient computed from the logits in the backward; the forward keeps nothing else.
     Where logits are equal, the one of the lower index counts as the larger: so goes the gradient of
-    ``"least_confidence"`` and ``"margin"``, which have a kink there.
+    ``"least_confidence"`` and ``"margin"``, which have a kink there. The derivatives of torch.func (grad, vjp, jvp,
+    ...) are not supported, nor is forward mode.
 
     Raises:
         TypeError: an argument of the wrong type or dtype.
@@ -64,7 +65,8 @@ def hidden_entropy(hidden_states: Tensor, normalize: bool = True) -> Tensor:
             of labels; neither changes the order of layers.)
 
     Returns:
-        ``[L]``, float64 for float64 states, else float32. NaN for a layer where an example is; differentiable.
+        ``[L]``, float64 for float64 states, else float32. NaN for a layer where an example is. Differentiable as
+        :func:`uncertainty` is.
 
     Raises:
         TypeError: an argument of the wrong type or dtype.

@@ -143,6 +143,9 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
     task = source.data.task
     if options.drop is not None and options.drop >= source.teachers:
         raise ValueError(f"--drop is {options.drop}; expected fewer than the {source.teachers} teachers")
+    uses_kd = options.baselines or options.chain or options.team_from == "teacher"
+    if options.kd_temperature is not None and not uses_kd:
+        raise ValueError("--kd-temperature would have no effect: nothing learns by plain distillation; leave it out")
     _settings(options, drop=options.drop or 0).schedule(len(source.data.train))
     stages = source.stages()
     smoothing = options.label_smoothing or 0.0
@@ -161,7 +164,7 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
     def summarize(names: Iterable[str], trained: Iterator[Trained]) -> None:
         results.update({name: summary(task.metric, [next(trained).result for _ in seeded]) for name in names})
 
-    kd = LogitsKD(temperature=options.kd_temperature, label_smoothing=smoothing)
+    kd = LogitsKD(temperature=options.kd_temperature or 2.0, label_smoothing=smoothing)
     strongest = max(team, key=lambda name: team[name].result[task.metric])
     learners: dict[str, tuple[Objective, PreTrainedModel | None]] = {"finetuned": (TaskLoss(smoothing), None)}
     if (assistant := source.chained()) is not None:
@@ -270,29 +273,24 @@ class _Run:
 
         from fastdistill.autoskd import Found, search
         from fastdistill.digest import model_digest
+        from fastdistill.recipes.stages import UNFINISHED
 
         stages = self.stages
 
         def make(folder: Path) -> Any:
-            unfinished = folder / "unfinished.safetensors"
             found = search(
                 self.student,
                 stages.train_data,
                 self.names,
                 self.settings,
                 collate=stages.collate,
-                checkpoint=unfinished,
+                checkpoint=folder / UNFINISHED,
                 checkpoints=stages.checkpoints,
                 device=PartialState().device,
                 bf16=stages.bf16,
                 progress=PartialState().is_main_process,
             )
-
-            def save() -> None:
-                found.save(folder / "theta.safetensors")
-                unfinished.unlink(missing_ok=True)
-
-            return save
+            return lambda: found.save(folder / "theta.safetensors")
 
         came_from = {"settings": asdict(self.settings), "names": list(self.names), "model": model_digest(self.student)}
         return Found.load(stages.keep("search", came_from, make) / "theta.safetensors")

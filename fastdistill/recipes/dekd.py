@@ -6,9 +6,10 @@ import argparse
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from itertools import product
 from typing import TYPE_CHECKING, Any
 
-from fastdistill.ops.uncertainty import KINDS
+from fastdistill.ops.select_uncertain import STRATEGIES
 from fastdistill.recipes import options as shared
 
 if TYPE_CHECKING:
@@ -17,7 +18,6 @@ if TYPE_CHECKING:
     from fastdistill.recipes.stages import Stages, Trained
     from fastdistill.report import Results
 
-STRATEGIES = (*KINDS, "random")
 PARTS = ("ds", "ta", "doa")
 
 
@@ -28,9 +28,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     number, weight = shared.number, shared.number(low=0)
     add(
         "--assistant-layers",
-        type=shared.integer(1),
+        type=shared.integer(0),
         metavar="K",
-        help="the teacher's layers that the assistant has (default: midway between the student's and the teacher's)",
+        help="the teacher's layers that the assistant has (default: midway between the student's and the teacher's); 0 "
+        "for no assistant: the teacher teaches all examples that are kept",
     )
     add(
         "--ratio",
@@ -79,6 +80,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="M",
         help="layers of teacher and student that are aligned (default: as many as the student has)",
     )
+    shared.add_storing(add)
     add = parser.add_argument_group("what else to train").add_argument
     add(
         "--without",
@@ -96,7 +98,7 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
     """Do the recipe, print its table, write results.json and the plots; returns what results.json holds.
 
     1. The teacher is fine-tuned on the task, unless it is a classifier of it already.
-    2. The assistant, the teacher's first layers, learns from it by plain distillation.
+    2. The assistant, the teacher's first layers, learns from it by plain distillation, unless there is to be none.
     3. The student, its very first layers, learns from both by `DeKD`; and so do, from the same beginning, the
        variants and baselines that are asked for, each with every seed. Teacher and assistant are the same for all.
     """
@@ -118,10 +120,12 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
     variants = _variants(options)
     assistant_layers = _assistant_layers(options, depth, variants)
     chain = chain_of(options, depth)
+    _refuse_without_effect(options, distils=bool(assistant_layers or chain or options.baselines))
     stages = beginning.stages()
     smoothing = options.label_smoothing or 0.0
-    kd = LogitsKD(temperature=options.kd_temperature, label_smoothing=smoothing)
+    kd = LogitsKD(temperature=options.kd_temperature or 2.0, label_smoothing=smoothing)
     training = {"epochs": options.epochs, "learning_rate": options.learning_rate}
+    storing = {**training, "store_hidden_states": options.store_hidden_states}
 
     teacher = beginning.teacher(stages)
     results: dict[str, Any] = {"teacher": teacher.result}
@@ -135,7 +139,7 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
     seeded = [stages.seeded(seed) for seed in options.seeds or (options.seed,)]
 
     def students(name: str, objective: Objective, teacher: Any = None) -> list[Trained]:
-        trained = [_train(stages, name, student, objective, teacher, training) for stages in seeded]
+        trained = [_train(stages, name, student, objective, teacher, storing) for stages in seeded]
         results[name] = summary(task.metric, [one.result for one in trained])
         return trained
 
@@ -184,17 +188,20 @@ def _variants(options: argparse.Namespace) -> dict[str, DeKD]:
         temperature=options.temperature,
         scale_by_temperature=options.scale_by_temperature,
         layers=options.align_layers,
-        label_smoothing=options.label_smoothing or 0.0,
+        assistant=options.assistant_layers != 0,
+        label_smoothing=(options.label_smoothing or 0.0) if options.ce_weight else 0.0,  # baselines learn labels too
         log_selection=True,
     )
     if first.layers is not None and first.layers > options.student_layers:
         raise ValueError(f"--align-layers is {first.layers}; the student has {options.student_layers}")
-    variants = {
-        variant_name(options, strategy, ratio): replace(first, strategy=strategy, ratio=ratio)
-        for strategy in options.strategy
-        for ratio in options.ratio
-    }
-    for parts in options.without:
+    variants: dict[str, DeKD] = {}
+    for strategy, ratio in product(options.strategy, options.ratio):
+        variants.setdefault(variant_name(options, strategy, ratio), replace(first, strategy=strategy, ratio=ratio))
+    for given in options.without:
+        parts = [part for part in PARTS if part in given]
+        name = "-".join(("dekd", "without", *parts))
+        if name in variants:
+            raise ValueError(f"--without {','.join(given)} is given twice")
         changes: dict[str, Any] = {}
         for part in parts:
             without: dict[str, dict[str, Any]] = {
@@ -202,11 +209,11 @@ def _variants(options: argparse.Namespace) -> dict[str, DeKD]:
                 "ta": {"assistant": False},
                 "doa": {"da_weight": 0.0, "layers": None},
             }
-            has = {"ds": first.ratio < 1, "ta": first.ta_weight > 0, "doa": first.da_weight > 0}
+            has = {"ds": first.ratio < 1, "ta": bool(first.teachers), "doa": first.da_weight > 0}
             if not has[part]:
                 raise ValueError(f"--without {part} changes nothing: its part is left out already")
             changes |= without[part]
-        variants["-".join(("dekd", "without", *parts))] = replace(first, **changes)
+        variants[name] = replace(first, **changes)
     return variants
 
 
@@ -214,7 +221,7 @@ def variant_name(options: argparse.Namespace, strategy: str, ratio: float) -> st
     """With a ratio of 1 all strategies are one."""
     if len(options.strategy) == len(options.ratio) == 1:
         return "dekd"
-    return "dekd-1" if ratio == 1 else f"dekd-{strategy}-{ratio:g}"
+    return "dekd-1" if ratio == 1 else f"dekd-{strategy}-{ratio}"
 
 
 def _assistant_layers(options: argparse.Namespace, depth: int, variants: Mapping[str, DeKD]) -> int | None:
@@ -223,15 +230,29 @@ def _assistant_layers(options: argparse.Namespace, depth: int, variants: Mapping
     if low > depth:
         raise ValueError(f"--student-layers is {low}; the teacher has {depth}")
     if not any(objective.teachers for objective in variants.values()):
-        if options.assistant_layers is not None:
+        if options.assistant_layers is not None and not options.ta_weight:
             raise ValueError("--assistant-layers is given, but --ta-weight is 0: there is no assistant")
         return None
     layers = (low + depth) // 2 if options.assistant_layers is None else options.assistant_layers
     if not low < layers < depth:
         raise ValueError(
             f"an assistant has more layers than the student's {low} and fewer than the teacher's {depth}, not {layers}"
+            "; --assistant-layers 0 is for no assistant"
         )
     return int(layers)
+
+
+def _refuse_without_effect(options: argparse.Namespace, *, distils: bool) -> None:
+    """Beside what `DeKD` refuses. `distils`: whether any model learns by plain distillation."""
+    if options.store_hidden_states and not options.da_weight:
+        raise ValueError("--store-hidden-states is given, but --da-weight is 0: no hidden states are used")
+    if options.kd_temperature is not None and not distils:
+        raise ValueError(
+            f"--kd-temperature is {options.kd_temperature:g}, but no model learns by plain distillation: there is no "
+            "assistant, and neither --baselines nor --chain"
+        )
+    if options.label_smoothing and not options.ce_weight and not distils:
+        raise ValueError(f"--label-smoothing is {options.label_smoothing:g}, but no student learns labels")
 
 
 def _plot(
@@ -268,4 +289,5 @@ def _plot(
     )
     if objective.da_weight:
         numbers = [str(layer) for layer in range(1, depth + 1)]
-        plots.shares_over_time(options.output / "layers.svg", logs[first], "layer", "teacher's layer aligned", numbers)
+        aligned, layers = "teacher's layer aligned", objective.layers or options.student_layers
+        plots.shares_over_time(options.output / "layers.svg", logs[first], "layer", aligned, numbers, at_once=layers)

@@ -50,23 +50,24 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
     return finish(options.output, settings, task, results, time.perf_counter() - started)
 
 
-def logits_objective(options: argparse.Namespace, task: Task, *, of_teacher: bool = False) -> Objective:
-    """By the options of `fastdistill.recipes.options.add_distillation`; or of it what a teacher's gates are scored by:
-    no labels, and soft cross-entropy for forward KL, from which it differs only in its gradient to the teacher."""
+def logits_objective(
+    options: argparse.Namespace, task: Task, *, divergence: Divergence = "forward_kl", has_labels: bool = True
+) -> Objective:
+    """By the options of `fastdistill.recipes.options.add_distillation`, of which `divergence` is the default; or the
+    part of it that is of the teacher alone."""
     from fastdistill.objectives import MSE, LogitsKD
 
-    label_weight = 0.0 if of_teacher else options.ce_weight
+    label_weight = options.ce_weight if has_labels else 0.0
     if task.is_regression:
         for option in ("temperature", "divergence", "label_smoothing"):
             if (value := getattr(options, option)) is not None:
                 name = option.replace("_", "-")
                 raise ValueError(f"--{name} is {value}, but {task.name} is regression: there are no classes")
         return MSE(kd_weight=options.kd_weight, label_weight=label_weight)
-    default: Divergence = "soft_ce" if of_teacher else "forward_kl"
     return LogitsKD(
         temperature=options.temperature or 2.0,
         kd_weight=options.kd_weight,
         ce_weight=label_weight,
-        divergence=options.divergence or default,
-        label_smoothing=0.0 if of_teacher else options.label_smoothing or 0.0,
+        divergence=options.divergence or divergence,
+        label_smoothing=options.label_smoothing or 0.0 if has_labels else 0.0,
     )

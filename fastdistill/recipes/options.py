@@ -8,7 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TypeVar
 
-from fastdistill.ops.kd_ce_loss import DIVERGENCES
+from fastdistill.ops.kd_ce_loss import DIVERGENCES, Divergence
 
 Item = TypeVar("Item")
 
@@ -61,12 +61,12 @@ def choice(*names: str) -> Callable[[str], str]:
     return parse
 
 
-def listed(type: Callable[[str], Item]) -> Callable[[str], tuple[Item, ...]]:
-    """An argparse type: one or more different values of another type, with commas between them."""
+def listed(type: Callable[[str], Item], *, different: bool = True) -> Callable[[str], tuple[Item, ...]]:
+    """An argparse type: one or more values of another type, with commas between them, which must be `different`."""
 
     def parse(text: str) -> tuple[Item, ...]:
         values = tuple(type(part.strip()) for part in text.split(","))
-        if len(set(values)) < len(values):
+        if different and len(set(values)) < len(values):
             raise argparse.ArgumentTypeError(f"{text} has a value twice")
         return values
 
@@ -159,8 +159,8 @@ def add_training(parser: argparse.ArgumentParser) -> None:
     add("--tensorboard", action="store_true", help="write TensorBoard logs beside the models")
 
 
-def add_distillation(parser: argparse.ArgumentParser) -> None:
-    """The distillation objective."""
+def add_distillation(parser: argparse.ArgumentParser, *, divergence: Divergence = "forward_kl") -> None:
+    """The distillation objective; its recipe's default divergence is to be told here."""
     add = parser.add_argument_group("distillation").add_argument
     add("--temperature", type=number(above=0), metavar="X", help="of the softmax on both sides (default: 2)")
     add(
@@ -176,7 +176,16 @@ def add_distillation(parser: argparse.ArgumentParser) -> None:
     add(
         "--divergence",
         choices=DIVERGENCES,
-        help="of the student's probabilities from the teacher's (default: forward_kl)",
+        help=f"of the student's probabilities from the teacher's (default: {divergence})",
+    )
+
+
+def add_storing(add: Callable[..., object]) -> None:
+    """Whether to store the first token's hidden states; `add` is the add_argument of a group."""
+    add(
+        "--store-hidden-states",
+        action="store_true",
+        help="run the teacher once, and keep its hidden states on disk: 4 bytes * (layers + 1) * width an example",
     )
 
 
@@ -204,9 +213,8 @@ def add_comparison(
     add(
         "--kd-temperature",
         type=number(above=0),
-        default=2.0,
         metavar="X",
-        help="of plain distillation: the assistants', the baseline's and the chain's (default: %(default)g)",
+        help="of plain distillation: the assistants', the baseline's and the chain's (default: 2)",
     )
     if plots:
         add("--no-plots", action="store_true", help="draw none; they need matplotlib")

@@ -33,7 +33,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     add(
         "--threshold",
-        type=shared.listed(shared.number(above=0.5, most=1)),
+        type=shared.listed(shared.number(above=0.5, most=1), different=False),
         metavar="X[,X]",
         help="probability above which the teacher is confident; of two the first where it is right, the second where "
         "it is wrong (default: the published code's for mrpc, qnli, rte and sst2, else 0.8)",
@@ -65,11 +65,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="X",
         help="of the softmax on both sides; the teacher's term is multiplied by its square (default: %(default)g)",
     )
-    add(
-        "--store-hidden-states",
-        action="store_true",
-        help="run the teacher once, and keep its hidden states on disk: 4 bytes * (layers + 1) * width an example",
-    )
+    shared.add_storing(add)
     add = parser.add_argument_group("what else to train").add_argument
     add(
         "--without",
@@ -109,13 +105,17 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
     options.threshold = options.threshold or THRESHOLDS.get(task.name, (0.8,))
     if len(options.threshold) > 2:
         raise ValueError(f"--threshold has {len(options.threshold)} numbers; expected one or two")
+    if options.kd_temperature is not None and not (options.baselines or options.chain):
+        raise ValueError("--kd-temperature would have no effect without --baselines or --chain; leave it out")
+    if options.store_hidden_states and not options.beta:
+        raise ValueError("--store-hidden-states would have no effect with --beta 0; leave it out")
     options.ptp_epochs = options.ptp_epochs or options.epochs
     depth = beginning.pretrained.config.num_hidden_layers
-    _check_layers(options, first_layers(beginning.pretrained, options.student_layers), depth, variants)
+    _check_layers(options, first_layers(beginning.pretrained, options.student_layers), depth)
     chain = chain_of(options, depth)
     objective = _objective(options)
     stages = beginning.stages()
-    kd = LogitsKD(temperature=options.kd_temperature, label_smoothing=options.label_smoothing or 0.0)
+    kd = LogitsKD(temperature=options.kd_temperature or 2.0, label_smoothing=options.label_smoothing or 0.0)
     training = {"epochs": options.epochs, "learning_rate": options.learning_rate}
 
     teacher = beginning.teacher(stages)
@@ -219,9 +219,7 @@ def _variants(options: argparse.Namespace) -> dict[str, tuple[str, ...]]:
     return variants
 
 
-def _check_layers(
-    options: argparse.Namespace, student: PreTrainedModel, depth: int, variants: Mapping[str, tuple[str, ...]]
-) -> None:
+def _check_layers(options: argparse.Namespace, student: PreTrainedModel, depth: int) -> None:
     """Before anything is trained, that layers can be shared, and paired with the teacher's."""
     from fastdistill.students import shuffled_sharing
 
@@ -237,7 +235,7 @@ def _check_layers(
 
 def _objective(options: argparse.Namespace) -> Objective:
     """(1 - alpha) CE + alpha tau^2 KL + beta PKD. The factor tau^2 is the published code's; without it a temperature
-    of 10 would leave nearly nothing of the teacher's term."""
+    of 10 would leave nearly nothing of the teacher's term. PKD is a mean over pairs of layers; the paper's is a sum."""
     from fastdistill.alignment import PKD
     from fastdistill.objectives import LogitsKD, TaskLoss, WeightedSum
 

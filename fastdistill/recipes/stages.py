@@ -12,7 +12,7 @@ import json
 import shutil
 import statistics
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -40,6 +40,7 @@ from fastdistill.selection import EXAMPLE
 from fastdistill.stored import store
 from fastdistill.team import TeacherTeam
 from fastdistill.trainer import DistillationConfig, DistillationTrainer
+from fastdistill.trainer_checks import TEACHER
 from fastdistill.weights import WeightScores, WeightSensitivities, score_weights
 
 if TYPE_CHECKING:
@@ -49,6 +50,9 @@ if TYPE_CHECKING:
     from fastdistill.tasks import Task
 
 MARKER = "stage.json"
+
+UNFINISHED = "unfinished.safetensors"
+"""What `Stages.keep` removes, with all whose names begin so, when the stage is done."""
 
 Teacher = PreTrainedModel | Mapping[str, PreTrainedModel] | None
 
@@ -125,7 +129,7 @@ class Stages:
     def keep(self, name: str, came_from: Mapping[str, Any], make: Callable[[Path], Callable[[], None]]) -> Path:
         """The folder `name` with what `make` makes for it, or with what is there if it came from all the same.
 
-        `make` may keep unfinished work in the folder that it is given; what it returns saves the result there."""
+        `make` may keep `UNFINISHED` work in the folder that it is given; what it returns saves the result there."""
         came_from = {**self.shared, **came_from}
         folder = _Folder(self.output / name)
         if "result" in folder.open(came_from):
@@ -149,8 +153,9 @@ class Stages:
     ) -> Trained:
         """Train a copy of `model` in the folder `name`, or take what is there if it came from all the same.
 
-        Where the objective looks at nothing but a teacher's logits, those are stored before, once for all stages; and
-        with `store_hidden_states` also the first token's hidden states, where it looks at no other token.
+        Where the objective looks at nothing but its teachers' logits, those are stored before, once for all stages; and
+        with `store_hidden_states` also the first token's hidden states, where it looks at no other token. No teacher
+        runs then in the student's steps.
         With `epochs` 0 the model is evaluated as it is. What `callbacks` change must be told by the objective's repr.
         Processes (torchrun, accelerate launch) share each batch, and find what one alone would, within rounding, but
         for dropout, whose numbers are each process's own, and for objectives that choose among a batch's examples
@@ -222,7 +227,7 @@ class Stages:
         store_hidden_states: bool = False,
     ) -> bool:
         """What several stages' `train` would do at the same time if each ran in a process of its own: store what their
-        teacher says. Returns whether the stage is done already."""
+        teachers say. Returns whether the stage is done already."""
         _, _, done = self._open(name, model, objective, teacher, epochs, learning_rate, batch_size)
         if not done:
             self._taught(objective, teacher, epochs, store_hidden_states)
@@ -267,11 +272,12 @@ class Stages:
     def _taught(
         self, objective: Objective, teacher: Teacher, epochs: float, store_hidden_states: bool
     ) -> tuple[Dataset, Teacher]:
-        """The training data with what the teacher says, and no teacher, if the objective looks at nothing else."""
+        """The training data with what the teachers say, and no teacher, if the objective looks at nothing else."""
         states = store_hidden_states and objective.needs_hidden_states and not objective.needs_all_tokens
-        if epochs and isinstance(teacher, PreTrainedModel) and (objective.of_logits or states):
-            return self.outputs_of(teacher, hidden_states=states), None
-        return self.train_data, teacher
+        if not epochs or teacher is None or not (objective.of_logits or states):
+            return self.train_data, teacher
+        first, *_ = objective.teachers or (TEACHER,)
+        return self.outputs_of(teacher, states_of=first if states else None), None
 
     def score(
         self,
@@ -296,24 +302,17 @@ class Stages:
             size, number = self.batch_size, processes.num_processes
             data = data.select([row for row in range(len(data)) if row // size % number == processes.process_index])
             loader = DataLoader(data.remove_columns("length"), self.batch_size, collate_fn=self.collate)
-            homes = [(model, model.device) for model in (teacher, student) if model is not None]
-            for model, _ in homes:
-                model.to(processes.device)
             options: dict[str, Any] = {"objective": objective, "progress": processes.is_main_process}
             found: Sensitivities | WeightSensitivities
-            if of_weights:
-                found = score_weights(teacher, loader, student, **options)
-            else:
-                checkpoint = folder / "unfinished.safetensors"
-                found = score(teacher, loader, student, reduce=reduce, checkpoint=checkpoint, **options)
-            for model, home in homes:
-                model.to(home)  # type: ignore[arg-type]
+            with _moved(processes.device, teacher, student):
+                if of_weights:
+                    found = score_weights(teacher, loader, student, **options)
+                else:
+                    found = score(teacher, loader, student, reduce=reduce, checkpoint=folder / UNFINISHED, **options)
 
             def save() -> None:
                 for kind in kinds:
                     getattr(found, kind).save(folder / f"{kind}.safetensors")
-                for unfinished in folder.glob("unfinished.safetensors*"):
-                    unfinished.unlink()
 
             return save
 
@@ -359,21 +358,26 @@ class Stages:
 
     def outputs_of(
         self,
-        teacher: PreTrainedModel,
+        teacher: PreTrainedModel | Mapping[str, PreTrainedModel],
         on: Literal["train", "validation"] = "train",
         *,
-        hidden_states: bool = False,
+        states_of: str | None = None,
     ) -> Dataset:
-        """The examples with what a teacher says to them: it runs once for all stages."""
-        return store(
-            self.train_data if on == "train" else self.eval_data,
-            teacher,
-            collate=self.collate,
-            hidden_states=hidden_states,
-            cache_file=self.stored / "teacher.arrow",
-            device=PartialState().device,
-            bf16=self.bf16,
-        )
+        """The examples with what teachers say to them, of the one of that name hidden states too: each runs once for
+        all stages."""
+        data = self.train_data if on == "train" else self.eval_data
+        for name, model in (teacher if isinstance(teacher, Mapping) else {TEACHER: teacher}).items():
+            data = store(
+                data,
+                model,
+                name=name,
+                collate=self.collate,
+                hidden_states=name == states_of,
+                cache_file=self.stored / "teacher.arrow",
+                device=PartialState().device,
+                bf16=self.bf16,
+            )
+        return data
 
     def _config(self, folder: Path, epochs: float, learning_rate: float, batch_size: int) -> DistillationConfig:
         return DistillationConfig(
@@ -455,6 +459,8 @@ class _Folder:
     def _remove_checkpoints(self) -> None:
         for checkpoint in self.path.glob("checkpoint-*"):
             shutil.rmtree(checkpoint)
+        for unfinished in (*self.path.glob(f"{UNFINISHED}*"), *self.path.glob(f".{UNFINISHED}*")):
+            unfinished.unlink()
 
     def load(self) -> PreTrainedModel:
         """The stage's model, always as the disk has it: later stages then start from the same in every run."""
@@ -489,6 +495,19 @@ class _ProgressBar(ProgressCallback):
             hidden = ("grad_norm", "learning_rate", "epoch")  # and details, "entropy/0"
             shown = {k: f"{v:.3g}" for k, v in logs.items() if k not in hidden and "/" not in k}
             self.training_bar.set_postfix(shown)
+
+
+@contextlib.contextmanager
+def _moved(device: torch.device, *models: PreTrainedModel | None) -> Iterator[None]:
+    """Within it the models are there; then where they were."""
+    homes = [(model, model.device) for model in models if model is not None]
+    try:
+        for model, _ in homes:
+            model.to(device)  # type: ignore[arg-type]
+        yield
+    finally:
+        for model, home in homes:
+            model.to(home)  # type: ignore[arg-type]
 
 
 def _check_processes(batch_size: int) -> None:

@@ -8,6 +8,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from itertools import islice, product
 from typing import TYPE_CHECKING, Any
 
+from fastdistill.ops.kd_ce_loss import Divergence
 from fastdistill.recipes import options as shared
 
 if TYPE_CHECKING:
@@ -30,6 +31,9 @@ SELECTIONS = {"knowledge": "stark", "random": "stark-rand", "auto": "stark-auto"
 
 OBJECTIVES = ("kd", "pkd", "ckd")
 
+DIVERGENCE: Divergence = "soft_ce"
+"""The paper's. A student learns by it what it does by forward KL, but teachers' gradients, which score them, differ."""
+
 SPARSITIES = tuple(n / 10 for n in range(1, 10))
 
 Result = Mapping[str, Any]
@@ -38,7 +42,7 @@ Result = Mapping[str, Any]
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     shared.add_run(parser, needs_layers=False)
     shared.add_training(parser)
-    shared.add_distillation(parser)
+    shared.add_distillation(parser, divergence=DIVERGENCE)
     add = parser.add_argument_group("STARK").add_argument
     share = shared.number(low=0, most=1)
     add(
@@ -109,7 +113,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
             f"--{name}-grid",
             type=shared.listed(kind),
             metavar="X[,X...]",
-            help=f"{of} to try, of which the best on the validation examples counts (default: --{name})",
+            help=f"{of} to try, of which the best on the validation examples counts; a chain's assistants take the "
+            f"first (default: --{name})",
         )
     shared.add_comparison(parser)
     shared.add_executor(parser)
@@ -148,7 +153,9 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
     student = _student(beginning, stages, teacher)
     train = _Grid(options, student, metric, executor)
     smoothing = options.label_smoothing or 0.0
-    kd: Objective = MSE() if task.is_regression else LogitsKD(options.kd_temperature, label_smoothing=smoothing)
+    kd: Objective = MSE()
+    if not task.is_regression:
+        kd = LogitsKD(options.kd_temperature or 2.0, divergence=DIVERGENCE, label_smoothing=smoothing)
     assistants = Assistants(stages, teacher, kd, train.first, results)
 
     baselines: dict[str, tuple[Objective, PreTrainedModel | None]] = {}
@@ -165,6 +172,8 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
     for run in runs:
         run.score(next(trained), of_teacher)
     results["trial"] = summary(metric, [run.trial for run in runs])
+    if options.baselines and objective == kd:
+        results["kd"] = results["trial"]
     trained = train(learner for run in runs for learner in run.learners())
     for run in runs:
         for selection in options.selection:
@@ -341,6 +350,7 @@ def _check(options: argparse.Namespace) -> None:
         "--score-on": options.score_on != "train" and at_random and options.student_sparsity is None,
         "--sparsity": options.sparsity is not None and set(options.selection) == {"auto"},
         "--learning-rate": options.learning_rate is not None and options.learning_rate_grid is not None,
+        "--kd-temperature": options.kd_temperature is not None and not (options.baselines or options.chain),
     }
     if names := [name for name, is_ignored in ignored.items() if is_ignored]:
         raise ValueError(f"{', '.join(names)} would have no effect beside the other options; leave it out")
@@ -356,7 +366,8 @@ def _objectives(options: argparse.Namespace, task: Task) -> tuple[Objective, Obj
     from fastdistill.objectives import WeightedSum
     from fastdistill.recipes.kd import logits_objective
 
-    logits, of_teacher = logits_objective(options, task), logits_objective(options, task, of_teacher=True)
+    logits = logits_objective(options, task, divergence=DIVERGENCE)
+    of_teacher = logits_objective(options, task, divergence=DIVERGENCE, has_labels=False)
     if options.objective == "kd":
         return logits, of_teacher
     weight = options.hidden_weight or {"pkd": 100.0, "ckd": 1.0}[options.objective]
@@ -382,13 +393,13 @@ def _student(beginning: Beginning, stages: Stages, teacher: Trained) -> PreTrain
 
 
 def _table(task: Task, name: str, found: Mapping[str, Mapping[str, Any]], dense: Trained) -> Table:
-    """A sparsity a row: the student, and the teacher it had, whose examples a second are told against the dense one."""
+    """A sparsity a row: the student, and the teacher it had, whose time is told against the dense one's, too."""
     from rich.table import Table
 
     from fastdistill.report import percent
 
     table = Table("sparsity", title=f"{name}: {task.name}")
-    for column in (f"student's {task.metric} %", "its teacher's", "teacher's parameters", "teacher's speed"):
+    for column in (f"student's {task.metric} %", "its teacher's", "teacher's parameters", "its time an example"):
         table.add_column(column, justify="right")
     for tried in found.values():
         teacher = tried["teacher"]
@@ -398,7 +409,7 @@ def _table(task: Task, name: str, found: Mapping[str, Mapping[str, Any]], dense:
             percent(tried["student"], task.metric),
             percent(teacher, task.metric),
             f"{teacher['parameters'] / 1e6:.2f} M",
-            f"{faster:.2f}x",
+            f"{1e3 / teacher['examples_per_second']:.2f} ms, 1/{faster:.2f}",
         )
     return table
 

@@ -82,7 +82,7 @@ class _Cuts:
     def train(self, stages: Stages, executor: Local, results: dict[str, Any]) -> dict[str, Trained]:
         options = self.options
         smoothing = options.label_smoothing or 0.0
-        kd = LogitsKD(temperature=options.kd_temperature, label_smoothing=smoothing)
+        kd = LogitsKD(temperature=options.kd_temperature or 2.0, label_smoothing=smoothing)
         training = {"epochs": options.epochs, "learning_rate": options.learning_rate}
         self.teacher = self.beginning.teacher(stages)
         results["teacher"] = self.teacher.result

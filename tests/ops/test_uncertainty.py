@@ -1,8 +1,10 @@
 from __future__ import annotations
 
 import math
+import os
 import subprocess
 import sys
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -12,6 +14,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from fastdistill import hidden_entropy, reference, select_uncertain, uncertainty
+from fastdistill.ops.select_uncertain import _NaNWatch
 from tests import eager
 from tests.accuracy import assert_accurate
 
@@ -380,6 +383,40 @@ def test_warns_of_nan_once(device: str) -> None:
     first = "1 5" if device == "cpu" else "0 5"
     assert lines[:5] == ["0 0", first, "1 5", "1 5", "1 5"], done.stderr
     assert "uncertainty is NaN; they rank first" in lines[5]
+
+
+WARNS_AT_ITS_CALLER = """
+import warnings, torch, fastdistill
+logits = torch.zeros(8, 3, device={device!r})
+logits[5, 0] = torch.nan
+warnings.showwarning = lambda said, kind, file, line, *more: print(file, line, said)
+fastdistill.select_uncertain(logits, 0.5)
+print("done")
+"""
+
+
+def test_one_call_warns_at_its_caller(device: str) -> None:
+    """On CUDA, where nobody waits, when the process ends."""
+    code = WARNS_AT_ITS_CALLER.format(device=device)
+    environment = os.environ | {"FASTDISTILL_NATIVE": "0"}  # C++ does not say who called
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment)
+    lines = done.stdout.splitlines()
+    if device == "cuda":
+        assert lines[0] == "done", done.stderr
+        assert "they rank first" in lines[1]
+    else:
+        assert lines[0].startswith("<string> 6 select_uncertain: logits has rows"), done.stderr
+
+
+def test_a_copy_is_looked_at_when_the_process_ends() -> None:
+    watch, waited = _NaNWatch(), []
+    watch.look_at_last()  # there is none
+    watch.look(torch.full((1,), math.nan, device="meta"))  # whom nobody asks
+    watch.copy, watch.copied = torch.full((1,), math.nan), SimpleNamespace(synchronize=lambda: waited.append(True))
+    with pytest.warns(UserWarning, match="they rank first"):
+        watch.look_at_last()
+    watch.look_at_last()
+    assert waited == [True]
 
 
 # Errors ---------------------------------------------------------------------------------------------------------------
