@@ -4,10 +4,11 @@ there."""
 from __future__ import annotations
 
 import importlib.util
-import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from fastdistill.files import replacing
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -114,6 +115,5 @@ def _figure(x: str, y: str) -> tuple[Figure, Any]:
 
 
 def _save(figure: Figure, path: Path) -> None:
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    figure.savefig(temporary, format="svg")
-    os.replace(temporary, path)
+    with replacing(path) as temporary:
+        figure.savefig(temporary, format="svg")

@@ -45,3 +45,13 @@ def sum_over_processes(*tensors: Tensor) -> None:
     if _are_joined():
         for tensor in tensors:
             torch.distributed.all_reduce(tensor)
+
+
+def sums_over_processes(tensors: list[Tensor]) -> list[Tensor]:
+    """New tensors, summed in one message; these in a single process."""
+    if rank_and_number()[1] == 1:
+        return tensors
+    flat = torch.cat([tensor.flatten() for tensor in tensors])
+    sum_over_processes(flat)
+    parts = flat.split([tensor.numel() for tensor in tensors])
+    return [part.view_as(tensor).to(tensor.dtype) for part, tensor in zip(parts, tensors, strict=True)]

@@ -8,11 +8,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
-from fastdistill.files import replacing
+from fastdistill.files import load_tensors, save_tensors
 from fastdistill.ops.checks import check_choice, check_number
 
 if TYPE_CHECKING:
@@ -74,12 +72,12 @@ class Scores:
     def save(self, path: str | Path) -> None:
         """Write a safetensors file; it is the old one or the new one, whole, at any moment."""
         tensors = {f"{u}.{i}": v.contiguous() for u in UNITS for i, v in enumerate(getattr(self, u))}
-        save_atomically(tensors, Path(path), {"layers": str(len(self.heads))})
+        save_tensors(tensors, Path(path), {"layers": str(len(self.heads))})
 
     @classmethod
     def load(cls, path: str | Path) -> Scores:
         """What `save` wrote. Raises ValueError for any other file."""
-        tensors, metadata = load_checked(Path(path))
+        tensors, metadata = load_tensors(Path(path))
         layers = range(int(metadata.get("layers", len(tensors) // 2)))
         if tensors.keys() != {f"{u}.{i}" for u in UNITS for i in layers}:
             raise ValueError(f"{path} holds {', '.join(sorted(tensors))}; expected the scores of {len(layers)} layers")
@@ -145,17 +143,3 @@ def _best(units: Units, scores: Sequence[Tensor], sparsity: float, round_to: int
             flags = torch.zeros_like(flags).index_fill(0, best, True)
         found.append(flags.nonzero().squeeze(1))
     return found
-
-
-def save_atomically(tensors: dict[str, Tensor], path: Path, metadata: dict[str, str]) -> None:
-    with replacing(path) as temporary:
-        save_file(tensors, temporary, metadata=metadata)
-
-
-def load_checked(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """A safetensors file's tensors and metadata; ValueError if it is damaged, OSError if there is none."""
-    try:
-        with safe_open(path, framework="pt") as file:
-            return {name: file.get_tensor(name) for name in file.keys()}, dict(file.metadata() or {})  # noqa: SIM118
-    except SafetensorError as error:
-        raise ValueError(f"{path} is no safetensors file, or damaged: {error}") from None

@@ -14,12 +14,13 @@ from tqdm.auto import tqdm  # type: ignore[import-untyped]
 from transformers.modeling_outputs import SequenceClassifierOutput
 
 from fastdistill.digest import digest, model_digest, tensor_pieces
+from fastdistill.files import load_tensors, save_tensors
 from fastdistill.first_token import first_token_only
 from fastdistill.gates import Gates, gate
 from fastdistill.objectives import ATTENTION_MASK, MSE, LogitsKD, LossFunction, Objective, TaskLoss, as_objective
 from fastdistill.ops.checks import check_choice
 from fastdistill.processes import rank_and_number, sum_over_processes
-from fastdistill.scores import Scores, load_checked, mix, save_atomically
+from fastdistill.scores import Scores, mix
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -268,7 +269,7 @@ class _Checkpoint:
         """Fills the totals; returns how many examples they are of, and of how many batches."""
         if self.path is None or not self.path.is_file():
             return 0, 0
-        tensors, metadata = load_checked(self.path)
+        tensors, metadata = load_tensors(self.path)
         if metadata.get("digest") != self.digest:
             return 0, 0
         totals.copy_(tensors["totals"])
@@ -286,7 +287,7 @@ class _Checkpoint:
         if self.path is not None:
             self._check(self.number >= self.done)
             facts = {"digest": self.digest, "count": str(count), "done": str(self.number), "seen": self.seen}
-            save_atomically({"totals": totals.cpu()}, self.path, facts)
+            save_tensors({"totals": totals.cpu()}, self.path, facts)
 
     def _check(self, fits: bool) -> None:
         if not fits:

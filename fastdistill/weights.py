@@ -13,11 +13,12 @@ from torch import Tensor
 from tqdm.auto import tqdm  # type: ignore[import-untyped]
 
 from fastdistill.architectures import encoder_weights, refuse_hooked
+from fastdistill.files import load_tensors, save_tensors
 from fastdistill.first_token import first_token_only
 from fastdistill.objectives import LossFunction, Objective, TaskLoss
 from fastdistill.ops import accumulate_sensitivity_
 from fastdistill.processes import sum_over_processes
-from fastdistill.scores import check_sparsity, load_checked, mix, save_atomically
+from fastdistill.scores import check_sparsity, mix
 from fastdistill.scoring import evaluating, objective_of, split_batch
 
 if TYPE_CHECKING:
@@ -41,11 +42,11 @@ class WeightScores:
         return WeightScores({n: torch.lerp(m, other.matrices[n], weight) for n, m in self.matrices.items()})
 
     def save(self, path: str | Path) -> None:
-        save_atomically({name: matrix.contiguous() for name, matrix in self.matrices.items()}, Path(path), {})
+        save_tensors({name: matrix.contiguous() for name, matrix in self.matrices.items()}, Path(path), {})
 
     @classmethod
     def load(cls, path: str | Path) -> WeightScores:
-        return cls(load_checked(Path(path))[0])
+        return cls(load_tensors(Path(path))[0])
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,7 @@ import torch
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from fastdistill.cli import main
-from fastdistill.recipes import stages
+from fastdistill.recipes import folder, stages
 from fastdistill.students import first_layers
 from tests import tiny
 
@@ -200,7 +200,7 @@ def test_a_removal_that_was_cut_off_is_no_hindrance(
             raise Cut
 
     with monkeypatch.context() as patch:
-        patch.setattr(stages.shutil, "rmtree", cut)
+        patch.setattr(folder.shutil, "rmtree", cut)
         with pytest.raises(Cut):
             main(command(sources, output, "--epochs", "1"))
     assert main(command(sources, output)) == 0

@@ -23,16 +23,17 @@ from torch import Tensor
 from torch.func import functional_call
 from torch.utils.data import BatchSampler
 
-from fastdistill import autoskd
-from fastdistill.autoskd import METHODS, Batch, Found
+from fastdistill.autoskd import METHODS, Found
 from fastdistill.cli import main
-from fastdistill.processes import rank_and_number
+from fastdistill.processes import rank_and_number, sums_over_processes
 from fastdistill.recipes import stages
 from fastdistill.sampling import EvenShares
 from fastdistill.scores import Scores
+from fastdistill.theta import Batch, theta_gradient
 from tests import tiny
 from tests.records import record, without_times
-from tests.test_autoskd import SETTINGS, batches, search
+from tests.test_autoskd import SETTINGS, search
+from tests.test_theta import batches
 
 ROOT = Path(__file__).parent.parent
 ONE, TWO = "one", "two"
@@ -116,14 +117,14 @@ def gradients() -> dict[str, Tensor]:
         return functional_call(student, dict(weights), kwargs=dict(features)).logits
 
     return {
-        f"{len(active)} {alpha}": autoskd.theta_gradient(
+        f"{len(active)} {alpha}": theta_gradient(
             forward,
             dict(student.named_parameters()),
             share(batches(7, 1, active)),
             share(batches(1, 2, active)),
             torch.full((len(active),), 0.3, dtype=torch.float64),
             look_ahead=alpha,
-            reduce=autoskd._sums,
+            reduce=sums_over_processes,
         )
         for active in ([1], [0, 1, 2])
         for alpha in (0.0, 0.3)

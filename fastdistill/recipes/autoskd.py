@@ -252,7 +252,7 @@ class _Run:
     def random(self, number: int) -> dict[str, Theta]:
         import torch
 
-        from fastdistill.autoskd import random_distributions
+        from fastdistill.theta import random_distributions
 
         generator = torch.Generator().manual_seed(self.stages.seed)
         drawn = random_distributions(number, len(self.names), generator)
@@ -273,7 +273,7 @@ class _Run:
 
         from fastdistill.autoskd import Found, search
         from fastdistill.digest import model_digest
-        from fastdistill.recipes.stages import UNFINISHED
+        from fastdistill.recipes.folder import UNFINISHED
 
         stages = self.stages
 
