@@ -9,6 +9,8 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastdistill.ops.gated_attention import gated_attention
@@ -26,6 +28,11 @@ def head_gate(attention: nn.Module, gate: Callable[[], Tensor]) -> Iterator[None
         yield
     finally:
         delattr(attention, _GATE)
+
+
+def gates_heads(attention: nn.Module) -> bool:
+    """Whether the attention module calls `attention_forward`, at present. MPNet's, which cannot, has no config."""
+    return getattr(getattr(attention, "config", None), "_attn_implementation", None) == IMPLEMENTATION
 
 
 def attention_forward(
@@ -48,26 +55,32 @@ def attention_forward(
     if is_causal is None:
         is_causal = getattr(module, "is_causal", False)
     is_causal = bool(is_causal) and attention_mask is None and query.shape[2] > 1  # a mask says all
-    gate = getattr(module, _GATE, None)
-    context = gated_attention(
-        query,
-        key,
-        value,
-        gate and gate(),
-        attn_mask=attention_mask,
-        dropout_p=dropout,
-        is_causal=is_causal,
-        scale=scaling,
-    )
+    own_gate = getattr(module, _GATE, None)
+    gate = own_gate and own_gate()
+    if torch.compiler.is_compiling() and torch.onnx.is_in_onnx_export():  # which does not know the op
+        context = F.scaled_dot_product_attention(query, key, value, attention_mask, dropout, is_causal, scale=scaling)
+        if gate is not None:
+            context = (context * gate[..., None, None]).to(context.dtype)
+    else:
+        context = gated_attention(query, key, value, gate, attention_mask, dropout, is_causal, scaling)
     return context.transpose(1, 2).contiguous(), None
+
+
+def create_mask(mask_function: Callable[..., Any], **options: Any) -> Tensor | None:
+    """As transformers makes one for PyTorch's attention, but of one row where all queries attend to the same keys."""
+    from transformers.masking_utils import bidirectional_mask_function, eager_mask, sdpa_mask
+
+    if mask_function is bidirectional_mask_function:
+        options["q_length"] = 1
+    adds_it = getattr(options.get("config"), "model_type", None) == "mpnet"  # whose attention is its own in any case
+    return (eager_mask if adds_it else sdpa_mask)(mask_function=mask_function, **options)
 
 
 def _register() -> None:
     from transformers import AttentionInterface, AttentionMaskInterface
-    from transformers.masking_utils import sdpa_mask
 
     AttentionInterface.register(IMPLEMENTATION, attention_forward)
-    AttentionMaskInterface.register(IMPLEMENTATION, sdpa_mask)
+    AttentionMaskInterface.register(IMPLEMENTATION, create_mask)
 
 
 class _AfterImport(importlib.abc.MetaPathFinder):

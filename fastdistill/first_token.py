@@ -8,7 +8,14 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 
-from fastdistill.architectures import ARCHITECTURES, architecture, encoder_layers, hooked
+from fastdistill.architectures import (
+    ARCHITECTURES,
+    architecture,
+    encoder_layers,
+    hooked,
+    inputs_changed,
+    uncompiled,
+)
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -32,17 +39,17 @@ def first_token_only(*models: PreTrainedModel | None) -> Iterator[None]:
             if model is not None and looks_at_the_first_token(model):
                 leave.enter_context(hooked(model, "first_token_only"))
                 last = encoder_layers(model)[-1]
-                alone = last.get_submodule(architecture(model).alone)
-                leave.callback(alone.register_forward_pre_hook(_first).remove)
+                leave.enter_context(inputs_changed(last.get_submodule(architecture(model).alone), _first))
         yield
 
 
 def looks_at_the_first_token(model: nn.Module) -> bool:
     """Whether it is a classifier whose head is known to look at nothing else."""
+    model = uncompiled(model)
     known = getattr(getattr(model, "config", None), "model_type", None) in ARCHITECTURES
     own = type(model).__module__.startswith("transformers.")
     return known and own and type(model).__name__.endswith(HEADS)
 
 
-def _first(module: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
+def _first(*inputs: Any) -> tuple[Any, ...]:
     return tuple(value[:, :1] if isinstance(value, Tensor) else value for value in inputs)

@@ -10,15 +10,15 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
-from fastdistill.architectures import blocks, hooked
-from fastdistill.attention import IMPLEMENTATION, head_gate
+from fastdistill.architectures import blocks, hooked, inputs_changed
+from fastdistill.attention import gates_heads, head_gate
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 
 class Gates:
-    """Factors of a model's heads and neurons, one tensor a layer, which may be replaced or changed at any time.
+    """Factors of a model's heads and neurons, one tensor a layer; tensors and lists may be replaced at any time.
 
     ``heads[l]`` is ``[H]``, or ``[B, H]`` for one that differs by example, and ``neurons[l]`` ``[I]`` or ``[B, I]``.
     They begin as ones that require a gradient.
@@ -72,31 +72,40 @@ def gate(model: PreTrainedModel) -> Iterator[Gates]:
         [ones(block.heads, next(block.layer.parameters())) for block in layers],
         [ones(block.neurons, next(block.layer.parameters())) for block in layers],
     )
-    skips = getattr(model.config, "_attn_implementation", None) == IMPLEMENTATION and model._supports_attention_backend
     with ExitStack() as leave:
         leave.enter_context(hooked(model, "gate"))
         for place, block in enumerate(layers):
-            if block.heads and skips:
-                leave.enter_context(head_gate(block.attention, partial(gates.heads.__getitem__, place)))
-            elif block.heads:
-                hook = partial(_multiply, gates.heads, place, "heads", block.head_size)
-                leave.callback(block.head_out.register_forward_pre_hook(hook).remove)
+            if block.heads:
+                leave.enter_context(head_gate(block.attention, partial(_head_gate, gates, place)))
+                change = partial(_gate_heads, gates, place, block.head_size, block.attention)
+                leave.enter_context(inputs_changed(block.head_out, change))
             if block.neurons:
-                hook = partial(_multiply, gates.neurons, place, "neurons", 1)
-                leave.callback(block.neuron_out.register_forward_pre_hook(hook).remove)
+                leave.enter_context(inputs_changed(block.neuron_out, partial(_gate_neurons, gates, place)))
         yield gates
 
 
-def _multiply(
-    gates: list[Tensor], place: int, kind: str, size: int, module: nn.Module, inputs: tuple[Tensor]
-) -> Tensor:
-    """Of ``[B, ..., units * size]`` each unit's `size` values times its gate."""
-    values = inputs[0]
-    gate = check_gate(f"gates.{kind}[{place}]", gates[place], len(values), values.shape[-1] // size)
+def _head_gate(gates: Gates, place: int) -> Tensor:
+    return gates.heads[place]
+
+
+def _gate_heads(gates: Gates, place: int, size: int, attention: nn.Module, contexts: Tensor) -> tuple[Tensor]:
+    """For the output projection, unless the attention has done it."""
+    if gates_heads(attention):
+        return (contexts,)
+    return (_multiply(contexts, f"gates.heads[{place}]", gates.heads[place], size),)
+
+
+def _gate_neurons(gates: Gates, place: int, neurons: Tensor) -> tuple[Tensor]:
+    return (_multiply(neurons, f"gates.neurons[{place}]", gates.neurons[place], 1),)
+
+
+def _multiply(values: Tensor, name: str, gate: Tensor, size: int) -> Tensor:
+    """Of ``[B, ..., units * size]`` each unit's `size` values times its gate, in the values' dtype."""
+    gate = check_gate(name, gate, values.shape[0], values.shape[-1] // size)
     if gate.dim() == 2:
-        gate = gate.view(len(gate), *[1] * (values.dim() - 2), -1)
+        gate = gate.view(gate.shape[0], *[1] * (values.dim() - 2), -1)
     gated: Tensor = (values.unflatten(-1, (-1, size)) * gate.unsqueeze(-1)).flatten(-2)
-    return gated
+    return gated.to(values.dtype)
 
 
 def check_gate(name: str, gate: Tensor, batch_size: int, units: int) -> Tensor:

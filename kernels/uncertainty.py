@@ -21,13 +21,18 @@ from torch import Tensor
 TILE_SIZE = 1024  # elements of a program that has all columns of its rows at once
 MAX_COLUMNS = 4096
 FAR = tl.constexpr(8)
-LOWEST = tl.constexpr(-3e38)
 
 
 @triton.jit
 def _bounded(gap):
     """No less than where exp is 0, so that their product is 0 too."""
     return tl.maximum(gap, -1000.0)
+
+
+@triton.jit
+def _finite(x):
+    """0 for -inf, of which no difference can be taken."""
+    return tl.where(x == -float("inf"), 0, x)
 
 
 @triton.jit
@@ -104,10 +109,10 @@ def _uncertainty_kernel(
     logits_ptr += row * _multiple(stride, ALIGNMENT)
 
     first = _load(logits_ptr, lane, classes, exists, DTYPE)
-    reference = tl.maximum(tl.max(first, 1, keep_dims=True), LOWEST)
+    reference = _finite(tl.max(first, 1, keep_dims=True))
     largest, second, others, weighted = _sweep(logits_ptr, lane, classes, exists, reference, DTYPE, KIND, ROWS, COLUMNS)
-    if tl.max((exists & (largest - reference > FAR)).to(tl.int32)) > 0:
-        reference = tl.maximum(largest, LOWEST)
+    if tl.max((exists & (tl.abs(largest - reference) > FAR)).to(tl.int32)) > 0:
+        reference = _finite(largest)
         largest, second, others, weighted = _sweep(
             logits_ptr, lane, classes, exists, reference, DTYPE, KIND, ROWS, COLUMNS
         )

@@ -53,7 +53,27 @@ def test_other_models_stay_as_they_are() -> None:
     batch = inputs("bert")
     with torch.no_grad(), first_token_only(model):
         assert model(**batch).logits.shape == (2, 9, 2)
-    assert not any(module._forward_pre_hooks for module in model.modules())
+        assert not any("forward" in vars(module) for module in model.modules())
+
+
+@pytest.mark.parametrize("wrapped", [True, False])
+@pytest.mark.parametrize("kind", ["bert", "vit"])
+def test_compiled_models(kind: str, wrapped: bool) -> None:
+    """They were compiled without it, and are without it again."""
+    torch.compiler.reset()
+    inner, batch = classifier(kind), inputs(kind)
+    seen: list[int] = []
+    watched = encoder_layers(inner)[-1].get_submodule(architecture(inner).neuron_out)
+    watched.register_forward_hook(lambda module, args, output: seen.append(output.shape[1]))
+    model: Any = torch.compile(inner, backend="eager") if wrapped else inner
+    if not wrapped:
+        inner.compile(backend="eager")
+    with torch.no_grad():
+        expected = model(**batch).logits
+        with first_token_only(model):
+            torch.testing.assert_close(model(**batch).logits, expected)
+        assert torch.equal(model(**batch).logits, expected)
+    assert seen == [seen[0], 1, seen[0]] and seen[0] > 1
 
 
 def test_which_objectives_look_at_other_tokens() -> None:

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import itertools
 import subprocess
 import sys
 from typing import Any
@@ -68,6 +69,34 @@ def test_mpnets_own_attention_is_gated_whatever_it_is_called() -> None:
         torch.testing.assert_close(model(**batch).logits, masked(model, heads, neurons)(**batch).logits)
 
 
+@pytest.mark.parametrize("first, then", itertools.permutations(["eager", "sdpa", "fastdistill"], 2))
+def test_attention_may_change_meanwhile(first: str, then: str) -> None:
+    model, batch = classifier("bert"), inputs("bert")
+    model.set_attn_implementation(first)
+    with torch.no_grad(), fastdistill.gate(model) as gates:
+        gates.heads, gates.neurons = heads, neurons = drawn(gates)
+        expected = masked(model, heads, neurons)(**batch).logits
+        for implementation in (first, then, first):
+            model.set_attn_implementation(implementation)
+            torch.testing.assert_close(model(**batch).logits, expected)
+
+
+@pytest.mark.parametrize("implementation", ["eager", "sdpa", "fastdistill"])
+def test_gates_of_another_dtype(implementation: str) -> None:
+    """What they multiply keeps its dtype."""
+    model, batch = classifier("bert").bfloat16(), inputs("bert")
+    model.set_attn_implementation(implementation)
+    with fastdistill.gate(model) as gates:
+        heads, neurons = drawn(gates)
+        gates.heads[:], gates.neurons[:] = ([g.requires_grad_() for g in group] for group in (heads, neurons))
+        logits = model(**batch).logits
+        found = torch.autograd.grad(logits.float().square().sum(), gates.tensors)
+    assert logits.dtype == torch.bfloat16 and all(gradient.dtype == torch.float32 for gradient in found)
+    torch.testing.assert_close(
+        logits.float(), masked(model.float(), heads, neurons)(**batch).logits, rtol=0.1, atol=0.1
+    )
+
+
 @pytest.mark.parametrize("implementation", ["sdpa", "fastdistill"])
 def test_gates_of_single_examples(implementation: str) -> None:
     model, batch = classifier("bert"), inputs("bert", 3)
@@ -97,6 +126,78 @@ def test_nothing_is_left_behind_after_an_exception(implementation: str) -> None:
         assert torch.equal(model(**batch).logits, expected)
     assert not any(module._forward_pre_hooks or module._forward_hooks for module in model.modules())
     assert [module.__dict__.keys() for module in model.modules()] == [names.keys() for names in before]
+
+
+def test_a_forward_of_a_modules_own_comes_back() -> None:
+    model, batch = classifier("bert"), inputs("bert")
+    linear = blocks(model)[0].head_out
+    linear.forward = own = lambda x: type(linear).forward(linear, 2 * x)
+    with torch.no_grad():
+        expected = model(**batch).logits
+        with fastdistill.gate(model):
+            torch.testing.assert_close(model(**batch).logits, expected)
+    assert linear.forward is own
+
+
+def outside(model: Any, backend: str) -> Any:
+    return torch.compile(model, backend=backend, fullgraph=True)
+
+
+def inside(model: Any, backend: str) -> Any:
+    model.compile(backend=backend, fullgraph=True)
+    return model
+
+
+@pytest.mark.parametrize("compiled", [outside, inside])
+@pytest.mark.parametrize("implementation", ["sdpa", "fastdistill"])
+def test_compiled_models(implementation: str, compiled: Any, backend: str = "eager") -> None:
+    """Gates come, change, go and come back though the model was compiled without them."""
+    torch.compiler.reset()
+    (model, plain), batch = (classifier("bert", num_hidden_layers=2) for _ in range(2)), inputs("bert")
+    model.set_attn_implementation(implementation)
+    model = compiled(model, backend)
+    with torch.no_grad():
+        for _ in range(2):
+            torch.testing.assert_close(model(**batch).logits, plain(**batch).logits)
+            with fastdistill.gate(model) as gates:
+                heads, neurons = drawn(gates)
+                for gates.heads in (heads, [1 - g for g in heads]):
+                    gates.neurons = neurons
+                    found = model(**batch).logits
+                    torch.testing.assert_close(found, masked(plain, gates.heads, neurons)(**batch).logits)
+                other = "sdpa" if implementation == "fastdistill" else "fastdistill"
+                model.set_attn_implementation(other)
+                torch.testing.assert_close(model(**batch).logits, found)
+                model.set_attn_implementation(implementation)
+        torch.testing.assert_close(model(**batch).logits, plain(**batch).logits)
+
+
+def test_a_model_compiled_by_inductor() -> None:
+    test_compiled_models("fastdistill", outside, "inductor")
+
+
+@pytest.mark.parametrize("compiled", [outside, inside])
+def test_an_exception_leaves_a_compiled_model_as_it_was(compiled: Any) -> None:
+    model = compiled(classifier("bert"), "eager")
+    for within in (fastdistill.gate, fastdistill.first_token_only):
+        with pytest.raises(KeyboardInterrupt), within(model):
+            with pytest.raises(ValueError, match="already"):
+                within(model).__enter__()
+            raise KeyboardInterrupt
+    for module in model.modules():
+        assert not {"_fastdistill_hooked", "_fastdistill_head_gate"} & vars(module).keys()
+
+
+@pytest.mark.parametrize("compiled", [outside, inside])
+def test_scores_of_a_compiled_model(compiled: Any) -> None:
+    torch.compiler.reset()
+    batches = [{**inputs("bert"), "labels": torch.tensor([0, 2])}] * 2
+    model = classifier("bert", num_hidden_layers=2)
+    expected = fastdistill.score(model, batches, progress=False).expressiveness
+    model = compiled(model, "eager")
+    model(**batches[0])
+    found = fastdistill.score(model, batches, progress=False).expressiveness
+    torch.testing.assert_close(found.heads + found.neurons, expected.heads + expected.neurons)
 
 
 def test_heads_that_are_off_are_not_computed() -> None:

@@ -44,7 +44,8 @@ def gated_attention(
             are cast to its dtype. Sums are in float32 (float64 for float64).
         head_gate: ``[H]``, or ``[B, H]`` for a gate of each example; any floating dtype, any values. None: no gates.
         attn_mask: broadcastable to ``[B, H, S, T]``, not copied to that size; bool (True: attend) or floating, added to
-            the scores. A query that may attend to nothing has output 0. It gets no gradient.
+            the scores. A query that may attend to nothing has output 0; one all of whose keys are given the dtype's
+            least finite number attends to all of them alike, as in PyTorch. It gets no gradient.
         dropout_p: probability of leaving out a weight, in [0, 1); the others are divided by 1 - dropout_p. Always
             applied: pass 0 in evaluation. Which weights go is drawn by PyTorch's generator of the device.
         is_causal: query i attends to keys 0 to i only; not together with ``attn_mask``.
@@ -60,8 +61,9 @@ def gated_attention(
             those), different devices, a number out of its range, a mask beside ``is_causal`` or one that requires a
             gradient.
 
-    Differentiable once. On CUDA, heads of up to 128 channels are computed by Triton; wider ones, and float64, in plain
-    PyTorch, with the weights in memory, and so is dropout on CPU.
+    Differentiable once, and not by torch.func, whose transforms it does not support. On CUDA, heads of up to 128
+    channels are computed by Triton; wider ones, and float64, in plain PyTorch, with the weights in memory, and so is
+    dropout on CPU.
     """
     for name, x in (("query", query), ("key", key), ("value", value)):
         check_tensor(name, x, FLOATING)

@@ -47,13 +47,14 @@ def test_never_waits_for_the_device(gate_grad: bool, dropout_p: float, request: 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
 @pytest.mark.parametrize("size", [16, 32, 64, 96, 128])
-@pytest.mark.parametrize("mask", ["none", "padding", "bias", "causal"])
+@pytest.mark.parametrize("mask", ["none", "padding", "rows", "bias", "causal"])
 def test_long_sequences(dtype: torch.dtype, size: int, mask: str) -> None:
     inputs = make(2, 3, 1000, size, dtype)
     gate = torch.tensor([1.0, 0.0, 0.5], device="cuda", requires_grad=True)
     padding = torch.arange(1000, device="cuda") < torch.tensor([900, 130], device="cuda")[:, None, None, None]
     bias = torch.randn(1, 3, 1000, 1000, device="cuda", dtype=dtype)
-    options = {"attn_mask": {"padding": padding, "bias": bias}.get(mask), "is_causal": mask == "causal"}
+    rows = padding & padding.mT
+    options = {"attn_mask": {"padding": padding, "rows": rows, "bias": bias}.get(mask), "is_causal": mask == "causal"}
     ours = everything(inputs, gate, **options)
     upstream = torch.ones_like(ours[0]) / 8
 

@@ -6,24 +6,48 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
+import triton
 from fastdistill.kernels import gated_attention as module
 
-PADDING, BIAS = torch.ones(2, 1, 1, 2048, dtype=torch.bool), torch.zeros(1, 2, 2048, 2048)
+BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
+PADDING = {"attn_mask": torch.ones(2, 1, 1, 2048, dtype=torch.bool)}
+ROWS = {"attn_mask": torch.ones(2, 1, 2048, 2048, dtype=torch.bool)}  # as transformers has it
+UNEVEN_ROWS = {"attn_mask": torch.ones(2, 1, 1999, 1999, dtype=torch.bool)}
+BIAS = {"attn_mask": torch.zeros(1, 2, 2000, 2000)}
+HALF_BIAS = {"attn_mask": BIAS["attn_mask"].bfloat16()}
+DROPOUT = {"seed": torch.tensor(1), "dropout_p": 0.1}
+CAUSAL = {"is_causal": True}
 PLAIN: dict[str, Any] = {"attn_mask": None, "seed": None, "dropout_p": 0.0, "is_causal": False}
-UNEVEN = {"attn_mask": BIAS[..., :2000, :2000], "seed": torch.tensor(1), "dropout_p": 0.1}
-CASES: list[tuple[int, int, torch.dtype, dict[str, Any]]] = [
-    (64, 2048, torch.bfloat16, {"attn_mask": PADDING}),
-    (128, 32, torch.bfloat16, {"is_causal": True}),
-    (80, 2000, torch.bfloat16, UNEVEN),
-    (80, 2000, torch.float32, UNEVEN),
+# Size of a head, length, dtype, whether the gate needs a gradient (None: no gate), options. Among them each kind of
+# mask, dtype, gate, dropout and tile, in the combinations that need the most registers.
+CASES: list[tuple[int, int, torch.dtype, bool | None, dict[str, Any]]] = [
+    (64, 2048, BF16, True, PADDING),
+    (64, 2048, FP16, False, PADDING),
+    (64, 2048, BF16, True, PADDING | DROPOUT),
+    (16, 2048, BF16, True, CAUSAL),
+    (80, 1999, BF16, False, CAUSAL),
+    (128, 32, BF16, True, CAUSAL),
+    (32, 1999, BF16, None, UNEVEN_ROWS),
+    (64, 2048, FP16, False, ROWS | DROPOUT),
+    (128, 1999, BF16, True, UNEVEN_ROWS | DROPOUT),
+    (80, 2000, BF16, True, BIAS | DROPOUT),
+    (64, 2000, BF16, None, HALF_BIAS | DROPOUT),
+    (32, 2048, FP32, False, ROWS),
+    (64, 1999, FP32, None, CAUSAL | DROPOUT),
+    (64, 2048, FP32, True, ROWS | DROPOUT),
+    (128, 1999, FP32, True, UNEVEN_ROWS | DROPOUT),
+    (128, 2048, FP32, False, PADDING),
+    (80, 2000, FP32, True, BIAS | DROPOUT),
 ]
 
 
 def launches() -> Iterator[str]:
-    gate = torch.zeros(2)
-    for size, length, dtype, changes in CASES:
+    few = triton.runtime.driver.active.get_current_target().arch >= 100
+    for size, length, dtype, gate_grad, changes in CASES[1::4] if few else CASES:
         x = torch.zeros(2, length, 2, size, dtype=dtype).transpose(1, 2)
         mask, seed, *numbers = {**PLAIN, **changes}.values()
-        _, ungated, logsumexp = module.gated_attention(x, x, x, gate, mask, seed, *numbers, 0.1, True)
-        module.gated_attention_backward(x, x, x, x, gate, mask, seed, ungated, logsumexp, *numbers, 0.1, True)
-        yield f"{size} {length} {dtype} {[name for name in changes if name != 'dropout_p']}"
+        gate = None if gate_grad is None else torch.zeros(2)
+        options = (gate, mask, seed, *numbers, 0.1, gate_grad is True)
+        output, _, logsumexp = module.gated_attention(x, x, x, *options)
+        module.gated_attention_backward(x, x, x, x, *options[:3], output, logsumexp, *options[3:])
+        yield f"{size} {length} {dtype} gate_grad={gate_grad} {[name for name in changes if name != 'dropout_p']}"

@@ -20,8 +20,8 @@ KERNELS = {
     "gated_ffn": {"_bias_act_gate_kernel"},
     "gated_attention": {"_forward_kernel", "_dots_kernel", "_key_value_kernel", "_query_kernel"},
 }
-COMPILED = [(op, arch) for op in KERNELS for arch in (80, 90)] + [("kd_ce_loss", 100)]
-SHARED_MEMORY = 101376  # what a program may have on the least of the multiprocessors, sm_86's and sm_89's
+COMPILED = [(op, arch) for op in KERNELS for arch in (80, 90)] + [("kd_ce_loss", 100), ("gated_attention", 100)]
+SHARED_MEMORY = {80: 101376, 90: 232448, 100: 232448}  # of a program; sm_80's code runs on sm_86 and sm_89, too
 
 Compiled = list[dict[str, Any]]
 
@@ -49,7 +49,7 @@ def test_compiles_without_spills(compilers: dict[tuple[str, int], Future[Compile
     for kernel in kernels:
         assert kernel["stack"] == kernel["local"] == 0, f"spills: {kernel}"
         assert kernel["registers"] * kernel["warps"] * 32 <= 65536, f"does not fit a multiprocessor: {kernel}"
-        assert kernel["shared"] <= SHARED_MEMORY, f"too much shared memory: {kernel}"
+        assert kernel["shared"] <= SHARED_MEMORY[arch], f"too much shared memory: {kernel}"
     if op == "kd_ce_loss":
         for kernel in kernels:
             weights = 4 if kernel["kernel"] in ("_tile_kernel", "_sweep_kernel") else 0

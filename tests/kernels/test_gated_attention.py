@@ -6,6 +6,7 @@ from typing import Any
 import numpy
 import pytest
 import torch
+import torch.nn.functional as F
 import triton
 from fastdistill.kernels import gated_attention as module
 from torch import Tensor
@@ -103,6 +104,64 @@ def test_masks(name: str) -> None:
     check(make(), torch.tensor([1.0, 0.5, 0.0], device=DEVICE), None if mask is None else mask.to(DEVICE))
 
 
+def masks_of_rows() -> dict[str, Tensor]:
+    """Of 21 queries and 64 keys: those that can be read a tile at a time as they are, and those that must be copied."""
+    whole = torch.rand(2, 1, 21, 320, generator=torch.Generator().manual_seed(2)) < 0.4
+    return {
+        "whole": whole[..., :64],
+        "not aligned": whole[..., 1:65],
+        "not of single bytes": whole.float()[..., :64].log(),
+        "apart": whole[..., ::5],
+        "transposed": whole[:, :, 0, :].view(2, 1, 64, 5).repeat(1, 1, 1, 5)[..., :21].mT,
+        "for each head": whole[:1, 0, None, :, :64].repeat(1, 3, 1, 1),
+        "one column": whole[..., :1],
+    }
+
+
+@interpreted
+@pytest.mark.parametrize("name", masks_of_rows())
+@pytest.mark.parametrize("keys", [64, 40])
+@pytest.mark.parametrize("dtype", [torch.float32, HALF])
+def test_masks_of_rows(name: str, keys: int, dtype: torch.dtype) -> None:
+    mask = masks_of_rows()[name].to(DEVICE)
+    check(make(keys=keys, dtype=dtype), None, mask[..., : min(keys, mask.shape[-1])])
+
+
+@interpreted
+@pytest.mark.parametrize("dtype", [torch.float32, HALF])
+def test_what_a_mask_hides_does_not_matter(dtype: torch.dtype) -> None:
+    inputs, mask = make(dtype=dtype), torch.ones(21, 37, dtype=torch.bool, device=DEVICE)
+    mask[:, 30:] = False
+    expected = both(inputs, None, mask)
+    inputs[1][:, :, 30:] = torch.nan
+    assert torch.equal(both(inputs, None, mask)[0], expected[0])
+
+
+def test_what_is_copied_of_a_mask() -> None:
+    """Nothing where tiles can be read as they are; no example, head or key twice."""
+    mask = torch.ones(2, 1, 20, 128, dtype=torch.bool, device=DEVICE).expand(2, 3, 20, 128)
+    assert module._in_tiles(mask, False) is mask
+    for part in (mask[..., :100], mask[..., :1].expand(2, 3, 20, 100)):
+        for single in (False, True):
+            tiles = module._in_tiles(part, single)
+            assert tiles.dtype == (torch.float32 if single else torch.bool)
+            assert torch.equal(tiles[..., :100] != 0, part) and not tiles[..., 100:].any()
+            assert tiles.stride() == (20 * 128, 0, 128, 1)
+
+
+@interpreted
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_mask_of_the_least_number_is_no_mask(dtype: torch.dtype) -> None:
+    """It is added: where all scores are the same the output is the values' mean, as in PyTorch."""
+    inputs, least = make(), torch.finfo(dtype).min
+    mask = torch.zeros(21, 37, dtype=dtype, device=DEVICE)
+    mask[4] = mask[5, 3:] = mask[6, :3] = least
+    mask[6, 3:], mask[7] = -INF, -1e9
+    check(inputs, None, mask)
+    check(inputs, None, mask[4])
+    torch.testing.assert_close(both(inputs, None, mask)[0][:, :, 4], inputs[2].mean(2))
+
+
 @interpreted
 @pytest.mark.parametrize(("queries", "keys"), [(1, 1), (150, 70), (64, 129)])
 @pytest.mark.parametrize("causal", [False, True])
@@ -111,7 +170,7 @@ def test_lengths(queries: int, keys: int, causal: bool) -> None:
 
 
 @interpreted
-@pytest.mark.parametrize("size", [1, 24, 80, 130])
+@pytest.mark.parametrize("size", [1, 24, 35, 80, 100, 130])
 @pytest.mark.parametrize("dtype", [torch.float32, HALF])
 def test_sizes_of_a_head(size: int, dtype: torch.dtype) -> None:
     check(make(1, 2, 20, 20, size, dtype), torch.ones(2, device=DEVICE), gate_grad=True)
@@ -125,10 +184,26 @@ def test_nothing(shape: tuple[int, ...]) -> None:
 
 @interpreted
 def test_any_strides() -> None:
-    """Channels apart, rows of one memory, a gradient expanded from a number."""
+    """Channels apart, rows of one memory, rows that begin anywhere, a gradient expanded from a number."""
     query, key, value, _ = make()
     key, value = key.mT.contiguous().mT, torch.stack([value, value], -2).flatten(-2)[..., ::2]
     check([query, key, query.new_ones(()).expand(value.shape), query.new_ones(()).expand(query.shape)])
+    check([F.pad(x, (1, 2))[..., 1:-2] for x in make()])
+    check([F.pad(x, (1, 15))[..., 1:-15] for x in make()])
+
+
+@interpreted
+@pytest.mark.parametrize("gate_grad", [False, True])
+def test_any_strides_of_what_the_forward_gave(gate_grad: bool) -> None:
+    *qkv, upstream = make()
+    options = (torch.ones(3, device=DEVICE), None, None, 0.0, False, 0.3, gate_grad)
+    output, ungated, logsumexp = module.gated_attention(*qkv, *options)
+    saved = ungated if gate_grad else output
+    expected = module.gated_attention_backward(upstream, *qkv, *options[:3], saved, logsumexp, *options[3:])
+    saved, logsumexp = saved.mT.contiguous().mT, logsumexp.mT.contiguous().mT
+    found = module.gated_attention_backward(upstream, *qkv, *options[:3], saved, logsumexp, *options[3:])
+    for x, y in zip(found, expected, strict=True):
+        assert torch.equal(x, y)
 
 
 @interpreted

@@ -280,6 +280,17 @@ def test_huge_logits(classes: int, divergence: str, size: float) -> None:
 
 
 @pytest.mark.parametrize("classes", [TILED, SWEPT])
+@pytest.mark.parametrize("divergence", DIVERGENCES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_rows_of_the_least_numbers(classes: int, divergence: str, dtype: torch.dtype) -> None:
+    """They are rows of equals like any other."""
+    student, teacher, labels = make(3, classes, dtypes=dtype)
+    student[0] = student[1] = teacher[1] = teacher[2] = torch.finfo(dtype).min
+    for temperature in (1.0, 2.0):
+        check(student, teacher, labels, divergence=divergence, temperature=temperature)
+
+
+@pytest.mark.parametrize("classes", [TILED, SWEPT])
 def test_huge_logits_that_round_either_way(classes: int) -> None:
     student, teacher, labels = make(1, classes)
     student[0, 0] = 15

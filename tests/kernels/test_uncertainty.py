@@ -125,6 +125,27 @@ def test_unusual_logits(classes: int, logit: float, index: Any) -> None:
 
 @interpreted
 @pytest.mark.parametrize("classes", [6, WIDE])
+@pytest.mark.parametrize(
+    ("dtype", "logit"),
+    [
+        (torch.float32, torch.finfo(torch.float32).min),
+        (torch.float32, -3.1e38),
+        (torch.bfloat16, torch.finfo(torch.bfloat16).min),
+        (torch.float16, torch.finfo(torch.float16).min),
+        (torch.float64, -1e300),
+        (torch.float64, torch.finfo(torch.float64).min),
+    ],
+)
+def test_rows_of_the_least_numbers(classes: int, dtype: torch.dtype, logit: float) -> None:
+    """They are as uncertain as any row of equals, beside -inf too and wherever in the row they are."""
+    logits = torch.full((4, classes), logit, dtype=dtype, device=DEVICE)
+    logits[1, :-2] = logits[2, 2:] = -INF
+    logits[3, -1] = 0
+    check(logits)
+
+
+@interpreted
+@pytest.mark.parametrize("classes", [6, WIDE])
 @pytest.mark.parametrize("height", [5.0, 20.0, 60.0])
 def test_close_to_certainty(classes: int, height: float) -> None:
     """With nothing lost beside 1, wherever the largest is, relative to each value."""
