@@ -12,7 +12,7 @@ import platform
 import warnings
 from pathlib import Path
 
-from setuptools import setup
+from setuptools import find_packages, setup
 
 ROOT = Path(__file__).parent
 ISA_FLAGS = {
@@ -110,7 +110,7 @@ except ImportError as error:
     native = {}
 
 setup(
-    packages=["fastdistill", "fastdistill.ops", "fastdistill.recipes", "fastdistill.kernels"],
+    packages=[*find_packages(include=["fastdistill*"]), "fastdistill.kernels"],
     package_dir={"fastdistill": "fastdistill", "fastdistill.kernels": "kernels"},
     package_data={"fastdistill": ["py.typed"]},
     **native,

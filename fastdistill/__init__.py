@@ -6,43 +6,75 @@
 from __future__ import annotations
 
 import importlib
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from fastdistill import attention, ops
+from fastdistill import ops
+from fastdistill.models import attention
+
+if TYPE_CHECKING:
+    from fastdistill.data.load import load_task as load_task
+    from fastdistill.data.load import tokenize as tokenize
+    from fastdistill.models.first_token import first_token_only as first_token_only
+    from fastdistill.models.gates import gate as gate
+    from fastdistill.models.pruning import from_pretrained as from_pretrained
+    from fastdistill.models.pruning import prune as prune
+    from fastdistill.models.scores import Scores as Scores
+    from fastdistill.models.students import first_layers as first_layers
+    from fastdistill.models.students import parameter_pruned as parameter_pruned
+    from fastdistill.models.students import shuffled_sharing as shuffled_sharing
+    from fastdistill.objectives.base import MSE as MSE
+    from fastdistill.objectives.base import LogitsKD as LogitsKD
+    from fastdistill.objectives.base import WeightedSum as WeightedSum
+    from fastdistill.objectives.ckd import CKD as CKD
+    from fastdistill.objectives.dekd import DeKD as DeKD
+    from fastdistill.objectives.pkd import PKD as PKD
+    from fastdistill.objectives.selection import SelectEachEpoch as SelectEachEpoch
+    from fastdistill.objectives.team import MTBERT as MTBERT
+    from fastdistill.objectives.team import AvgKD as AvgKD
+    from fastdistill.objectives.team import SampledTeacher as SampledTeacher
+    from fastdistill.ops.doctor import doctor as doctor
+    from fastdistill.sensitivity.units import score as score
+    from fastdistill.sensitivity.weights import mask_weights as mask_weights
+    from fastdistill.sensitivity.weights import score_weights as score_weights
+    from fastdistill.teachers.outputs import TeacherOutputs as TeacherOutputs
+    from fastdistill.teachers.store import store as store
+    from fastdistill.teachers.team import TeacherTeam as TeacherTeam
+    from fastdistill.training.trainer import DistillationConfig as DistillationConfig
+    from fastdistill.training.trainer import DistillationTrainer as DistillationTrainer
 
 __version__ = "0.1.0"
 
 # Imported when first used: they bring transformers and datasets with them.
 _LAZY = {
-    "AvgKD": "multi_teacher",
-    "CKD": "contextual",
-    "DeKD": "dekd",
-    "DistillationConfig": "trainer",
-    "DistillationTrainer": "trainer",
-    "LogitsKD": "objectives",
-    "MSE": "objectives",
-    "MTBERT": "multi_teacher",
-    "PKD": "alignment",
-    "SampledTeacher": "multi_teacher",
-    "Scores": "scores",
-    "SelectEachEpoch": "selection",
-    "TeacherOutputs": "teachers",
-    "TeacherTeam": "team",
-    "WeightedSum": "objectives",
-    "first_layers": "students",
-    "first_token_only": "first_token",
-    "from_pretrained": "pruning",
-    "gate": "gates",
-    "load_task": "data",
-    "mask_weights": "weights",
-    "parameter_pruned": "students",
-    "prune": "pruning",
-    "score": "scoring",
-    "score_weights": "weights",
-    "shuffled_sharing": "students",
-    "store": "stored",
-    "tokenize": "data",
-    "doctor": "diagnosis",
+    "AvgKD": "objectives.team",
+    "CKD": "objectives.ckd",
+    "DeKD": "objectives.dekd",
+    "DistillationConfig": "training.trainer",
+    "DistillationTrainer": "training.trainer",
+    "LogitsKD": "objectives.base",
+    "MSE": "objectives.base",
+    "MTBERT": "objectives.team",
+    "PKD": "objectives.pkd",
+    "SampledTeacher": "objectives.team",
+    "Scores": "models.scores",
+    "SelectEachEpoch": "objectives.selection",
+    "TeacherOutputs": "teachers.outputs",
+    "TeacherTeam": "teachers.team",
+    "WeightedSum": "objectives.base",
+    "doctor": "ops.doctor",
+    "first_layers": "models.students",
+    "first_token_only": "models.first_token",
+    "from_pretrained": "models.pruning",
+    "gate": "models.gates",
+    "load_task": "data.load",
+    "mask_weights": "sensitivity.weights",
+    "parameter_pruned": "models.students",
+    "prune": "models.pruning",
+    "score": "sensitivity.units",
+    "score_weights": "sensitivity.weights",
+    "shuffled_sharing": "models.students",
+    "store": "teachers.store",
+    "tokenize": "data.load",
 }
 __all__ = [
     "__version__",

@@ -40,7 +40,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _doctor() -> int:
-    from fastdistill.diagnosis import doctor
+    from fastdistill.ops.doctor import doctor
 
     print(doctor())
     return 0

@@ -23,7 +23,7 @@ import triton.language as tl
 from fastdistill.kernels.kd_ce_loss import _multiple
 from torch import Tensor
 
-from fastdistill import reference
+from fastdistill.ops import reference
 
 LOG2_E = tl.constexpr(math.log2(math.e))
 MAX_SIZE = 128  # of a head

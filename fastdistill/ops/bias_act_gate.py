@@ -7,7 +7,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from fastdistill import reference
+from fastdistill.ops import reference
 from fastdistill.ops.library import define, define_autograd
 
 Activation = Literal["gelu", "gelu_tanh", "relu", "silu"]

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastdistill import reference
+from fastdistill.ops import reference
 from fastdistill.ops.checks import FLOATING, check_number, check_same_device, check_tensor
 from fastdistill.ops.library import define, define_autograd
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from fastdistill.native import NATIVE
+from fastdistill.ops.native import NATIVE
 
 LIBRARY = torch.library.Library("fastdistill", "DEF")
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from fastdistill import reference
+from fastdistill.ops import reference
 from fastdistill.ops.library import define
 
 scale_rows = define(

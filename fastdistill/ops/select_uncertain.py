@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from fastdistill import reference
+from fastdistill.ops import reference
 from fastdistill.ops.checks import check_choice, check_number
 from fastdistill.ops.library import define
 from fastdistill.ops.uncertainty import KINDS, Kind, check_logits, score

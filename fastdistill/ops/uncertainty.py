@@ -7,10 +7,10 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from fastdistill import reference
-from fastdistill.native import NATIVE
+from fastdistill.ops import reference
 from fastdistill.ops.checks import FLOATING, check_choice, check_tensor
 from fastdistill.ops.library import define, define_autograd
+from fastdistill.ops.native import NATIVE
 
 Kind = Literal["entropy", "least_confidence", "margin"]
 KINDS = ("entropy", "least_confidence", "margin")

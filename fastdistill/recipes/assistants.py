@@ -6,9 +6,9 @@ import argparse
 from collections.abc import Mapping
 from typing import Any
 
-from fastdistill.objectives import Objective
+from fastdistill.models.students import first_layers
+from fastdistill.objectives.base import Objective
 from fastdistill.recipes.stages import Stages, Trained
-from fastdistill.students import first_layers
 
 
 class Assistants:

@@ -18,11 +18,11 @@ if TYPE_CHECKING:
     from torch import Tensor
     from transformers import PreTrainedModel
 
-    from fastdistill.autoskd import Found, Settings
-    from fastdistill.objectives import Objective
+    from fastdistill.autoskd.search import Found, Settings
+    from fastdistill.data.tasks import Task
+    from fastdistill.objectives.base import Objective
     from fastdistill.recipes.executors import Trial
     from fastdistill.recipes.stages import Stages, Trained
-    from fastdistill.tasks import Task
 
 Results = dict[str, Any]
 Theta = dict[str, float]
@@ -128,12 +128,12 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
 
     Each seed has a search of its own, and of images a student with weights of its own.
     """
-    from fastdistill.objectives import LogitsKD, TaskLoss
-    from fastdistill.plots import require_matplotlib
+    from fastdistill.objectives.base import LogitsKD, TaskLoss
     from fastdistill.recipes.executors import Trial, executor_of
+    from fastdistill.recipes.plots import require_matplotlib
+    from fastdistill.recipes.report import finish, summary
     from fastdistill.recipes.teams import team_of
-    from fastdistill.report import finish, summary
-    from fastdistill.team import TeacherTeam
+    from fastdistill.teachers.team import TeacherTeam
 
     started = time.perf_counter()
     if not options.no_plots:
@@ -252,14 +252,14 @@ class _Run:
     def random(self, number: int) -> dict[str, Theta]:
         import torch
 
-        from fastdistill.theta import random_distributions
+        from fastdistill.autoskd.theta import random_distributions
 
         generator = torch.Generator().manual_seed(self.stages.seed)
         drawn = random_distributions(number, len(self.names), generator)
         return {f"random-{place}": self._named(theta) for place, theta in enumerate(drawn, 1)}
 
     def trial(self, name: str, theta: Theta) -> Trial:
-        from fastdistill.multi_teacher import SampledTeacher
+        from fastdistill.objectives.team import SampledTeacher
         from fastdistill.recipes.executors import Trial
 
         objective = SampledTeacher(theta, self.settings.temperature, self.stages.seed)
@@ -271,7 +271,7 @@ class _Run:
     def _search(self) -> Found:
         from accelerate import PartialState  # type: ignore[import-untyped]
 
-        from fastdistill.autoskd import Found, search
+        from fastdistill.autoskd.search import Found, search
         from fastdistill.digest import model_digest
         from fastdistill.recipes.folder import UNFINISHED
 
@@ -297,7 +297,7 @@ class _Run:
 
 
 def _settings(options: argparse.Namespace, drop: int, seed: int = 0) -> Settings:
-    from fastdistill.autoskd import Settings
+    from fastdistill.autoskd.search import Settings
 
     return Settings(
         method=options.method,
@@ -315,7 +315,7 @@ def _settings(options: argparse.Namespace, drop: int, seed: int = 0) -> Settings
 
 
 def _baselines(options: argparse.Namespace, names: tuple[str, ...], strongest: str) -> dict[str, Objective]:
-    from fastdistill.multi_teacher import MTBERT, AvgKD
+    from fastdistill.objectives.team import MTBERT, AvgKD
 
     temperature = options.temperature
     return {
@@ -329,7 +329,7 @@ def _theta_table(task: Task, results: Mapping[str, Any], found: Found) -> Table:
     """A teacher a row: its metric, and its probability after phase 1, after selection and phase 2, and in the best."""
     from rich.table import Table
 
-    from fastdistill.report import percent
+    from fastdistill.recipes.report import percent
 
     table = Table("teacher", title=f"probabilities: {task.name}, first seed")
     for column in (f"{task.metric} %", "before selection", "after", "at the end", "best candidate"):
@@ -368,7 +368,7 @@ def _plot(
     """theta.svg and candidates.svg, which ranks students with the best first; both of the first seed."""
     from accelerate import PartialState
 
-    from fastdistill import plots
+    from fastdistill.recipes import plots
 
     if not PartialState().is_main_process:
         return

@@ -7,13 +7,13 @@ from dataclasses import dataclass
 
 from transformers import PreTrainedModel
 
-from fastdistill.data import TaskData, load_task
-from fastdistill.objectives import TaskLoss
+from fastdistill.data.load import TaskData, load_task
+from fastdistill.data.tasks import Task
+from fastdistill.models.students import describe_head, load_classifier, load_tokenizer
+from fastdistill.objectives.base import TaskLoss
 from fastdistill.processes import join
 from fastdistill.recipes.examples import Examples, of_text
 from fastdistill.recipes.stages import Stages, Trained
-from fastdistill.students import describe_head, load_classifier, load_tokenizer
-from fastdistill.tasks import Task
 
 TEACHER_EPOCHS = 2.0
 TEACHER_RATE, STUDENT_RATE, WIDTH = 1e-4, 3e-4, 384

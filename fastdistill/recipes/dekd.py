@@ -13,10 +13,10 @@ from fastdistill.ops.select_uncertain import STRATEGIES
 from fastdistill.recipes import options as shared
 
 if TYPE_CHECKING:
-    from fastdistill.dekd import DeKD
-    from fastdistill.objectives import Objective
+    from fastdistill.objectives.base import Objective
+    from fastdistill.objectives.dekd import DeKD
+    from fastdistill.recipes.report import Results
     from fastdistill.recipes.stages import Stages, Trained
-    from fastdistill.report import Results
 
 PARTS = ("ds", "ta", "doa")
 
@@ -102,12 +102,12 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
     3. The student, its very first layers, learns from both by `DeKD`; and so do, from the same beginning, the
        variants and baselines that are asked for, each with every seed. Teacher and assistant are the same for all.
     """
-    from fastdistill.objectives import LogitsKD, TaskLoss
-    from fastdistill.plots import require_matplotlib
+    from fastdistill.models.students import first_layers
+    from fastdistill.objectives.base import LogitsKD, TaskLoss
     from fastdistill.recipes.assistants import Assistants, chain_of
     from fastdistill.recipes.begin import begin
-    from fastdistill.report import finish, summary
-    from fastdistill.students import first_layers
+    from fastdistill.recipes.plots import require_matplotlib
+    from fastdistill.recipes.report import finish, summary
 
     started = time.perf_counter()
     if not options.no_plots:
@@ -163,8 +163,8 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
 def _train(
     stages: Stages, name: str, student: Any, objective: Objective, teacher: Any, training: Mapping[str, Any]
 ) -> Trained:
-    from fastdistill.dekd import DeKD
-    from fastdistill.selection import SelectEachEpoch
+    from fastdistill.objectives.dekd import DeKD
+    from fastdistill.objectives.selection import SelectEachEpoch
 
     callbacks = []
     if isinstance(objective, DeKD):
@@ -175,7 +175,7 @@ def _train(
 
 def _variants(options: argparse.Namespace) -> dict[str, DeKD]:
     """What is to be trained: each strategy with each ratio, and of the first of those what lacks some parts."""
-    from fastdistill.dekd import DeKD
+    from fastdistill.objectives.dekd import DeKD
 
     first = DeKD(
         ratio=options.ratio[0],
@@ -266,7 +266,7 @@ def _plot(
     """ratios.svg where several were tried; entropy.svg and layers.svg are of the first seed's first student."""
     from accelerate import PartialState  # type: ignore[import-untyped]
 
-    from fastdistill import plots
+    from fastdistill.recipes import plots
 
     if not PartialState().is_main_process:
         return

@@ -17,7 +17,7 @@ from accelerate import PartialState  # type: ignore[import-untyped]
 from rich.console import Console
 from transformers import PreTrainedModel
 
-from fastdistill.objectives import Objective
+from fastdistill.objectives.base import Objective
 from fastdistill.processes import join
 from fastdistill.recipes.stages import Stages, Trained
 

@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING, Any
 from fastdistill.recipes import options as shared
 
 if TYPE_CHECKING:
-    from fastdistill.objectives import Objective
+    from fastdistill.data.tasks import Task
+    from fastdistill.objectives.base import Objective
     from fastdistill.ops.kd_ce_loss import Divergence
-    from fastdistill.tasks import Task
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -27,10 +27,10 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
     2. The student is the teacher's first layers, embeddings and head. Two copies see the same batches:
        "finetuned" learns from the labels alone, "distilled" from the labels and the teacher.
     """
-    from fastdistill.objectives import TaskLoss
+    from fastdistill.models.students import first_layers
+    from fastdistill.objectives.base import TaskLoss
     from fastdistill.recipes.begin import begin
-    from fastdistill.report import finish
-    from fastdistill.students import first_layers
+    from fastdistill.recipes.report import finish
 
     started = time.perf_counter()
     beginning = begin(options)
@@ -55,7 +55,7 @@ def logits_objective(
 ) -> Objective:
     """By the options of `fastdistill.recipes.options.add_distillation`, of which `divergence` is the default; or the
     part of it that is of the teacher alone."""
-    from fastdistill.objectives import MSE, LogitsKD
+    from fastdistill.objectives.base import MSE, LogitsKD
 
     label_weight = options.ce_weight if has_labels else 0.0
     if task.is_regression:

@@ -14,9 +14,9 @@ if TYPE_CHECKING:
     from torch import Tensor
     from transformers import PreTrainedModel
 
-    from fastdistill.objectives import Objective
+    from fastdistill.data.tasks import Task
+    from fastdistill.objectives.base import Objective
     from fastdistill.recipes.stages import Stages, Trained
-    from fastdistill.tasks import Task
 
 PARTS = ("sps", "swap", "ptp")
 
@@ -89,12 +89,12 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
     4. It learns from labels, logits and hidden states; and so do the variants and baselines that are asked for, each
        with every seed.
     """
-    from fastdistill.objectives import LogitsKD, TaskLoss
-    from fastdistill.ptp import THRESHOLDS, count_ptp_labels
+    from fastdistill.models.students import first_layers
+    from fastdistill.objectives.base import LogitsKD, TaskLoss
     from fastdistill.recipes.assistants import Assistants, chain_of
     from fastdistill.recipes.begin import begin
-    from fastdistill.report import finish, summary
-    from fastdistill.students import first_layers
+    from fastdistill.recipes.ptp import THRESHOLDS, count_ptp_labels
+    from fastdistill.recipes.report import finish, summary
 
     started = time.perf_counter()
     variants = _variants(options)
@@ -172,7 +172,7 @@ class _Run:
 
     def train(self, name: str, without: tuple[str, ...]) -> Trained:
         """The student without some parts."""
-        from fastdistill.students import shuffled_sharing
+        from fastdistill.models.students import shuffled_sharing
 
         options, student = self.options, self.student
         if "sps" not in without:
@@ -190,8 +190,8 @@ class _Run:
         )
 
     def _pretrain(self, name: str, student: PreTrainedModel) -> PreTrainedModel:
-        from fastdistill.objectives import TaskLoss
-        from fastdistill.ptp import ptp_student, with_encoder_of
+        from fastdistill.objectives.base import TaskLoss
+        from fastdistill.recipes.ptp import ptp_student, with_encoder_of
 
         options = self.options
         self.pretrained[name] = self.ptp.train(
@@ -221,7 +221,7 @@ def _variants(options: argparse.Namespace) -> dict[str, tuple[str, ...]]:
 
 def _check_layers(options: argparse.Namespace, student: PreTrainedModel, depth: int) -> None:
     """Before anything is trained, that layers can be shared, and paired with the teacher's."""
-    from fastdistill.students import shuffled_sharing
+    from fastdistill.models.students import shuffled_sharing
 
     if (options.shared_layers or 0) > options.student_layers:
         raise ValueError(f"--shared-layers is {options.shared_layers}; the student has {options.student_layers}")
@@ -236,8 +236,8 @@ def _check_layers(options: argparse.Namespace, student: PreTrainedModel, depth: 
 def _objective(options: argparse.Namespace) -> Objective:
     """(1 - alpha) CE + alpha tau^2 KL + beta PKD. The factor tau^2 is the published code's; without it a temperature
     of 10 would leave nearly nothing of the teacher's term. PKD is a mean over pairs of layers; the paper's is a sum."""
-    from fastdistill.alignment import PKD
-    from fastdistill.objectives import LogitsKD, TaskLoss, WeightedSum
+    from fastdistill.objectives.base import LogitsKD, TaskLoss, WeightedSum
+    from fastdistill.objectives.pkd import PKD
 
     return WeightedSum(
         {
@@ -249,8 +249,8 @@ def _objective(options: argparse.Namespace) -> Objective:
 
 
 def _labels(options: argparse.Namespace, stages: Stages, teacher: PreTrainedModel, on: Any) -> Tensor:
-    from fastdistill.ptp import ptp_labels
-    from fastdistill.teachers import LOGITS
+    from fastdistill.recipes.ptp import ptp_labels
+    from fastdistill.teachers.outputs import LOGITS
 
     said = stages.outputs_of(teacher, on).with_format("torch")[:]
     return ptp_labels(said["teacher" + LOGITS], said["labels"], options.threshold)
@@ -259,7 +259,7 @@ def _labels(options: argparse.Namespace, stages: Stages, teacher: PreTrainedMode
 def _ptp_task(task: Task) -> Task:
     from dataclasses import replace
 
-    from fastdistill.ptp import PTP_LABELS
+    from fastdistill.recipes.ptp import PTP_LABELS
 
     return replace(task, name=f"{task.name}-ptp", label_names=PTP_LABELS, metric="accuracy", hub=None)
 

@@ -26,27 +26,27 @@ from transformers import PreTrainedModel, TrainerCallback
 from transformers.integrations.fsdp import is_fsdp_enabled
 from transformers.trainer_callback import ProgressCallback
 
+from fastdistill.data.metrics import compute_metrics
 from fastdistill.digest import digest, model_digest
-from fastdistill.first_token import first_token_only
-from fastdistill.metrics import compute_metrics
-from fastdistill.objectives import Objective
+from fastdistill.models.first_token import first_token_only
+from fastdistill.models.scores import Scores
+from fastdistill.objectives.base import Objective
+from fastdistill.objectives.selection import EXAMPLE
 from fastdistill.recipes.examples import Examples
 from fastdistill.recipes.folder import UNFINISHED, Folder
-from fastdistill.report import versions
-from fastdistill.scores import Scores
-from fastdistill.scoring import Sensitivities, score
-from fastdistill.selection import EXAMPLE
-from fastdistill.stored import store
-from fastdistill.team import TeacherTeam
-from fastdistill.trainer import DistillationConfig, DistillationTrainer
-from fastdistill.trainer_checks import TEACHER
-from fastdistill.weights import WeightScores, WeightSensitivities, score_weights
+from fastdistill.recipes.report import versions
+from fastdistill.sensitivity.units import Sensitivities, score
+from fastdistill.sensitivity.weights import WeightScores, WeightSensitivities, score_weights
+from fastdistill.teachers.store import store
+from fastdistill.teachers.team import TeacherTeam
+from fastdistill.training.checks import TEACHER
+from fastdistill.training.trainer import DistillationConfig, DistillationTrainer
 
 if TYPE_CHECKING:
     from datasets import Dataset
     from torch import Tensor
 
-    from fastdistill.tasks import Task
+    from fastdistill.data.tasks import Task
 
 Teacher = PreTrainedModel | Mapping[str, PreTrainedModel] | None
 

@@ -15,13 +15,13 @@ if TYPE_CHECKING:
     from rich.table import Table
     from transformers import PreTrainedModel
 
-    from fastdistill.objectives import Objective
+    from fastdistill.data.tasks import Task
+    from fastdistill.models.scores import Scores
+    from fastdistill.objectives.base import Objective
     from fastdistill.recipes.begin import Beginning
     from fastdistill.recipes.executors import Local, Trial
     from fastdistill.recipes.stages import Stages, Trained
-    from fastdistill.scores import Scores
-    from fastdistill.tasks import Task
-    from fastdistill.weights import WeightScores
+    from fastdistill.sensitivity.weights import WeightScores
 
     Learner = tuple[Stages, str, Objective, PreTrainedModel | None]
     """Where a student is kept, by what name, how it learns, and from whom."""
@@ -129,12 +129,12 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
     4. For each sparsity the lowest scores are removed, the student is rewound to where it began, and learns from the
        sparse teacher. The best on the validation examples counts, the trial student among them.
     """
-    from fastdistill.objectives import MSE, LogitsKD, TaskLoss
-    from fastdistill.plots import require_matplotlib
+    from fastdistill.objectives.base import MSE, LogitsKD, TaskLoss
     from fastdistill.recipes.assistants import Assistants, chain_of
     from fastdistill.recipes.begin import begin
     from fastdistill.recipes.executors import executor_of
-    from fastdistill.report import finish, summary
+    from fastdistill.recipes.plots import require_matplotlib
+    from fastdistill.recipes.report import finish, summary
 
     started = time.perf_counter()
     if not options.no_plots:
@@ -247,7 +247,7 @@ class _Run:
         self.auto = 0.0
 
     def score(self, trial: Trained, of_teacher: Objective) -> None:
-        from fastdistill.scores import Scores
+        from fastdistill.models.scores import Scores
 
         self.trial, self.scores = trial.result, self._scores(trial.model, of_teacher)
         if "auto" in self.options.selection:
@@ -256,7 +256,7 @@ class _Run:
 
     def learners(self) -> Iterator[Learner]:
         """The students of all sparse teachers, each of which is made when its turn comes."""
-        from fastdistill.objectives import TaskLoss
+        from fastdistill.objectives.base import TaskLoss
 
         for selection in self.options.selection:
             self.teachers[selection] = {}
@@ -301,8 +301,8 @@ class _Run:
         """The scores by which to prune, at random if that is how to select."""
         import torch
 
-        from fastdistill.scores import random_scores
-        from fastdistill.weights import random_weight_scores
+        from fastdistill.models.scores import random_scores
+        from fastdistill.sensitivity.weights import random_weight_scores
 
         if selection == "random":
             generator = torch.Generator().manual_seed(self.stages.seed)
@@ -312,9 +312,9 @@ class _Run:
         return self.scores
 
     def _sparse(self, scores: Scores | WeightScores, sparsity: float) -> PreTrainedModel:
-        from fastdistill.pruning import prune
-        from fastdistill.scores import Scores
-        from fastdistill.weights import mask_weights
+        from fastdistill.models.pruning import prune
+        from fastdistill.models.scores import Scores
+        from fastdistill.sensitivity.weights import mask_weights
 
         if isinstance(scores, Scores):
             return prune(self.teacher.model, scores, sparsity, round_to=self.options.round_to or 1)
@@ -323,8 +323,8 @@ class _Run:
 
 def _check_models(options: argparse.Namespace, teacher: PreTrainedModel) -> None:
     """What could not be is said before the teacher is trained."""
-    from fastdistill.architectures import blocks
-    from fastdistill.sharing import refuse_shared
+    from fastdistill.models.architectures import blocks
+    from fastdistill.models.sharing import refuse_shared
 
     refuse_shared(teacher)
     layers, wanted = len(blocks(teacher)), options.student_layers
@@ -361,9 +361,9 @@ def _check(options: argparse.Namespace) -> None:
 
 def _objectives(options: argparse.Namespace, task: Task) -> tuple[Objective, Objective]:
     """What the student learns by, and that part of it, differentiated with respect to the teacher, that scores it."""
-    from fastdistill.alignment import PKD
-    from fastdistill.contextual import CKD
-    from fastdistill.objectives import WeightedSum
+    from fastdistill.objectives.base import WeightedSum
+    from fastdistill.objectives.ckd import CKD
+    from fastdistill.objectives.pkd import PKD
     from fastdistill.recipes.kd import logits_objective
 
     logits = logits_objective(options, task, divergence=DIVERGENCE)
@@ -379,8 +379,8 @@ def _objectives(options: argparse.Namespace, task: Task) -> tuple[Objective, Obj
 
 def _student(beginning: Beginning, stages: Stages, teacher: Trained) -> PreTrainedModel:
     """Where every student begins."""
-    from fastdistill.scoring import Sensitivities
-    from fastdistill.students import first_layers, parameter_pruned
+    from fastdistill.models.students import first_layers, parameter_pruned
+    from fastdistill.sensitivity.units import Sensitivities
 
     options = beginning.options
     if options.student_layers is not None:
@@ -396,7 +396,7 @@ def _table(task: Task, name: str, found: Mapping[str, Mapping[str, Any]], dense:
     """A sparsity a row: the student, and the teacher it had, whose time is told against the dense one's, too."""
     from rich.table import Table
 
-    from fastdistill.report import percent
+    from fastdistill.recipes.report import percent
 
     table = Table("sparsity", title=f"{name}: {task.name}")
     for column in (f"student's {task.metric} %", "its teacher's", "teacher's parameters", "its time an example"):
@@ -425,8 +425,8 @@ def _plot(
     import torch
     from accelerate import PartialState  # type: ignore[import-untyped]
 
-    from fastdistill import plots
-    from fastdistill.scores import UNITS, Scores
+    from fastdistill.models.scores import UNITS, Scores
+    from fastdistill.recipes import plots
 
     if not PartialState().is_main_process:
         return

@@ -8,15 +8,15 @@ from typing import Any, Protocol
 
 from transformers import PreTrainedModel
 
-from fastdistill.data import TaskData
-from fastdistill.image_classifiers import image_classifier
-from fastdistill.objectives import LogitsKD, TaskLoss
+from fastdistill.data.load import TaskData
+from fastdistill.models.image_classifiers import image_classifier
+from fastdistill.models.students import first_layers
+from fastdistill.objectives.base import LogitsKD, TaskLoss
 from fastdistill.recipes.assistants import Assistants, chain_of
 from fastdistill.recipes.begin import begin, load, stages_of
 from fastdistill.recipes.examples import of_images
 from fastdistill.recipes.executors import Local, Trial
 from fastdistill.recipes.stages import Stages, Trained
-from fastdistill.students import first_layers
 
 IMAGE_RATE = 3e-3
 """Peak learning rate of networks for images."""

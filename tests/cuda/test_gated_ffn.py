@@ -8,7 +8,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from fastdistill import gated_ffn, reference
+from fastdistill import gated_ffn
+from fastdistill.ops import reference
 from tests import eager
 from tests.accuracy import assert_accurate
 

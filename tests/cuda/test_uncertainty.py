@@ -8,8 +8,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from fastdistill import hidden_entropy, reference, select_uncertain, uncertainty
-from fastdistill.native import NATIVE
+from fastdistill import hidden_entropy, select_uncertain, uncertainty
+from fastdistill.ops import reference
+from fastdistill.ops.native import NATIVE
 from tests import eager
 from tests.accuracy import assert_accurate
 

@@ -11,7 +11,7 @@ import triton
 from fastdistill.kernels import gated_attention as module
 from torch import Tensor
 
-from fastdistill import reference
+from fastdistill.ops import reference
 from tests.accuracy import relative_error
 from tests.kernels.conftest import DEVICE
 

@@ -10,7 +10,7 @@ import triton
 from fastdistill.kernels import uncertainty as module
 from torch import Tensor
 
-from fastdistill import reference
+from fastdistill.ops import reference
 from tests.kernels.conftest import DEVICE
 
 interpreted = pytest.mark.skipif(

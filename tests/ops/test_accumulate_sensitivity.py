@@ -10,9 +10,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 import fastdistill
-from fastdistill import reference
-from fastdistill.native import NATIVE
-from fastdistill.ops import accumulate_sensitivity_
+from fastdistill.ops import accumulate_sensitivity_, reference
+from fastdistill.ops.native import NATIVE
 from tests.accuracy import assert_accurate
 
 FLOATING = (torch.float32, torch.float64, torch.bfloat16, torch.float16)

@@ -13,7 +13,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from fastdistill import hidden_entropy, reference, select_uncertain, uncertainty
+from fastdistill import hidden_entropy, select_uncertain, uncertainty
+from fastdistill.ops import reference
 from fastdistill.ops.select_uncertain import _NaNWatch
 from tests import eager
 from tests.accuracy import assert_accurate

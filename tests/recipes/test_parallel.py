@@ -1,0 +1,242 @@
+"""Every recipe over two processes against one process: the same models and results, within float rounding.
+
+The last batch of an epoch and the last of an evaluation are smaller than the others, and of an odd number.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from torch.func import functional_call
+from torch.utils.data import BatchSampler
+
+from fastdistill.autoskd.search import METHODS, Found
+from fastdistill.autoskd.theta import Batch, theta_gradient
+from fastdistill.cli import main
+from fastdistill.models.scores import Scores
+from fastdistill.processes import rank_and_number, sums_over_processes
+from fastdistill.recipes import stages
+from fastdistill.training.sampling import EvenShares
+from tests import tiny
+from tests.autoskd.test_search import SETTINGS, search
+from tests.autoskd.test_theta import batches
+from tests.records import record, without_times
+
+ROOT = Path(__file__).parents[2]
+ONE, TWO = "one", "two"
+RECIPES = {
+    "kd": ["--student-layers", "1"],
+    "stark": [
+        "--student-layers", "1", "--sparsity", "0.25", "--selection", "knowledge", "--objective", "pkd",
+        "--no-plots",
+    ],
+    "dekd": ["--student-layers", "1", "--without", "ds,ta,doa", "--no-plots"],
+    "autoskd": [
+        "--student-layers", "1", "--team", "1,2,3", "--candidates", "2", "--search-epochs", "2",
+        "--theta-learning-rate", "0.01", "--drop", "1", "--no-plots",
+    ],
+    "peakd": ["--student-layers", "1"],
+}  # fmt: skip
+"""Of DeKD the student that is compared selects nothing: which rows of a batch are uncertain, each process says of its
+own."""
+
+
+def command(recipe: str, sources: Path, output: Path) -> list[str]:
+    return [
+        recipe, "--task", str(sources / "task"), "--teacher", str(sources / "encoder"),
+        "--output", str(output / recipe), "--epochs", "1", "--teacher-epochs", "1", "--batch-size", "16",
+        "--learning-rate", "0.003", "--teacher-learning-rate", "0.003", "--checkpoints", "1", *RECIPES[recipe],
+    ]  # fmt: skip
+
+
+def run(sources: Path, output: Path, recipes: list[str]) -> None:
+    for recipe in recipes:
+        assert main(command(recipe, sources, output)) == 0
+
+
+def make_sources(folder: Path) -> Path:
+    tiny.task_folder(folder / "task", train=51, validation=23)
+    tiny.model_folder(folder / "encoder", tiny.bert(layers=3, dropout=0.0).bert)
+    return folder
+
+
+@contextmanager
+def launched(module: str, *arguments: str) -> Iterator[None]:
+    """Two processes that run it meanwhile."""
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m", module]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    with tempfile.TemporaryFile("w+") as said:
+        two = subprocess.Popen([*launcher, *arguments], cwd=ROOT, env=environment, stdout=said, stderr=said)
+        try:
+            yield
+            two.wait(timeout=300)
+        finally:
+            two.terminate()
+        said.seek(0)
+        assert two.returncode == 0, said.read()
+
+
+def searches(folder: Path) -> None:
+    """Each process keeps what it found. Of the second batch of each half, with one example, one process has none."""
+    folder.mkdir(exist_ok=True)
+    place = os.environ.get("RANK", "0")
+    for method in METHODS:
+        settings = replace(SETTINGS, method=method, candidates=2, batch_size=19, epochs=3)
+        for times in ("once", "again"):  # goes on from the checkpoint in its midst
+            student = tiny.bert(layers=1, dropout=0.0)
+            found = search(settings, student, checkpoint=folder / f"{method}.safetensors", checkpoints=1)
+            found.save(folder / f"{method}-{times}-{place}.safetensors")
+    save_file(gradients(), folder / f"gradients-{place}.safetensors")
+
+
+def gradients() -> dict[str, Tensor]:
+    """theta's, in double precision, of a batch of seven and one of one example, shared by the processes there are."""
+    process, processes = rank_and_number()
+    student = tiny.bert(layers=2, dropout=0.0, attn_implementation="eager").double().eval()
+
+    def share(whole: Batch) -> Batch:
+        own = list(range(len(whole.team)))[process::processes]
+        rows = own or [0]
+        features = {name: value[rows] for name, value in whole.features.items()}
+        return Batch(features, whole.team[rows], len(own) / len(whole.team))
+
+    def forward(weights: Any, features: Any) -> Tensor:
+        return functional_call(student, dict(weights), kwargs=dict(features)).logits
+
+    return {
+        f"{len(active)} {alpha}": theta_gradient(
+            forward,
+            dict(student.named_parameters()),
+            share(batches(7, 1, active)),
+            share(batches(1, 2, active)),
+            torch.full((len(active),), 0.3, dtype=torch.float64),
+            look_ahead=alpha,
+            reduce=sums_over_processes,
+        )
+        for active in ([1], [0, 1, 2])
+        for alpha in (0.0, 0.3)
+    }
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """Folders of one process and of two, with a folder a recipe."""
+    if not torch.distributed.is_available():
+        pytest.skip("torch was built without distributed")
+    folder = make_sources(tmp_path_factory.mktemp("parallel"))
+    with launched("tests.recipes.test_parallel", str(folder), str(folder / TWO), *RECIPES):
+        run(folder, folder / ONE, list(RECIPES))
+        searches(folder / ONE / "searches")
+    yield folder
+
+
+def assert_alike(found: Any, expected: Any, path: str = "") -> None:
+    if isinstance(expected, dict):
+        assert found.keys() == expected.keys(), path
+        for key in expected:
+            assert_alike(found[key], expected[key], f"{path}/{key}")
+    elif isinstance(expected, list):
+        assert len(found) == len(expected), path
+        for one, other in zip(found, expected, strict=True):
+            assert_alike(one, other, path)
+    elif isinstance(expected, float):
+        assert found == pytest.approx(expected, rel=1e-3), path
+    else:
+        assert found == expected, path
+
+
+def assert_alike_runs(two: Path, one: Path, but: tuple[str, ...] = ()) -> None:
+    """Results and models, but for those students."""
+    found, expected = (record(folder) for folder in (two, one))
+    for said in (found, expected):
+        for key in ("settings", "versions"):
+            said.pop(key)
+        for name in but:
+            said["results"].pop(name)
+    assert_alike(without_times(found), without_times(expected))
+    stages = [path.parent.relative_to(one) for path in one.rglob("stage.json")]
+    models = [stage for stage in stages if (one / stage / "model.safetensors").exists() and stage.name not in but]
+    assert len(models) >= 3
+    for model in models:
+        assert_alike_weights(two / model, one / model)
+
+
+def assert_alike_weights(two: Path, one: Path) -> None:
+    ours, theirs = (load_file(folder / "model.safetensors") for folder in (two, one))
+    for weights in (ours, theirs):
+        for name in [name for name in weights if name.endswith("key.bias")]:
+            weights.pop(name)  # changes no output: its gradient is rounding alone, which Adam makes steps of
+    torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=5e-4, msg=lambda said: f"{one}: {said}")
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_two_processes_do_as_one(runs: Path, recipe: str) -> None:
+    assert_alike_runs(runs / TWO / recipe, runs / ONE / recipe, ("dekd",) if recipe == "dekd" else ())
+
+
+def test_scores(runs: Path) -> None:
+    for kind in ("expressiveness", "friendliness"):
+        two, one = (Scores.load(runs / name / "stark/seed-0/scores" / f"{kind}.safetensors") for name in (TWO, ONE))
+        for ours, theirs in zip((*two.heads, *two.neurons), (*one.heads, *one.neurons), strict=True):
+            torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-6)
+
+
+def test_a_search(runs: Path) -> None:
+    two, one = (Found.load(runs / name / "autoskd/seed-0/search/theta.safetensors") for name in (TWO, ONE))
+    torch.testing.assert_close(two.theta, one.theta, rtol=1e-5, atol=1e-7)
+    assert one.theta[1:].diff(dim=0).abs().max() > 1e-3
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_processes_share_a_search(runs: Path, method: str) -> None:
+    found = {
+        (number, times, place): Found.load(runs / number / "searches" / f"{method}-{times}-{place}.safetensors").theta
+        for number, place in ((ONE, 0), (TWO, 0), (TWO, 1))
+        for times in ("once", "again")
+    }
+    assert torch.equal(found[TWO, "once", 0], found[TWO, "once", 1])
+    for theta in found.values():
+        torch.testing.assert_close(theta, found[ONE, "once", 0], rtol=1e-5, atol=1e-7)
+
+
+def test_processes_share_thetas_gradient(runs: Path) -> None:
+    files = [(ONE, 0), (TWO, 0), (TWO, 1)]
+    one, *two = (load_file(runs / number / "searches" / f"gradients-{place}.safetensors") for number, place in files)
+    for found in two:
+        torch.testing.assert_close(found, one, rtol=1e-10, atol=1e-14)
+
+
+def test_shares_are_even() -> None:
+    shares = EvenShares(BatchSampler(range(13), 3, drop_last=False), 2)
+    assert list(shares) == [[0, 1, 2], [3, 4, 5], [6, 7, 8], [9, 10, 11], [12], [12]]
+    assert len(shares) == 6
+    shares = EvenShares(BatchSampler(range(11), 3, drop_last=False), 2)
+    assert list(shares)[2:] == [[6, 7, 8], [9, 10]]
+    assert len(EvenShares(BatchSampler(range(11), 3, drop_last=True), 2)) == 2
+
+
+def test_processes_that_cannot_share_a_batch(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(stages, "PartialState", lambda: SimpleNamespace(num_processes=3))
+    with pytest.raises(ValueError, match="--batch-size is 16, but 3 processes share a batch; expected a multiple of 3"):
+        stages._check_processes(16)
+    monkeypatch.setattr(stages, "is_fsdp_enabled", lambda: True)
+    with pytest.raises(ValueError, match="fsdp_cpu_ram_efficient_loading is true"):
+        stages._check_processes(15)
+
+
+if __name__ == "__main__":
+    run(Path(sys.argv[1]), Path(sys.argv[2]), sys.argv[3:])
+    searches(Path(sys.argv[2]) / "searches")
