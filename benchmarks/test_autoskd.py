@@ -71,7 +71,7 @@ def ours(seed: int, output: Path) -> float:
 
 def plain(seed: int, output: Path) -> float:
     from fastdistill import load_task, tokenize
-    from fastdistill.models.students import load_tokenizer
+    from fastdistill.models.loading import load_tokenizer
 
     data = load_task(TASK, max_train_examples=int(EXAMPLES), max_eval_examples=EVALUATED, seed=0)
     tokenizer = load_tokenizer("minilm")

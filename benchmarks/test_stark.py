@@ -65,7 +65,7 @@ def ours(seed: int, output: Path) -> float:
 
 def plain(seed: int, output: Path) -> float:
     from fastdistill import load_task, tokenize
-    from fastdistill.models.students import load_tokenizer
+    from fastdistill.models.loading import load_tokenizer
 
     data, tokenizer = load_task(TASK, max_train_examples=int(EXAMPLES), seed=0), load_tokenizer("minilm")
     train, validation = (tokenize(split, tokenizer, data.task) for split in (data.train, data.validation))

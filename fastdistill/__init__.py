@@ -16,19 +16,18 @@ if TYPE_CHECKING:
     from fastdistill.data.load import tokenize as tokenize
     from fastdistill.models.first_token import first_token_only as first_token_only
     from fastdistill.models.gates import gate as gate
-    from fastdistill.models.pruning import from_pretrained as from_pretrained
+    from fastdistill.models.loading import from_pretrained as from_pretrained
     from fastdistill.models.pruning import prune as prune
     from fastdistill.models.scores import Scores as Scores
     from fastdistill.models.students import first_layers as first_layers
     from fastdistill.models.students import parameter_pruned as parameter_pruned
     from fastdistill.models.students import shuffled_sharing as shuffled_sharing
-    from fastdistill.objectives.base import MSE as MSE
-    from fastdistill.objectives.base import LogitsKD as LogitsKD
     from fastdistill.objectives.base import WeightedSum as WeightedSum
     from fastdistill.objectives.ckd import CKD as CKD
     from fastdistill.objectives.dekd import DeKD as DeKD
+    from fastdistill.objectives.logits import MSE as MSE
+    from fastdistill.objectives.logits import LogitsKD as LogitsKD
     from fastdistill.objectives.pkd import PKD as PKD
-    from fastdistill.objectives.selection import SelectEachEpoch as SelectEachEpoch
     from fastdistill.objectives.team import MTBERT as MTBERT
     from fastdistill.objectives.team import AvgKD as AvgKD
     from fastdistill.objectives.team import SampledTeacher as SampledTeacher
@@ -39,6 +38,7 @@ if TYPE_CHECKING:
     from fastdistill.teachers.outputs import TeacherOutputs as TeacherOutputs
     from fastdistill.teachers.store import store as store
     from fastdistill.teachers.team import TeacherTeam as TeacherTeam
+    from fastdistill.training.each_epoch import SelectEachEpoch as SelectEachEpoch
     from fastdistill.training.trainer import DistillationConfig as DistillationConfig
     from fastdistill.training.trainer import DistillationTrainer as DistillationTrainer
 
@@ -51,20 +51,20 @@ _LAZY = {
     "DeKD": "objectives.dekd",
     "DistillationConfig": "training.trainer",
     "DistillationTrainer": "training.trainer",
-    "LogitsKD": "objectives.base",
-    "MSE": "objectives.base",
+    "LogitsKD": "objectives.logits",
+    "MSE": "objectives.logits",
     "MTBERT": "objectives.team",
     "PKD": "objectives.pkd",
     "SampledTeacher": "objectives.team",
     "Scores": "models.scores",
-    "SelectEachEpoch": "objectives.selection",
+    "SelectEachEpoch": "training.each_epoch",
     "TeacherOutputs": "teachers.outputs",
     "TeacherTeam": "teachers.team",
     "WeightedSum": "objectives.base",
     "doctor": "ops.doctor",
     "first_layers": "models.students",
     "first_token_only": "models.first_token",
-    "from_pretrained": "models.pruning",
+    "from_pretrained": "models.loading",
     "gate": "models.gates",
     "load_task": "data.load",
     "mask_weights": "sensitivity.weights",

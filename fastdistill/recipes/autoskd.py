@@ -128,7 +128,7 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
 
     Each seed has a search of its own, and of images a student with weights of its own.
     """
-    from fastdistill.objectives.base import LogitsKD, TaskLoss
+    from fastdistill.objectives.logits import LogitsKD, TaskLoss
     from fastdistill.recipes.executors import Trial, executor_of
     from fastdistill.recipes.plots import require_matplotlib
     from fastdistill.recipes.report import finish, summary

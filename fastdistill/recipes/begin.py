@@ -9,8 +9,8 @@ from transformers import PreTrainedModel
 
 from fastdistill.data.load import TaskData, load_task
 from fastdistill.data.tasks import Task
-from fastdistill.models.students import describe_head, load_classifier, load_tokenizer
-from fastdistill.objectives.base import TaskLoss
+from fastdistill.models.loading import describe_head, load_classifier, load_tokenizer
+from fastdistill.objectives.logits import TaskLoss
 from fastdistill.processes import join
 from fastdistill.recipes.examples import Examples, of_text
 from fastdistill.recipes.stages import Stages, Trained

@@ -103,7 +103,7 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
        variants and baselines that are asked for, each with every seed. Teacher and assistant are the same for all.
     """
     from fastdistill.models.students import first_layers
-    from fastdistill.objectives.base import LogitsKD, TaskLoss
+    from fastdistill.objectives.logits import LogitsKD, TaskLoss
     from fastdistill.recipes.assistants import Assistants, chain_of
     from fastdistill.recipes.begin import begin
     from fastdistill.recipes.plots import require_matplotlib
@@ -164,7 +164,7 @@ def _train(
     stages: Stages, name: str, student: Any, objective: Objective, teacher: Any, training: Mapping[str, Any]
 ) -> Trained:
     from fastdistill.objectives.dekd import DeKD
-    from fastdistill.objectives.selection import SelectEachEpoch
+    from fastdistill.training.each_epoch import SelectEachEpoch
 
     callbacks = []
     if isinstance(objective, DeKD):

@@ -12,7 +12,7 @@ from typing import Any
 from accelerate import PartialState  # type: ignore[import-untyped]
 from transformers import PreTrainedModel
 
-from fastdistill.models.pruning import from_pretrained
+from fastdistill.models.loading import from_pretrained
 from fastdistill.recipes.report import write_json
 
 MARKER = "stage.json"

@@ -28,7 +28,7 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
        "finetuned" learns from the labels alone, "distilled" from the labels and the teacher.
     """
     from fastdistill.models.students import first_layers
-    from fastdistill.objectives.base import TaskLoss
+    from fastdistill.objectives.logits import TaskLoss
     from fastdistill.recipes.begin import begin
     from fastdistill.recipes.report import finish
 
@@ -55,7 +55,7 @@ def logits_objective(
 ) -> Objective:
     """By the options of `fastdistill.recipes.options.add_distillation`, of which `divergence` is the default; or the
     part of it that is of the teacher alone."""
-    from fastdistill.objectives.base import MSE, LogitsKD
+    from fastdistill.objectives.logits import MSE, LogitsKD
 
     label_weight = options.ce_weight if has_labels else 0.0
     if task.is_regression:

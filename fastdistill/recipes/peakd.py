@@ -90,7 +90,7 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
        with every seed.
     """
     from fastdistill.models.students import first_layers
-    from fastdistill.objectives.base import LogitsKD, TaskLoss
+    from fastdistill.objectives.logits import LogitsKD, TaskLoss
     from fastdistill.recipes.assistants import Assistants, chain_of
     from fastdistill.recipes.begin import begin
     from fastdistill.recipes.ptp import THRESHOLDS, count_ptp_labels
@@ -190,7 +190,7 @@ class _Run:
         )
 
     def _pretrain(self, name: str, student: PreTrainedModel) -> PreTrainedModel:
-        from fastdistill.objectives.base import TaskLoss
+        from fastdistill.objectives.logits import TaskLoss
         from fastdistill.recipes.ptp import ptp_student, with_encoder_of
 
         options = self.options
@@ -236,7 +236,8 @@ def _check_layers(options: argparse.Namespace, student: PreTrainedModel, depth: 
 def _objective(options: argparse.Namespace) -> Objective:
     """(1 - alpha) CE + alpha tau^2 KL + beta PKD. The factor tau^2 is the published code's; without it a temperature
     of 10 would leave nearly nothing of the teacher's term. PKD is a mean over pairs of layers; the paper's is a sum."""
-    from fastdistill.objectives.base import LogitsKD, TaskLoss, WeightedSum
+    from fastdistill.objectives.base import WeightedSum
+    from fastdistill.objectives.logits import LogitsKD, TaskLoss
     from fastdistill.objectives.pkd import PKD
 
     return WeightedSum(

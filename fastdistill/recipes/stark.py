@@ -129,7 +129,7 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
     4. For each sparsity the lowest scores are removed, the student is rewound to where it began, and learns from the
        sparse teacher. The best on the validation examples counts, the trial student among them.
     """
-    from fastdistill.objectives.base import MSE, LogitsKD, TaskLoss
+    from fastdistill.objectives.logits import MSE, LogitsKD, TaskLoss
     from fastdistill.recipes.assistants import Assistants, chain_of
     from fastdistill.recipes.begin import begin
     from fastdistill.recipes.executors import executor_of
@@ -256,7 +256,7 @@ class _Run:
 
     def learners(self) -> Iterator[Learner]:
         """The students of all sparse teachers, each of which is made when its turn comes."""
-        from fastdistill.objectives.base import TaskLoss
+        from fastdistill.objectives.logits import TaskLoss
 
         for selection in self.options.selection:
             self.teachers[selection] = {}

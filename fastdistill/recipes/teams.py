@@ -11,7 +11,7 @@ from transformers import PreTrainedModel
 from fastdistill.data.load import TaskData
 from fastdistill.models.image_classifiers import image_classifier
 from fastdistill.models.students import first_layers
-from fastdistill.objectives.base import LogitsKD, TaskLoss
+from fastdistill.objectives.logits import LogitsKD, TaskLoss
 from fastdistill.recipes.assistants import Assistants, chain_of
 from fastdistill.recipes.begin import begin, load, stages_of
 from fastdistill.recipes.examples import of_images

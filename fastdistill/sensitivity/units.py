@@ -18,7 +18,8 @@ from fastdistill.files import load_tensors, save_tensors
 from fastdistill.models.first_token import first_token_only
 from fastdistill.models.gates import Gates, gate
 from fastdistill.models.scores import Scores, mix
-from fastdistill.objectives.base import ATTENTION_MASK, MSE, LogitsKD, LossFunction, Objective, TaskLoss, as_objective
+from fastdistill.objectives.base import ATTENTION_MASK, LossFunction, Objective, as_objective
+from fastdistill.objectives.logits import MSE, LogitsKD, TaskLoss
 from fastdistill.ops.checks import check_choice
 from fastdistill.processes import rank_and_number, sum_over_processes
 

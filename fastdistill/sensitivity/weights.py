@@ -13,10 +13,12 @@ from torch import Tensor
 from tqdm.auto import tqdm  # type: ignore[import-untyped]
 
 from fastdistill.files import load_tensors, save_tensors
-from fastdistill.models.architectures import encoder_weights, refuse_hooked
+from fastdistill.models.architectures import encoder_weights
 from fastdistill.models.first_token import first_token_only
+from fastdistill.models.hooks import refuse_hooked
 from fastdistill.models.scores import check_sparsity, mix
-from fastdistill.objectives.base import LossFunction, Objective, TaskLoss
+from fastdistill.objectives.base import LossFunction, Objective
+from fastdistill.objectives.logits import TaskLoss
 from fastdistill.ops import accumulate_sensitivity_
 from fastdistill.processes import sum_over_processes
 from fastdistill.sensitivity.units import evaluating, objective_of, split_batch

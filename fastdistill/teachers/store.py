@@ -27,8 +27,8 @@ from transformers import PreTrainedModel
 from transformers.utils.generic import find_labels
 
 from fastdistill.digest import digest, model_digest, row_pieces, tensor_pieces
-from fastdistill.models.architectures import refuse_hooked
 from fastdistill.models.first_token import first_token_only
+from fastdistill.models.hooks import refuse_hooked
 from fastdistill.objectives.pkd import hidden_states as all_states
 from fastdistill.processes import join
 from fastdistill.teachers.outputs import HIDDEN_STATES, LOGITS

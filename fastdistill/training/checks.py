@@ -10,8 +10,9 @@ from typing import Any
 import transformers
 from torch import nn
 
-from fastdistill.models.pruning import from_pretrained, is_reshaped
-from fastdistill.objectives.base import ATTENTION_MASK, MSE, LogitsKD, Objective
+from fastdistill.models.loading import from_pretrained, is_reshaped
+from fastdistill.objectives.base import ATTENTION_MASK, Objective
+from fastdistill.objectives.logits import MSE, LogitsKD
 from fastdistill.teachers.outputs import HIDDEN_STATES, LOGITS
 from fastdistill.training.sampling import columns_of
 

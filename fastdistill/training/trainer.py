@@ -19,7 +19,8 @@ from transformers.modeling_outputs import SequenceClassifierOutput
 
 from fastdistill.models.architectures import ARCHITECTURES, encoder_layers
 from fastdistill.models.sharing import CONFIG_KEY
-from fastdistill.objectives.base import LossFunction, Objective, TaskLoss, as_objective
+from fastdistill.objectives.base import LossFunction, Objective, as_objective
+from fastdistill.objectives.logits import TaskLoss
 from fastdistill.processes import settle_at_exit
 from fastdistill.teachers.outputs import LOGITS, TeacherOutputs, stored_outputs
 from fastdistill.training.checks import (

@@ -11,8 +11,8 @@ from torch import nn
 from fastdistill import first_layers, prune
 from fastdistill.data.tasks import Task
 from fastdistill.models.architectures import ARCHITECTURES
+from fastdistill.models.loading import PACKAGED, describe_head, load_classifier, load_tokenizer, pretrained
 from fastdistill.models.scores import random_scores
-from fastdistill.models.students import PACKAGED, describe_head, load_classifier, load_tokenizer, pretrained
 from tests import tiny
 from tests.encoders import classifier, inputs
 

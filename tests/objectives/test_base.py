@@ -9,7 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastdistill.objectives.base import MSE, LogitsKD, Objective, TaskLoss, WeightedSum, as_objective
+from fastdistill.objectives.base import Objective, WeightedSum, as_objective
+from fastdistill.objectives.logits import MSE, LogitsKD, TaskLoss
 from fastdistill.ops import kd_ce_loss
 
 

@@ -26,8 +26,8 @@ from fastdistill import (
     WeightedSum,
     uncertainty,
 )
-from fastdistill.objectives.selection import predict
 from fastdistill.recipes.plots import shares
+from fastdistill.training.each_epoch import predict
 from tests import tiny
 
 EXACT = {"rtol": 0.0, "atol": 0.0}

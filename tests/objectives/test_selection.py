@@ -9,7 +9,8 @@ from torch import Tensor, nn
 from transformers import DataCollatorWithPadding
 
 from fastdistill import DeKD, uncertainty
-from fastdistill.objectives.selection import STRATEGIES, Chosen, SelectEachEpoch, Strategy, predict, select
+from fastdistill.objectives.selection import STRATEGIES, Chosen, Strategy, select
+from fastdistill.training.each_epoch import SelectEachEpoch, predict
 from tests import tiny
 
 # From certain to uncertain: 2, 0, 3, 1

@@ -11,7 +11,7 @@ from torch import Tensor
 
 import fastdistill
 from fastdistill import CKD, MSE, PKD, LogitsKD, WeightedSum
-from fastdistill.objectives.base import TaskLoss
+from fastdistill.objectives.logits import TaskLoss
 from tests import tiny
 
 

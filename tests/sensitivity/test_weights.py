@@ -8,7 +8,7 @@ import torch
 
 from fastdistill import PKD, LogitsKD
 from fastdistill.models.architectures import encoder_weights
-from fastdistill.objectives.base import TaskLoss
+from fastdistill.objectives.logits import TaskLoss
 from fastdistill.sensitivity.weights import WeightScores, mask_weights, random_weight_scores, score_weights
 from tests import tiny
 from tests.sensitivity.test_units import batches, models

@@ -12,7 +12,7 @@ from torch import Tensor
 from transformers import DataCollatorWithPadding
 
 from fastdistill import DistillationTrainer, WeightedSum
-from fastdistill.objectives.base import TaskLoss
+from fastdistill.objectives.logits import TaskLoss
 from fastdistill.objectives.team import MTBERT, AvgKD, SampledTeacher
 from fastdistill.teachers.team import TeacherTeam
 from tests import tiny

@@ -14,7 +14,8 @@ from torch import Tensor, nn
 from transformers import HfArgumentParser, TrainerCallback, TrainingArguments, ViTConfig, ViTForImageClassification
 
 from fastdistill import MSE, DistillationConfig, DistillationTrainer, LogitsKD, WeightedSum
-from fastdistill.objectives.base import Objective, TaskLoss
+from fastdistill.objectives.base import Objective
+from fastdistill.objectives.logits import TaskLoss
 from fastdistill.training.sampling import LengthGroupedSampler
 from tests import tiny
 
