@@ -270,10 +270,10 @@ def test_an_interrupted_one_goes_on_where_it_stopped(tmp_path: Path, calls: Any)
 def test_one_that_is_killed_leaves_nothing_for_long(tmp_path: Path) -> None:
     code = f"""
 import os, pathlib, signal
-from tests import test_stored
-test_stored.stored.POOL = 2
+from tests.teachers import test_store
+test_store.stored.POOL = 2
 os.replace = lambda *_: os.kill(os.getpid(), signal.SIGKILL)
-test_stored.keep(pathlib.Path({str(tmp_path)!r}))
+test_store.keep(pathlib.Path({str(tmp_path)!r}))
 """
     run = subprocess.run([sys.executable, "-c", code], cwd=Path(__file__).parents[2], timeout=300)
     assert run.returncode == -signal.SIGKILL
