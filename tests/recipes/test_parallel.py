@@ -28,7 +28,7 @@ from fastdistill.autoskd.theta import Batch, theta_gradient
 from fastdistill.cli import main
 from fastdistill.models.scores import Scores
 from fastdistill.processes import rank_and_number, sums_over_processes
-from fastdistill.recipes import stages
+from fastdistill.recipes import fitting
 from fastdistill.training.sampling import EvenShares
 from tests import tiny
 from tests.autoskd.test_search import SETTINGS, search
@@ -229,12 +229,12 @@ def test_shares_are_even() -> None:
 
 
 def test_processes_that_cannot_share_a_batch(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(stages, "PartialState", lambda: SimpleNamespace(num_processes=3))
+    monkeypatch.setattr(fitting, "PartialState", lambda: SimpleNamespace(num_processes=3))
     with pytest.raises(ValueError, match="--batch-size is 16, but 3 processes share a batch; expected a multiple of 3"):
-        stages._check_processes(16)
-    monkeypatch.setattr(stages, "is_fsdp_enabled", lambda: True)
+        fitting.check_processes(16)
+    monkeypatch.setattr(fitting, "is_fsdp_enabled", lambda: True)
     with pytest.raises(ValueError, match="fsdp_cpu_ram_efficient_loading is true"):
-        stages._check_processes(15)
+        fitting.check_processes(15)
 
 
 if __name__ == "__main__":

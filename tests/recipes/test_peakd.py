@@ -11,8 +11,8 @@ import torch
 
 import fastdistill
 from fastdistill.cli import main
-from fastdistill.recipes import stages
-from fastdistill.recipes.ptp import PTP_LABELS, ptp_labels
+from fastdistill.recipes import fitting
+from fastdistill.recipes.methods.ptp import PTP_LABELS, ptp_labels
 from tests import tiny
 from tests.records import record, untimed
 
@@ -83,14 +83,14 @@ def test_where_students_begin(sources: Path, tmp_path: Path, monkeypatch: pytest
     begun: dict[str, Any] = {}
     seen: dict[str, Any] = {}
 
-    class Watched(stages.DistillationTrainer):
+    class Watched(fitting.DistillationTrainer):
         def train(self, *args: Any, **kwargs: Any) -> Any:
             name = Path(self.args.output_dir).name
             begun[name] = {key: value.clone() for key, value in self.model.state_dict().items()}
             seen[name] = self.train_dataset["labels"][:], self.objective
             return super().train(*args, **kwargs)
 
-    monkeypatch.setattr(stages, "DistillationTrainer", Watched)
+    monkeypatch.setattr(fitting, "DistillationTrainer", Watched)
     more = ("--without", "ptp", "--threshold", "1", "--beta", "5", "--alpha", "0.4")
     assert main(command(sources, tmp_path / "run", *more)) == 0
     assert record(tmp_path / "run")["ptp"]["labels"]["train"]["confidently correct"] == 0  # a class with no example
@@ -112,12 +112,12 @@ def test_where_students_begin(sources: Path, tmp_path: Path, monkeypatch: pytest
 def test_stored_hidden_states_teach_the_same(sources: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     teachers: dict[str, Any] = {}
 
-    class Watched(stages.DistillationTrainer):
+    class Watched(fitting.DistillationTrainer):
         def train(self, *args: Any, **kwargs: Any) -> Any:
             teachers[str(self.args.output_dir)] = self.teacher_model
             return super().train(*args, **kwargs)
 
-    monkeypatch.setattr(stages, "DistillationTrainer", Watched)
+    monkeypatch.setattr(fitting, "DistillationTrainer", Watched)
     assert main(command(sources, tmp_path / "run")) == 0
     shutil.copytree(tmp_path / "run", tmp_path / "stored")
     shutil.rmtree(tmp_path / "stored" / "seed-0" / "peakd")
@@ -146,7 +146,7 @@ def test_a_run_that_was_cut_off_ends_as_one_that_was_not(
                 raise Cut
 
         with monkeypatch.context() as patch:
-            patch.setattr(stages._ProgressBar, "on_step_end", cut)
+            patch.setattr(fitting._ProgressBar, "on_step_end", cut)
             with pytest.raises(Cut):
                 main(command(sources, output, *EVERYTHING))
         assert list(output.glob(f"seed-7/{stage}/checkpoint-2"))

@@ -18,7 +18,7 @@ import torch
 import fastdistill
 from fastdistill.cli import main
 from fastdistill.models.architectures import blocks, encoder_weights
-from fastdistill.recipes import stages
+from fastdistill.recipes import fitting
 from tests import tiny
 from tests.records import record, untimed
 
@@ -113,7 +113,7 @@ def test_students_begin_alike(sources: Path, tmp_path: Path, monkeypatch: pytest
     """And see the same batches, with logits that their teacher gave once."""
     begun: dict[str, Any] = {}
     seen: dict[str, list[Any]] = {}
-    compute = stages.DistillationTrainer.compute_loss
+    compute = fitting.DistillationTrainer.compute_loss
 
     def watched(self: Any, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
         name = Path(self.args.output_dir).name
@@ -122,7 +122,7 @@ def test_students_begin_alike(sources: Path, tmp_path: Path, monkeypatch: pytest
             seen.setdefault(name, []).append(dict(inputs))
         return compute(self, model, inputs, *args, **kwargs)
 
-    monkeypatch.setattr(stages.DistillationTrainer, "compute_loss", watched)
+    monkeypatch.setattr(fitting.DistillationTrainer, "compute_loss", watched)
     assert main(command(sources, tmp_path / "run", "--sparsity", "0.5", "--no-plots")) == 0
     torch.testing.assert_close(begun["trial"], begun["stark-0.5"], rtol=0, atol=0)
     teachers = {"trial": tmp_path / "run" / "teacher", "stark-0.5": tmp_path / "run" / "seed-0" / "teacher-stark-0.5"}
