@@ -42,7 +42,7 @@ def fit(
     """
     student = copy.deepcopy(training.model)
     objective, callbacks = copy.deepcopy((training.objective, training.callbacks))  # which may learn, or remember
-    if EXAMPLE in objective.needs_columns:
+    if EXAMPLE in objective.needs.columns:
         train_data = train_data.add_column(EXAMPLE, np.arange(len(train_data)))
     trainer = DistillationTrainer(
         model=student,
@@ -59,7 +59,7 @@ def fit(
     trainer.remove_callback(ProgressCallback)
     trainer.add_callback(_ProgressBar(training.name))
     teachers = teacher.values() if isinstance(teacher, Mapping) else (teacher,)
-    with first_token_only(*(() if objective.needs_all_tokens else (student, *teachers))):
+    with first_token_only(*(() if objective.needs.all_tokens else (student, *teachers))):
         if training.epochs:
             trainer.train(resume_from_checkpoint=checkpoint)
         measured = trainer.evaluate()

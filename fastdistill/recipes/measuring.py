@@ -54,7 +54,7 @@ class Scoring:
 
     def came_from(self) -> dict[str, Any]:
         return {
-            "objective": repr(self.objective),
+            "objective": "None" if self.objective is None else self.objective.fingerprint,
             "reduce": self.reduce,
             "on": self.on,
             "of_weights": self.of_weights,

@@ -133,7 +133,7 @@ class Stages:
         )
         examples, metric = self.examples, self.task.metric
         student, measured, log = fit(training, examples, *self._taught(training), config, checkpoint)
-        with first_token_only(None if training.objective.needs_all_tokens else student):
+        with first_token_only(None if training.objective.needs.all_tokens else student):
             speed = examples_per_second(student, examples.validation, examples.collate, self.batch_size)
         result = {
             metric: measured[f"eval_{metric}"],
@@ -230,7 +230,7 @@ class Stages:
             "epochs": training.epochs,
             "learning_rate": training.learning_rate,
             "batch_size": training.batch_size,
-            "objective": repr(training.objective),
+            "objective": training.objective.fingerprint,
             "model": model_digest(training.model),
             "teacher": _digests(training.teacher),
         }
@@ -245,10 +245,10 @@ class Stages:
     def _taught(self, training: Training) -> tuple[Dataset, Teacher]:
         """The training data with what the teachers say, and no teacher, if the objective looks at nothing else."""
         objective, teacher = training.objective, training.teacher
-        states = training.store_hidden_states and objective.needs_hidden_states and not objective.needs_all_tokens
-        if not training.epochs or teacher is None or not (objective.of_logits or states):
+        states = training.store_hidden_states and objective.needs.hidden_states and not objective.needs.all_tokens
+        if not training.epochs or teacher is None or not (objective.needs.only or states):
             return self.examples.train, teacher
-        first, *_ = objective.teachers or (TEACHER,)
+        first, *_ = objective.needs.teachers or (TEACHER,)
         return self.outputs_of(teacher, states_of=first if states else None), None
 
 

@@ -19,7 +19,7 @@ from transformers.modeling_outputs import SequenceClassifierOutput
 
 from fastdistill.models.architectures import ARCHITECTURES, encoder_layers
 from fastdistill.models.sharing import CONFIG_KEY
-from fastdistill.objectives.base import LossFunction, Objective, as_objective
+from fastdistill.objectives.base import LossFunction, Objective, as_needed, as_objective
 from fastdistill.objectives.logits import TaskLoss
 from fastdistill.processes import settle_at_exit
 from fastdistill.teachers.outputs import LOGITS, TeacherOutputs, stored_outputs
@@ -73,9 +73,9 @@ class DistillationTrainer(Trainer):
             token's, of embeddings and layers.) Several teachers are given by name,
             {"teacher": ..., "assistant": ...}; the columns of each begin with its name.
         objective: an `Objective` or a function of (student outputs, teacher outputs, labels). By default
-            `LogitsKD`, or `MSE` for a student with one output. The teacher's outputs are `TeacherOutputs`, for
-            which it runs when they are first looked at; for several teachers, a dictionary of them. What an
-            objective itself learns (its `module`) is optimised, clipped, saved and resumed with the student, and
+            `LogitsKD`, or `MSE` for a student with one output. An objective that `needs` them lazily has the teacher's
+            outputs as `TeacherOutputs`, which runs when it is asked; for several teachers, a dictionary of them. What
+            an objective itself learns (its `module`) is optimised, clipped, saved and resumed with the student, and
             averaged over processes.
         **trainer: everything else that Trainer takes, by name.
 
@@ -130,7 +130,7 @@ class DistillationTrainer(Trainer):
         self._stepped = True
         if self.objective.module is not None:
             self._learned = list(self.objective.module.to(self.args.device).parameters())
-            if (self._learned or self.objective.needs_columns) and (self.is_deepspeed_enabled or self.is_fsdp_enabled):
+            if (self._learned or self.objective.needs.columns) and (self.is_deepspeed_enabled or self.is_fsdp_enabled):
                 does = "learns" if self._learned else "chooses from all data"
                 raise ValueError(f"objective {self.objective} {does}, which works neither with DeepSpeed nor FSDP")
             broadcast(self._learned)
@@ -160,12 +160,13 @@ class DistillationTrainer(Trainer):
             loss = TaskLoss()(counted, None, None if labels is None else labels[new])
             return (loss, student) if return_outputs else loss
 
-        if self.objective.needs_hidden_states:
+        needs = self.objective.needs
+        if needs.hidden_states:
             features["output_hidden_states"] = True
         teacher = self.teacher_outputs(features, inputs)
         student = model(**features)
-        columns = {name: inputs[name] for name in self.objective.needs_columns}
-        loss, parts = self.objective.parts(student, teacher, labels, **columns)
+        columns = {name: inputs[name] for name in needs.columns}
+        loss, parts = self.objective.parts(student, as_needed(self.objective, teacher), labels, **columns)
         if labels is not None and num_items_in_batch is not None:
             # The sum over micro-batches is then the mean of the step's labelled examples; processes are averaged.
             processes = self.accelerator.num_processes if self.args.average_tokens_across_devices else 1
@@ -188,16 +189,17 @@ class DistillationTrainer(Trainer):
         """What the teachers say to a batch of these features: what its columns hold of it, else the models' outputs.
 
         `TeacherOutputs`, or for several teachers a dictionary of them."""
-        if not self.objective.needs_teacher:
+        names = self.objective.needs.teachers
+        if not self.objective.needs.teacher:
             return None
         outputs = {}
-        for name in self.objective.teachers or (TEACHER,):
+        for name in names or (TEACHER,):
             model, stored = self.teachers.get(name), stored_outputs(name, inputs)
             if model is None and stored is None:
                 missing = f"{argument_of(name)} is None and a batch has no {name + LOGITS!r}"
                 raise ValueError(f"{missing}; expected one of them")
             outputs[name] = TeacherOutputs(model, features, stored=stored, autocast=self.accelerator.autocast)
-        return outputs if self.objective.teachers else outputs[TEACHER]
+        return outputs if names else outputs[TEACHER]
 
     # What the objective learns: beside the student, since it is no part of it
 

@@ -161,7 +161,7 @@ def test_random_keeps_any_and_orders_them_by_entropy() -> None:
 )
 def test_parts_can_be_left_out(change: dict[str, Any], leaves: set[str]) -> None:
     objective = DeKD(**change)
-    teacher = TEACHERS if objective.teachers else TEACHERS["teacher"]
+    teacher = TEACHERS if objective.needs.teachers else TEACHERS["teacher"]
     loss, parts = objective.parts(STUDENT, teacher, LABELS if objective.ce_weight else None)
     kept = uncertain_first()[: 9 if objective.ratio == 1 else 4]
     expected = by_hand(STUDENT, TEACHERS, LABELS, kept=kept, assistant=objective.assistant)

@@ -61,7 +61,7 @@ def dekd(settings: DeKDSettings) -> Report:
         teachers["assistant"] = comparison.assistant(assistant_layers)
     student = first_layers(teacher.model, settings.student_layers)
     learners = comparison.baselines(chain)
-    learners |= {name: (one, teachers if one.teachers else teacher.model) for name, one in variants.items()}
+    learners |= {name: (one, teachers if one.needs.teachers else teacher.model) for name, one in variants.items()}
     comparison.students(
         _training(comparison, name, student, learner, settings.store_hidden_states)
         for name, learner in learners.items()
@@ -102,7 +102,7 @@ def variants_of(settings: DeKDSettings) -> dict[str, DeKD]:
     variants: dict[str, DeKD] = {}
     for strategy, ratio in product(settings.strategy, settings.ratio):
         variants.setdefault(variant_name(settings, strategy, ratio), replace(first, strategy=strategy, ratio=ratio))
-    has = {"ds": first.ratio < 1, "ta": bool(first.teachers), "doa": first.da_weight > 0}
+    has = {"ds": first.ratio < 1, "ta": bool(first.needs.teachers), "doa": first.da_weight > 0}
     for given in settings.without:
         parts = [part for part in PARTS if part in given]
         name = "-".join(("dekd", "without", *parts))
@@ -127,7 +127,7 @@ def _assistant_layers(settings: DeKDSettings, depth: int, variants: Mapping[str,
     low = settings.student_layers
     if low > depth:
         raise ValueError(f"--student-layers is {low}; the teacher has {depth}")
-    if not any(objective.teachers for objective in variants.values()):
+    if not any(objective.needs.teachers for objective in variants.values()):
         if settings.assistant_layers is not None and not settings.ta_weight:
             raise ValueError("--assistant-layers is given, but --ta-weight is 0: there is no assistant")
         return None

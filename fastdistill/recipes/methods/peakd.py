@@ -160,8 +160,8 @@ def _objective(settings: PeaKDSettings) -> Objective:
 def _labels(
     stages: Stages, teacher: PreTrainedModel, on: Literal["train", "validation"], threshold: tuple[float, ...]
 ) -> Tensor:
-    said = stages.outputs_of(teacher, on).with_format("torch")[:]
-    return ptp_labels(said["teacher" + LOGITS], said["labels"], threshold)
+    outputs = stages.outputs_of(teacher, on).with_format("torch")[:]
+    return ptp_labels(outputs["teacher" + LOGITS], outputs["labels"], threshold)
 
 
 def _ptp_task(task: Task) -> Task:
