@@ -42,7 +42,7 @@ def extensions() -> list:
     import torch
     from torch.utils.cpp_extension import CUDA_HOME, CppExtension, CUDAExtension
 
-    cpu_sources = sources("*.cpp", "", "autograd", "cpu")
+    cpu_sources = sources("*.cpp", "", "autograd", "cpu", "triton")
     modules = [
         CppExtension(
             f"fastdistill._C_{isa.lower()}",
