@@ -32,31 +32,36 @@ MAX_SIZE = 128  # of a head
 ALIGNMENT = tl.constexpr(8)  # elements that one instruction copies, or two
 TILED = tl.constexpr(16)  # divides the strides of a mask that has a row for each query
 
-# Queries and keys in a tile, warps, pipeline stages, registers a thread (None: ptxas chooses; it would rather spill a
-# little than not fit one program more on a multiprocessor): for heads of up to 64 channels and for wider ones. Extras
-# are dropout and a mask that is floating or has a row for each query. What was measured is in docs/gpu.md.
-TILES: dict[str, dict[str, tuple[tuple[int, int, int, int, int | None], ...]]] = {
+# Queries and keys in a tile, warps, pipeline stages, registers a thread (None: ptxas chooses): for heads of up to 64
+# channels and for wider ones. Extras are dropout and a mask that is floating or has a row for each query. Those for
+# sm_90, whose multiprocessors hold more, are the fastest of 30 measured (docs/gpu.md); the others about the largest
+# that sm_80 holds in registers, and sm_86 in shared memory.
+Tile = tuple[int, int, int, int, int | None]
+TILES: dict[str, dict[str, tuple[Tile, Tile]]] = {
     "forward": {
-        "half": ((128, 64, 8, 4, None), (128, 128, 8, 3, None)),
+        "half, sm_90": ((128, 64, 8, 4, None), (128, 128, 8, 3, None)),
+        "half": ((128, 64, 8, 3, None), (64, 64, 8, 2, 255)),
         "half with extras": ((64, 32, 4, 2, 255), (64, 32, 8, 2, 255)),
         "single": ((16, 32, 4, 2, 255), (16, 32, 4, 2, 255)),
     },
     "query": {
-        "half": ((128, 64, 8, 3, None), (128, 64, 8, 3, None)),
+        "half, sm_90": ((128, 64, 8, 3, None), (128, 64, 8, 3, None)),
+        "half": ((64, 64, 4, 2, None), (64, 32, 4, 2, None)),
         "half with extras": ((64, 32, 4, 2, 255), (64, 32, 4, 2, 255)),
         "single": ((16, 32, 4, 2, 255), (16, 16, 8, 2, 255)),
     },
     "key_value": {
-        "half": ((32, 64, 4, 3, None), (64, 128, 8, 2, None)),
+        "half, sm_90": ((32, 64, 4, 3, None), (32, 128, 8, 3, None)),
+        "half": ((32, 64, 4, 2, None), (64, 64, 8, 2, None)),
         "half with extras": ((16, 32, 4, 2, 255), (16, 32, 4, 2, 255)),
         "single": ((32, 16, 4, 2, 255), (16, 16, 8, 2, 255)),
     },
-    "whole": {
-        "half": ((64, 128, 8, 2, None), (32, 128, 8, 2, None)),
-        "half with extras": ((32, 128, 8, 2, None), (16, 128, 8, 2, None)),
-        "single": ((16, 128, 8, 2, None), (16, 128, 8, 2, None)),
+    "whole": {  # of half precision only: others keep no whole head in registers
+        "half, sm_90": ((64, 128, 8, 2, None), (64, 64, 8, 2, None)),
+        "half": ((16, 128, 8, 1, None), (16, 64, 8, 1, None)),
+        "half with extras": ((16, 128, 8, 1, None), (16, 64, 8, 1, None)),
     },
-    "dots": {kind: ((64, 64, 4, 1, 255),) * 2 for kind in ("half", "half with extras", "single")},
+    "dots": dict.fromkeys(("half, sm_90", "half", "half with extras", "single"), ((64, 64, 4, 1, 255),) * 2),
 }
 
 
@@ -492,16 +497,17 @@ def _whole_kernel(
 
 # Launching ------------------------------------------------------------------------------------------------------------
 
-KERNELS = {
-    "forward": _forward_kernel, "dots": _dots_kernel, "query": _query_kernel, "key_value": _key_value_kernel,
-    "whole": _whole_kernel,
-}  # fmt: skip
 MASKS = ("none", "bool", "float")
 
 
 def _block(length: int, most: int) -> int:
     """The smallest power of two from 16 (what tensor cores multiply) that holds the length, or `most`."""
     return min(max(triton.next_power_of_2(length), 16), most)
+
+
+def _is_hopper() -> bool:
+    """Or later."""
+    return triton.knobs.runtime.interpret or triton.runtime.driver.active.get_current_target().arch >= 90
 
 
 def launch(
@@ -514,7 +520,7 @@ def launch(
     size, gated, gate_grad, mask, mask_rows, causal, dropout = options
     single = tensors[0].dtype == torch.float32
     extras = mask_rows or MASKS[mask] == "float" or dropout
-    kind = "single" if single else "half with extras" if extras else "half"
+    kind = "single" if single else "half with extras" if extras else "half, sm_90" if _is_hopper() else "half"
     block_size = _block(size, MAX_SIZE)
     most_queries, most_keys, warps, stages, registers = TILES[name][kind][block_size > 64]
     tile = {"QUERIES": _block(queries, most_queries), "KEYS": _block(keys, most_keys)}
@@ -522,7 +528,7 @@ def launch(
         tile["QUERIES"] = most_queries
     taken = {"whole": 0, "key_value": tile["KEYS"]}.get(name, tile["QUERIES"])
     programs = pairs * (triton.cdiv(rows, taken) if taken else 1)
-    compiled = KERNELS[name][(programs,)](
+    compiled = globals()[f"_{name}_kernel"][(programs,)](
         *tensors, *strides, *sizes, *numbers,
         SIZE=size, BLOCK_SIZE=block_size, GATED=bool(gated), GATE_GRAD=bool(gate_grad), MASK=MASKS[mask],
         MASK_ROWS=bool(mask_rows), CAUSAL=bool(causal), DROPOUT=bool(dropout),

@@ -18,7 +18,8 @@ using Optional = std::optional<Tensor>;
 constexpr int64_t kMaxSize = 128; // of a head
 constexpr int64_t kAlignment = 8; // elements that one instruction copies
 constexpr int64_t kMaxKeys = 128; // in a tile
-constexpr int64_t kWholeKeys = 128, kWholeQueries = 256; // up to as many, one program has a whole head's backward
+constexpr int64_t kWholeKeys = 128, kWholeQueries = 256; // up to as many, one program has a whole head's backward,
+constexpr int64_t kWholeKeyElements = 128 * 64; // which holds the keys in registers, in half precision only
 constexpr int64_t kDotRows = 64; // that a program of the "dots" kernel takes
 enum Mask { kNone, kBool, kFloat };
 
@@ -179,7 +180,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> gated_attention_backward(
   const Tensor q = aligned(query), k = aligned(key), v = aligned(value), o = aligned(output), g = aligned(grad_output),
                lse = logsumexp.contiguous();
   Tensor shares = lse; // of the gate's gradient; not written unless wanted
-  if (call.keys <= kWholeKeys && call.queries <= kWholeQueries) {
+  const bool whole = call.keys <= kWholeKeys && call.queries <= kWholeQueries &&
+      call.keys * call.size <= kWholeKeyElements && query.scalar_type() != at::kFloat;
+  if (whole) {
     if (gate_grad)
       shares = at::empty({call.batch, call.heads}, numbers);
     call.launch("whole", {g, q, k, v, o, grad_query, grad_key, grad_value, lse, shares, call.gate, call.mask, call.seed},
