@@ -18,7 +18,6 @@ LARGE = {"cpu": [(1024, 30522), (512, 128256)], "cuda": [(65536, 32000), (8192, 
 SIZES = [(32, 2), (65536, 3), *LARGE]
 POOLS = [(1_000_000, 3), (4096, 30522)]
 DTYPE = torch.bfloat16 if DEVICE == "cuda" else torch.float32
-TRITON = f"{OURS} (Triton)"  # on CUDA, beside what the dispatcher chooses
 
 
 def eager(logits: Tensor) -> Tensor:
@@ -28,12 +27,6 @@ def eager(logits: Tensor) -> Tensor:
 
 def by_softmax(logits: Tensor) -> Tensor:
     return torch.special.entr(F.softmax(logits, -1)).sum(-1) / math.log(logits.shape[-1])
-
-
-def by_triton(logits: Tensor) -> Tensor:
-    from fastdistill.kernels import uncertainty as kernels
-
-    return kernels.uncertainty(logits, "entropy", True)
 
 
 def compiled(logits: Tensor) -> Callable[[Tensor], Tensor]:
@@ -46,13 +39,10 @@ SCORES: dict[str, Callable[[Tensor], Callable[[Tensor], Tensor]]] = {
     "eager (softmax)": lambda logits: by_softmax,
     "torch.compile": compiled,
     OURS: lambda logits: uncertainty,
-    TRITON: lambda logits: by_triton,
 }
 
 
-def make(rows: int, classes: int, implementation: str) -> Tensor:
-    if implementation == TRITON and DEVICE == "cpu":
-        pytest.skip("runs on CUDA only")
+def make(rows: int, classes: int) -> Tensor:
     torch.manual_seed(0)
     return torch.randn(rows, classes, device=DEVICE, dtype=DTYPE)
 
@@ -60,7 +50,7 @@ def make(rows: int, classes: int, implementation: str) -> Tensor:
 @pytest.mark.parametrize("rows,classes", SIZES)
 @pytest.mark.parametrize("implementation", SCORES)
 def test_uncertainty(benchmark: Any, implementation: str, rows: int, classes: int) -> None:
-    logits = make(rows, classes, implementation)
+    logits = make(rows, classes)
     score = SCORES[implementation](logits)
     measure(
         benchmark,
@@ -69,14 +59,14 @@ def test_uncertainty(benchmark: Any, implementation: str, rows: int, classes: in
         case=f"{rows}×{classes}",
         implementation=implementation,
         dtype=DTYPE,
-        bytes_moved=logits.nbytes if implementation.startswith(OURS) else 0,
+        bytes_moved=logits.nbytes if implementation == OURS else 0,
     )
 
 
 @pytest.mark.parametrize("rows,classes", LARGE)
-@pytest.mark.parametrize("implementation", [name for name in SCORES if name != TRITON])
+@pytest.mark.parametrize("implementation", SCORES)
 def test_gradient(benchmark: Any, implementation: str, rows: int, classes: int) -> None:
-    logits = make(rows, classes, implementation).requires_grad_()
+    logits = make(rows, classes).requires_grad_()
     score = SCORES[implementation](logits)
     measure(
         benchmark,
@@ -97,7 +87,7 @@ def top_of(score: Callable[[Tensor], Tensor]) -> Callable[[Tensor, float], Tenso
 @pytest.mark.parametrize("rows,classes", POOLS)
 @pytest.mark.parametrize("implementation", ["eager", "torch.compile", OURS])
 def test_select_uncertain(benchmark: Any, implementation: str, rows: int, classes: int, ratio: float) -> None:
-    logits = make(rows, classes, implementation)
+    logits = make(rows, classes)
     select = select_uncertain if implementation == OURS else top_of(SCORES[implementation](logits))
     measure(
         benchmark,
