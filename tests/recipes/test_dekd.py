@@ -19,26 +19,15 @@ from fastdistill.recipes import fitting, stages
 from fastdistill.recipes.methods.dekd import variants_of
 from fastdistill.recipes.settings import DeKDSettings
 from fastdistill.recipes.settings.arguments import add_arguments, from_arguments
-from tests import tiny
+from tests import commands
 from tests.records import record, untimed
 
-
-@pytest.fixture(scope="module")
-def sources(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("sources")
-    tiny.task_folder(folder / "task", train=48)
-    tiny.task_folder(folder / "scores", regression=True)
-    tiny.model_folder(folder / "encoder", tiny.bert(layers=4).bert)
-    return folder
+ENCODER = {"layers": 4}
 
 
 def command(sources: Path, output: Path, *more: str, task: str = "task") -> list[str]:
     """One epoch of three steps a stage, unless `more` says otherwise."""
-    return [
-        "dekd", "--task", str(sources / task), "--teacher", str(sources / "encoder"), "--student-layers", "1",
-        "--output", str(output), "--epochs", "1", "--teacher-epochs", "1", "--batch-size", "16",
-        "--learning-rate", "0.01", "--teacher-learning-rate", "0.01", *more,
-    ]  # fmt: skip
+    return commands.command("dekd", sources, output, "--student-layers", "1", *more, task=task)
 
 
 def model(folder: Path) -> Any:
@@ -59,13 +48,6 @@ STUDENTS = (
     "dekd-without-doa",
     "dekd-without-ta-doa",
 )
-
-
-@pytest.fixture(scope="module")
-def finished(sources: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    output = tmp_path_factory.mktemp("runs") / "whole"
-    assert main(command(sources, output, *EVERYTHING)) == 0
-    return output
 
 
 def test_a_run_trains_all_that_was_asked_for(finished: Path) -> None:

@@ -19,28 +19,19 @@ from fastdistill.cli import main
 from fastdistill.models.students import first_layers
 from fastdistill.recipes import KDSettings, fitting, folder
 from fastdistill.recipes.begin import begin
-from tests import tiny
+from tests import commands, tiny
 
 ROOT = Path(__file__).parents[2]
 STAGES = ("teacher", "finetuned", "distilled")
-
-
-@pytest.fixture(scope="module")
-def sources(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("sources")
-    tiny.task_folder(folder / "task", train=96)
-    tiny.task_folder(folder / "scores", regression=True)
-    tiny.model_folder(folder / "encoder", tiny.bert(layers=3).bert)
-    return folder
+ENCODER = {"layers": 3}
+EXAMPLES = 96
+EVERYTHING = ()
 
 
 def command(sources: Path, output: Path, *more: str, task: str = "task", teacher: str = "encoder") -> list[str]:
     """Two epochs of six steps a stage, unless `more` says otherwise."""
-    return [
-        "kd", "--task", str(sources / task), "--teacher", str(sources / teacher), "--student-layers", "1",
-        "--output", str(output), "--epochs", "2", "--teacher-epochs", "2", "--batch-size", "16",
-        "--learning-rate", "0.01", "--teacher-learning-rate", "0.01", *more,
-    ]  # fmt: skip
+    own = ("--student-layers", "1", "--epochs", "2", "--teacher-epochs", "2", "--teacher", str(sources / teacher))
+    return commands.command("kd", sources, output, *own, *more, task=task)
 
 
 def results(output: Path) -> dict[str, Any]:
@@ -57,13 +48,6 @@ def metrics(output: Path) -> dict[str, dict[str, Any]]:
 
 def model(folder: Path) -> Any:
     return AutoModelForSequenceClassification.from_pretrained(folder).eval()
-
-
-@pytest.fixture(scope="module")
-def finished(sources: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    output = tmp_path_factory.mktemp("runs") / "whole"
-    assert main(command(sources, output)) == 0
-    return output
 
 
 def test_a_run_leaves_models_and_results(finished: Path) -> None:

@@ -13,26 +13,16 @@ import fastdistill
 from fastdistill.cli import main
 from fastdistill.recipes import fitting
 from fastdistill.recipes.methods.ptp import PTP_LABELS, ptp_labels
-from tests import tiny
+from tests import commands, tiny
 from tests.records import record, untimed
 
-
-@pytest.fixture(scope="module")
-def sources(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("sources")
-    tiny.task_folder(folder / "task", train=48)
-    tiny.task_folder(folder / "scores", regression=True)
-    tiny.model_folder(folder / "encoder", tiny.bert(layers=4).bert)
-    return folder
+ENCODER = {"layers": 4}
 
 
 def command(sources: Path, output: Path, *more: str, task: str = "task") -> list[str]:
     """One epoch of three steps a stage, unless `more` says otherwise."""
-    return [
-        "peakd", "--task", str(sources / task), "--teacher", str(sources / "encoder"), "--student-layers", "2",
-        "--output", str(output), "--epochs", "1", "--teacher-epochs", "1", "--batch-size", "16",
-        "--learning-rate", "0.01", "--teacher-learning-rate", "0.01", "--checkpoints", "1", *more,
-    ]  # fmt: skip
+    own = ("--student-layers", "2", "--checkpoints", "1")
+    return commands.command("peakd", sources, output, *own, *more, task=task)
 
 
 def measured(output: Path) -> Any:
@@ -43,13 +33,6 @@ EVERYTHING = (
     "--without", "sps", "--without", "ptp,swap", "--seeds", "0,7", "--threshold", "0.7,0.6",
 )  # fmt: skip
 STUDENTS = {"peakd": 4, "peakd-without-sps": 2, "peakd-without-swap-ptp": 4}
-
-
-@pytest.fixture(scope="module")
-def finished(sources: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    output = tmp_path_factory.mktemp("runs") / "whole"
-    assert main(command(sources, output, *EVERYTHING)) == 0
-    return output
 
 
 def test_a_run_trains_all_that_was_asked_for(finished: Path) -> None:
