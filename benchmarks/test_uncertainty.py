@@ -19,7 +19,6 @@ SIZES = [(32, 2), *sizes(tiny=[], cpu=[(65536, 3)], cuda=[(65536, 3)]), *LARGE]
 POOLS = sizes(tiny=[(1000, 3)], cpu=[(1_000_000, 3), (4096, 30522)], cuda=[(1_000_000, 3), (4096, 30522)])
 RATIOS = sizes(tiny=[0.1], cpu=[0.1, 0.5], cuda=[0.1])
 DTYPE = torch.bfloat16 if DEVICE == "cuda" else torch.float32
-TRITON = f"{OURS} (Triton)"  # on CUDA, beside what the dispatcher chooses
 
 
 def eager(logits: Tensor) -> Tensor:
@@ -29,12 +28,6 @@ def eager(logits: Tensor) -> Tensor:
 
 def by_softmax(logits: Tensor) -> Tensor:
     return torch.special.entr(F.softmax(logits, -1)).sum(-1) / math.log(logits.shape[-1])
-
-
-def by_triton(logits: Tensor) -> Tensor:
-    from fastdistill.kernels import uncertainty as kernels
-
-    return kernels.uncertainty(logits, "entropy", True)
 
 
 def margin(logits: Tensor) -> Tensor:
@@ -52,7 +45,6 @@ SCORES: dict[str, Callable[[], Callable[[Tensor], Tensor]]] = {
     "eager (softmax)": lambda: by_softmax,
     "torch.compile": lambda: compiled(eager),
     OURS: lambda: uncertainty,
-    TRITON: lambda: by_triton,
 }
 MARGINS: dict[str, Callable[[], Callable[[Tensor], Tensor]]] = {
     "eager": lambda: margin,
@@ -61,11 +53,7 @@ MARGINS: dict[str, Callable[[], Callable[[Tensor], Tensor]]] = {
 }
 
 
-def make(rows: int, classes: int, implementation: str) -> Tensor:
-    if implementation == TRITON and DEVICE == "cpu":
-        pytest.skip("runs on CUDA only")
-    if implementation == TRITON:
-        pytest.importorskip("fastdistill.kernels.uncertainty")
+def make(rows: int, classes: int) -> Tensor:
     torch.manual_seed(0)
     return torch.randn(rows, classes, device=DEVICE, dtype=DTYPE)
 
@@ -73,7 +61,7 @@ def make(rows: int, classes: int, implementation: str) -> Tensor:
 @pytest.mark.parametrize("rows,classes", SIZES)
 @pytest.mark.parametrize("implementation", SCORES)
 def test_uncertainty(benchmark: Any, implementation: str, rows: int, classes: int) -> None:
-    logits = make(rows, classes, implementation)
+    logits = make(rows, classes)
     score = SCORES[implementation]()
     measure(
         benchmark,
@@ -87,9 +75,9 @@ def test_uncertainty(benchmark: Any, implementation: str, rows: int, classes: in
 
 
 @pytest.mark.parametrize("rows,classes", LARGE)
-@pytest.mark.parametrize("implementation", [name for name in SCORES if name != TRITON])
+@pytest.mark.parametrize("implementation", SCORES)
 def test_gradient(benchmark: Any, implementation: str, rows: int, classes: int) -> None:
-    logits = make(rows, classes, implementation).requires_grad_()
+    logits = make(rows, classes).requires_grad_()
     score = SCORES[implementation]()
     measure(
         benchmark,
@@ -105,7 +93,7 @@ def test_gradient(benchmark: Any, implementation: str, rows: int, classes: int) 
 @pytest.mark.parametrize("rows,classes", LARGE)
 @pytest.mark.parametrize("implementation", MARGINS)
 def test_margin(benchmark: Any, implementation: str, rows: int, classes: int) -> None:
-    logits, score = make(rows, classes, implementation), MARGINS[implementation]()
+    logits, score = make(rows, classes), MARGINS[implementation]()
     measure(
         benchmark,
         lambda: score(logits),
@@ -125,7 +113,7 @@ def top_of(score: Callable[[Tensor], Tensor]) -> Callable[[Tensor, float], Tenso
 @pytest.mark.parametrize("rows,classes", POOLS)
 @pytest.mark.parametrize("implementation", ["eager", "torch.compile", OURS])
 def test_select_uncertain(benchmark: Any, implementation: str, rows: int, classes: int, ratio: float) -> None:
-    logits = make(rows, classes, implementation)
+    logits = make(rows, classes)
     select = select_uncertain if implementation == OURS else top_of(SCORES[implementation]())
     measure(
         benchmark,

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from fastdistill import reference
+from fastdistill.native import NATIVE
 from fastdistill.ops.checks import (
     FLOATING,
     INTEGER,
@@ -151,7 +152,7 @@ _op = define(
     "str reduction, bool student_grad, bool teacher_grad) -> (Tensor loss, Tensor grad_student, Tensor grad_teacher)",
     reference.kd_ce_loss,
     _fake,
-    triton="kd_ce_loss",
+    triton=None if NATIVE.cuda else "kd_ce_loss",
 )
 
 
