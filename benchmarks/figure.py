@@ -19,6 +19,7 @@ def plot(cases: Cases, path: Path) -> None:
 
     matplotlib.use("svg")
     import matplotlib.pyplot as plt
+    from matplotlib.lines import Line2D
     from matplotlib.ticker import FuncFormatter
 
     panels: dict[str, dict[str, Measured]] = {}
@@ -28,7 +29,9 @@ def plot(cases: Cases, path: Path) -> None:
     columns = _pack({op: ABOVE + BELOW + LINE * (1 + len(lines)) for op, lines in panels.items()})
     height = LEGEND + max(sum(heights.values()) for heights in columns)
     names = list(dict.fromkeys(name for lines in panels.values() for m in lines.values() for name in _peers(m)))
-    looks = {name: {"color": f"C{i % 10}", "marker": MARKERS[i % len(MARKERS)]} for i, name in enumerate(names)}
+    looks: dict[str, dict[str, Any]] = {
+        name: {"color": f"C{i % 10}", "marker": MARKERS[i % len(MARKERS)]} for i, name in enumerate(names)
+    }
 
     with plt.rc_context({"svg.hashsalt": "fastdistill", "font.size": 8, "svg.fonttype": "none"}):
         figure = plt.figure(figsize=(WIDTH, height))
@@ -43,8 +46,8 @@ def plot(cases: Cases, path: Path) -> None:
                 axes.xaxis.set_major_formatter(FuncFormatter(lambda x, _: f"{x:g}×"))
                 axes.xaxis.set_minor_formatter("")
                 top -= tall
-        handles = [plt.Line2D([], [], linestyle="", **looks[name]) for name in names]
-        handles.append(plt.Line2D([], [], color="black"))
+        handles = [Line2D([], [], linestyle="", **looks[name]) for name in names]
+        handles.append(Line2D([], [], color="black"))
         labels = [*names, f"{OURS} (1×)"]
         figure.legend(handles, labels, loc="upper center", ncols=6, frameon=False)
         figure.savefig(path, metadata={"Date": None})

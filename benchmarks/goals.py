@@ -73,7 +73,9 @@ class LikeOp:
 
     def judge(self, case: str, measured: Measured, cases: Cases) -> Verdict | None:
         other = cases.get((self.op, case), {}).get(OURS)
-        return other and _ratio(self.at_most, self.op, measured[OURS]["median_s"] / other["median_s"])
+        if other is None:
+            return None
+        return _ratio(self.at_most, self.op, measured[OURS]["median_s"] / other["median_s"])
 
 
 @dataclass(frozen=True)

@@ -98,7 +98,7 @@ def tests(only: str | None, folder: Path, limit: Limit) -> dict[str, Any]:
         result = folder / f"{name}.xml"
         command = ["-m", "pytest", "-q", "--tb=short", "-m", "gpu", "-k", names, f"--junitxml={result}", *more, *files]
         quick = {"OMP_NUM_THREADS": "1", "TORCHINDUCTOR_COMPILE_THREADS": "1"}
-        status = run([sys.executable, *command], limit(name), **quick)
+        status = run([sys.executable, *command], limit(name), None, **quick)
         if not result.exists():
             found["failed"][f"pytest -k {names!r}"] = f"ended with {status} and without a result"
             continue
@@ -214,7 +214,7 @@ def summary(kept: dict[str, Any]) -> Iterator[str]:
 
 
 def _ours_on_gpu(measured: Any) -> bool:
-    return measured.get("fastdistill", {}).get("device") == "cuda"
+    return bool(measured.get("fastdistill", {}).get("device") == "cuda")
 
 
 @contextmanager
@@ -237,11 +237,11 @@ def main(arguments: Iterable[str] | None = None) -> int:
     targets = benchmark_files(only)
     output = options.output or (ROOT / "runs" if only else report.RESULTS)
     output.mkdir(parents=True, exist_ok=True)
-    folder, seconds = Path(tempfile.mkdtemp()), {}
+    folder, seconds = Path(tempfile.mkdtemp()), dict[str, float]()
     results: dict[str, Any] = {"errors": {}}
     rows: report.Rows = []
 
-    end = time.monotonic() + 60 * options.minutes
+    end: float = time.monotonic() + 60 * options.minutes
     name = f"gpu-{card()}" + (f"-{only}" if only else "")
 
     def limit(part: str) -> float:

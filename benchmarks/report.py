@@ -15,7 +15,7 @@ import json
 import os
 import platform
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -146,7 +146,7 @@ def where(kept: Kept) -> str:
     return f"{place}; {versions}; {kept['date']}. Medians; each line of one run."
 
 
-def _ratio(peer: dict[str, Any], ours: dict[str, Any]) -> str:
+def _ratio(peer: Mapping[str, Any], ours: Mapping[str, Any]) -> str:
     ratio = peer["median_s"] / ours["median_s"]
     return f"{ratio:.1f}×" if ratio >= 2 else f"{ratio:.2f}×"
 
@@ -156,12 +156,12 @@ def _time(seconds: float) -> str:
     return f"{seconds * scale:.3g} {unit}"
 
 
-def _share(row: dict[str, Any]) -> str:
+def _share(row: Mapping[str, Any]) -> str:
     shares = {"copy": row.get("copy_share"), "GEMM": row.get("gemm_share")}
     return ", ".join(f"{share:.0%} of {limit}" for limit, share in shares.items() if share)
 
 
-def _memory(row: dict[str, Any]) -> str:
+def _memory(row: Mapping[str, Any]) -> str:
     extra = row.get("peak_extra_bytes")
     return "" if extra is None or extra < 2**20 else f"{extra / 2**20:.0f} MiB"
 
