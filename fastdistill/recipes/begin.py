@@ -77,7 +77,7 @@ def load(settings: RecipeSettings) -> TaskData:
 
 def stages_of(settings: RecipeSettings, examples: Examples) -> Stages:
     return Stages(
-        settings.output,
+        settings.folder,
         examples,
         batch_size=settings.batch_size,
         seed=settings.seed,

@@ -129,7 +129,7 @@ class Ray(Local):
 
 def executor_of(settings: RecipeSettings) -> Local:
     """The one that is asked for; nothing is written or started yet."""
-    return Ray(settings.output / "ray") if settings.executor == "ray" else Local()
+    return Ray(settings.folder / "ray") if settings.executor == "ray" else Local()
 
 
 def _train(config: Mapping[str, Any], trials: Mapping[str, Any]) -> None:

@@ -85,10 +85,10 @@ def autoskd(settings: AutoSKDSettings) -> Report:
 
     searches = [run.record() for run in runs]
     tables = [_theta_table(task, comparison.results, runs[0].found), _candidates_table(task, candidates)]
-    drawn = [] if settings.no_plots else _plot(settings.output, comparison, runs[0].found, candidates)
+    drawn = [] if settings.no_plots else _plot(settings.folder, comparison, runs[0].found, candidates)
     more = {"team": list(team), "strongest": strongest, "drop": drop, "searches": searches, "candidates": candidates}
     seconds = time.perf_counter() - started
-    return finish(settings.output, source.record(), task, comparison.results, seconds, *tables, plots=drawn, **more)
+    return finish(settings.folder, source.record(), task, comparison.results, seconds, *tables, plots=drawn, **more)
 
 
 def _train_baselines(

@@ -70,7 +70,7 @@ def dekd(settings: DeKDSettings) -> Report:
     record = beginning.record() | {"objectives": {name: repr(objective) for name, objective in variants.items()}}
     drawn = [] if settings.no_plots else _plot(settings, beginning.depth, comparison, variants)
     seconds = time.perf_counter() - started
-    return finish(settings.output, record, task, comparison.results, seconds, plots=drawn)
+    return finish(settings.folder, record, task, comparison.results, seconds, plots=drawn)
 
 
 def _training(
@@ -155,7 +155,7 @@ def _plot(settings: DeKDSettings, depth: int, comparison: Comparison, variants: 
     """ratios.svg where several were tried; entropy.svg and layers.svg are of the first seed's first student."""
     if not PartialState().is_main_process:
         return []
-    drawn, output, metric, results = [], settings.output, comparison.metric, comparison.results
+    drawn, output, metric, results = [], settings.folder, comparison.metric, comparison.results
     if len(settings.ratio) > 1:
         curves: dict[str, dict[float, tuple[float, float]]] = {
             strategy: {

@@ -41,7 +41,7 @@ def kd(settings: KDSettings) -> Report:
         comparison.results.setdefault("kd", comparison.results["distilled"])
 
     record = beginning.record() | {"objective": repr(objective)}
-    return finish(settings.output, record, beginning.task, comparison.results, time.perf_counter() - started)
+    return finish(settings.folder, record, beginning.task, comparison.results, time.perf_counter() - started)
 
 
 def logits_objective(

@@ -83,7 +83,7 @@ def peakd(settings: PeaKDSettings) -> Report:
         "ptp_epochs": settings.ptp_epochs or settings.epochs,
     }
     seconds, ptp = time.perf_counter() - started, {"labels": counts, "students": pretrained}
-    return finish(settings.output, record, task, comparison.results, seconds, _table(task, counts), ptp=ptp)
+    return finish(settings.folder, record, task, comparison.results, seconds, _table(task, counts), ptp=ptp)
 
 
 class _Run:

@@ -77,10 +77,10 @@ def stark(settings: StarkSettings) -> Report:
 
     record = beginning.record() | {"objective": repr(objective)}
     tables = [_table(task, name, found, teacher) for name, found in sparsities.items()]
-    drawn = [] if settings.no_plots else _plot(settings.output, comparison, sparsities, runs[0].scores)
+    drawn = [] if settings.no_plots else _plot(settings.folder, comparison, sparsities, runs[0].scores)
     seconds = time.perf_counter() - started
     return finish(
-        settings.output, record, task, comparison.results, seconds, *tables, plots=drawn, sparsities=sparsities
+        settings.folder, record, task, comparison.results, seconds, *tables, plots=drawn, sparsities=sparsities
     )
 
 
