@@ -22,9 +22,11 @@ lint: $(VENV)/ready
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 
-# Builds, tests and measures on the GPU of this machine; installs nothing from outside. ONLY=kd_ce_loss: of one op.
+# Builds, tests and measures on the GPU of this machine; installs nothing from outside. ONLY=kd_ce_loss: of one op;
+# OUTPUT: folder of the results; STAGES=benchmarks: without tests and recipes.
 gpu: build/gpu
-	python3 -m benchmarks.gpu $(if $(ONLY),--only $(ONLY))
+	python3 -m benchmarks.gpu $(if $(ONLY),--only $(ONLY)) $(if $(OUTPUT),--output $(OUTPUT)) \
+		$(if $(STAGES),--stages $(STAGES))
 
 # tests/cuda under compute-sanitizer, where there is one.
 gpu-sanitize: build/gpu

@@ -89,5 +89,6 @@ def _panel(axes: Any, op: str, lines: Mapping[str, Measured], looks: Mapping[str
     )
 
 
-def _short(case: str, most: int = 36) -> str:
-    return case if len(case) <= most else case[: most - 1] + "…"
+def _short(case: str, most: int = 30) -> str:
+    """What tells cases apart may stand at either end."""
+    return case if len(case) <= most else f"{case[: most // 2]}…{case[-most // 2 + 1 :]}"

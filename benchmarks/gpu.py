@@ -1,6 +1,6 @@
 """What `make gpu` runs once the package is built: the tests that need a GPU, the benchmarks, a run of every recipe.
 
-    python -m benchmarks.gpu [--only OP] [--output FOLDER] [--stages tests,benchmarks,recipes]
+    python -m benchmarks.gpu [--only OP] [--output FOLDER] [--stages tests,benchmarks,recipes] [--minutes 7]
 
 Prints one table, writes FOLDER/gpu-NAME.{json,md,svg}, NAME from the card, and ends with 1 if anything failed. Nothing
 that fails or hangs keeps the rest from running. On a machine without a GPU it does the same on the CPU (there
@@ -19,7 +19,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
@@ -45,7 +45,8 @@ BENCHMARKS = (
     "train_step",
     "score",
 )
-SECONDS = {"tests": 200, "alone": 60, "side by side": 120, "quiet": 90, "recipes": 90}  # at most
+SECONDS = {"tests": 240, "alone": 60, "side by side": 120, "quiet": 90, "recipes": 90}  # at most
+MINUTES = 7  # at most, for all of it
 WANTED = {"Liger-Kernel": "liger_kernel", "flash-linear-attention": "fla", "pytest-xdist": "xdist", "triton": "triton"}
 ALIASES = {"select_uncertain": "uncertainty", "hidden_entropy": "uncertainty"}
 MUCH_MEMORY = "32_bits"  # in the name of a test that needs most of the card: such run one at a time
@@ -63,9 +64,13 @@ def run(command: Sequence[str], seconds: float, said: IO[str] | None = None, **e
     try:
         return process.wait(seconds)
     except subprocess.TimeoutExpired:
+        os.killpg(process.pid, signal.SIGINT)  # pytest then still writes what it has
+    try:
+        process.wait(10)
+    except subprocess.TimeoutExpired:
         os.killpg(process.pid, signal.SIGKILL)
         process.wait()
-        return 124
+    return 124
 
 
 def test_files(only: str | None) -> list[Path]:
@@ -80,7 +85,10 @@ def test_files(only: str | None) -> list[Path]:
     return chosen
 
 
-def tests(only: str | None, folder: Path) -> dict[str, Any]:
+Limit = Callable[[str], float]  # the seconds that a part may take now
+
+
+def tests(only: str | None, folder: Path, limit: Limit) -> dict[str, Any]:
     """Counts, seconds and what failed. Tests that need most of the card's memory run after the others, one by one."""
     workers = ["-n", str(CORES)] if "pytest-xdist" not in missing() else []
     start, files = time.monotonic(), [str(path) for path in test_files(only)]
@@ -89,7 +97,7 @@ def tests(only: str | None, folder: Path) -> dict[str, Any]:
         result = folder / f"{name}.xml"
         command = ["-m", "pytest", "-q", "--tb=short", "-m", "gpu", "-k", names, f"--junitxml={result}", *more, *files]
         quick = {"OMP_NUM_THREADS": "1", "TORCHINDUCTOR_COMPILE_THREADS": "1"}
-        status = run([sys.executable, *command], SECONDS[name], **quick)
+        status = run([sys.executable, *command], limit(name), **quick)
         if not result.exists():
             found["failed"][f"pytest -k {names!r}"] = f"ended with {status} and without a result"
             continue
@@ -111,9 +119,7 @@ def benchmark_files(only: str | None) -> list[str]:
     return [str(there[only].relative_to(ROOT))]
 
 
-def benchmarks(
-    targets: Sequence[str], folder: Path, processes: int, seconds: dict[str, float] = SECONDS
-) -> dict[str, Any]:
+def benchmarks(targets: Sequence[str], folder: Path, processes: int, limit: Limit) -> dict[str, Any]:
     """Rows, and the errors of what failed twice.
 
     First shares of the cases side by side: what is large is timed, under a lock, and what is small is compiled. Then,
@@ -122,21 +128,23 @@ def benchmarks(
     with ThreadPoolExecutor(processes) as pool:
         shares = [["--share", f"{i}/{processes}", "--defer-small", *targets] for i in range(processes)]
         logs = [folder / f"share-{i}.jsonl" for i in range(processes)]
-        list(pool.map(lambda share, log: attempt(share, log, seconds["side by side"]), shares, logs))
+        list(pool.map(lambda share, log: attempt(share, log, limit("side by side")), shares, logs))
     first = [line for log in logs for line in read(log)]
     rows = [line["row"] for line in first if "row" in line]
     begun = {line.get("begun") for line in first}
     again = [line["deferred"] for line in first if "deferred" in line]
     again += [line["failed"] for line in first if "failed" in line]
     again += [id for line in first for id in line.get("collected", ()) if id not in begun]
+    if not all(any("collected" in line for line in read(log)) for log in logs):
+        again += targets
     last: list[dict[str, Any]] = []
     if again:
-        attempt(list(dict.fromkeys(again)), folder / "quiet.jsonl", seconds["quiet"])
+        attempt(list(dict.fromkeys(again)), folder / "quiet.jsonl", limit("quiet"))
         last = read(folder / "quiet.jsonl")
     rows += [line["row"] for line in last if "row" in line]
-    errors = {line["failed"]: line["error"] for line in last if "failed" in line}
     begun = {line.get("begun") for line in last}
-    errors |= {id: "not reached in time" for id in again if id not in begun}
+    errors = {id: "not reached in time" for id in again if ("::" in id or not last) and id not in begun}
+    errors |= {line["failed"]: line["error"] for line in last if "failed" in line}
     return {"rows": rows, "errors": errors}
 
 
@@ -144,7 +152,8 @@ def attempt(arguments: Sequence[str], log: Path, seconds: float) -> None:
     """pytest, and after a crash again from the next test on."""
     end = time.monotonic() + seconds
     command = [sys.executable, "-m", "pytest", "-q", "-p", "benchmarks.plugin", "-p", "no:cacheprovider"]
-    command += ["--benchmark-only", "--benchmark-quiet", "--tb=no", "--no-header", "--log", str(log), *arguments]
+    command += ["--benchmark-only", "--benchmark-quiet", "--tb=no", "--no-header", "--continue-on-collection-errors"]
+    command += ["--log", str(log), *arguments]
     quick = {"TORCHINDUCTOR_COMPILE_THREADS": "1", **({"OMP_NUM_THREADS": "1"} if DEVICE == "cuda" else {})}
     while True:
         before = len(read(log))
@@ -216,6 +225,7 @@ def main(arguments: Iterable[str] | None = None) -> int:
     parser.add_argument("--only", help="one op, or one benchmark by its file's name")
     parser.add_argument("--output", type=Path, help="folder (default: benchmarks/results; runs with --only)")
     parser.add_argument("--stages", default=None, help=f"default: {','.join(STAGES)}; no recipes with --only")
+    parser.add_argument("--minutes", type=float, default=MINUTES, help=f"at most (default: {MINUTES})")
     parser.add_argument("--processes", type=int, default=max(1, min(8, CORES // 2)), help="of benchmarks")
     options = parser.parse_args(None if arguments is None else list(arguments))
     only = options.only and ALIASES.get(options.only, options.only.rstrip("_"))
@@ -227,20 +237,31 @@ def main(arguments: Iterable[str] | None = None) -> int:
     results: dict[str, Any] = {"errors": {}}
     rows: report.Rows = []
 
+    end = time.monotonic() + 60 * options.minutes
+    name = f"gpu-{card()}" + (f"-{only}" if only else "")
+
+    def limit(part: str) -> float:
+        return max(1.0, min(SECONDS[part], end - time.monotonic()))
+
+    def save() -> dict[str, Any]:
+        kept = report.keep(rows, left_out=missing(), seconds=seconds, **results)
+        report.write(output / f"{name}.json", json.dumps(kept, indent=1) + "\n")
+        return kept
+
     if "tests" in stages:
         with clocked(seconds, "tests"):
-            results["tests"] = tests(only, folder)
+            results["tests"] = tests(only, folder, limit)
+        save()
     if "benchmarks" in stages:
         with clocked(seconds, "benchmarks"):
-            found = benchmarks(targets, folder, options.processes)
+            found = benchmarks(targets, folder, options.processes, limit)
             rows, results["errors"], results["limits"] = found["rows"], found["errors"], limits()
+        save()
     if "recipes" in stages:
         with clocked(seconds, "recipes"):
-            results["recipes"] = recipes.run(folder, SECONDS["recipes"])
+            results["recipes"] = recipes.run(folder, limit("recipes"))
 
-    kept = report.keep(rows, left_out=missing(), seconds=seconds, **results)
-    name = f"gpu-{card()}" + (f"-{only}" if only else "")
-    report.write(output / f"{name}.json", json.dumps(kept, indent=1) + "\n")
+    kept = save()
     if rows:
         print(report.show(kept, name, output))
     print("\n".join(summary(kept)))

@@ -72,6 +72,11 @@ def _case(item: pytest.Item) -> tuple[str, str]:
     return item.nodeid.partition("[")[0], repr(parameters)
 
 
+def pytest_collectreport(report: pytest.CollectReport) -> None:
+    if report.failed:
+        _log().write(failed=report.nodeid, error=str(report.longrepr)[-2000:])
+
+
 def pytest_runtest_logstart(nodeid: str) -> None:
     _log().write(begun=nodeid)
 

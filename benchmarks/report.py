@@ -15,7 +15,7 @@ import json
 import os
 import platform
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -107,10 +107,12 @@ def by_case(rows: Rows) -> Cases:
     return dict(cases)
 
 
-def table(kept: Kept, only: Iterable[tuple[str, str]] | None = None) -> str:
+def table(kept: Kept, only: Sequence[tuple[str, str]] | None = None) -> str:
     """One line a case, of these or of all: our time, how many times as long each peer takes, and the goal on a GPU."""
     cases = by_case(kept["rows"])
     lines = [line for op, case in only or cases for line in _case_lines(op, case, cases)]
+    if only:
+        lines = [line for line in lines if (line["op"], line["case"]) in only]  # not another way to call it
     used = [name for name in COLUMNS if any(line[name] for line in lines)]
     head = "| " + " | ".join(used) + " |\n|" + "---|" * len(used)
     return "\n".join([head, *("| " + " | ".join(line[name] for name in used) + " |" for line in lines)])

@@ -56,6 +56,19 @@ __device__ float widen(__half x) {
 template <typename T, int kWidth>
 struct alignas(sizeof(T) * kWidth) Pack {
   T values[kWidth];
+
+  // Of 16-bit numbers two are in a register, and are taken apart where they are used.
+  __device__ Wide<T> operator[](int i) const {
+    if constexpr (std::is_same_v<T, __nv_bfloat16> && kWidth > 1) {
+      const unsigned pair = reinterpret_cast<const unsigned*>(values)[i / 2];
+      return __uint_as_float(i % 2 ? pair & 0xffff0000 : pair << 16);
+    } else if constexpr (std::is_same_v<T, __half> && kWidth > 1) {
+      const __half2 pair = reinterpret_cast<const __half2*>(values)[i / 2];
+      return i % 2 ? __high2float(pair) : __low2float(pair);
+    } else {
+      return widen(values[i]);
+    }
+  }
 };
 
 template <typename T, int kWidth>
@@ -90,17 +103,24 @@ struct Vector {
   ScalarType type = ScalarType::Float;
 };
 
-template <typename A>
-__device__ A read(const Vector<const void*>& x, int64_t i) {
+template <typename S, typename A, int kWidth>
+__device__ void read_as(const void* from, int64_t at, A (&to)[kWidth]) {
+#pragma unroll
+  for (int k = 0; k < kWidth; ++k)
+    to[k] = widen(static_cast<const S*>(from)[at + k]);
+}
+
+template <typename A, int kWidth>
+__device__ void read(const Vector<const void*>& x, int64_t at, A (&to)[kWidth]) {
   switch (x.type) {
     case ScalarType::Double:
-      return static_cast<const double*>(x.data)[i];
+      return read_as<double>(x.data, at, to);
     case ScalarType::BFloat16:
-      return widen(static_cast<const __nv_bfloat16*>(x.data)[i]);
+      return read_as<__nv_bfloat16>(x.data, at, to);
     case ScalarType::Half:
-      return widen(static_cast<const __half*>(x.data)[i]);
+      return read_as<__half>(x.data, at, to);
     default:
-      return static_cast<const float*>(x.data)[i];
+      return read_as<float>(x.data, at, to);
   }
 }
 
@@ -124,14 +144,19 @@ __device__ void write(const Vector<void*>& x, int64_t i, A value) {
 // exp(x), of 16-bit numbers in two instructions, which is more precise than they are.
 template <bool kFast, typename A>
 __device__ A exp_of(A x) {
-  if constexpr (kFast)
-    return __expf(x);
-  else
+  if constexpr (kFast) {
+    float result;
+    asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(result) : "f"(x * 1.44269504f));
+    return result;
+  } else {
     return exp(x);
+  }
 }
 
 __device__ float reciprocal(float x) {
-  return __fdividef(1.0f, x);
+  float result;
+  asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(result) : "f"(x));
+  return result;
 }
 __device__ double reciprocal(double x) {
   return 1 / x;
@@ -225,9 +250,9 @@ __device__ void add_warps(const A (&sum)[kWidth], const Vector<void*>& sums, int
 }
 
 template <typename T, int kWidth, Activation ACTIVATION, bool kGradient>
-__global__ void __launch_bounds__(kThreads, sizeof(T) > 4 ? 2 : kGradient ? 3 : 4) sweep(const __grid_constant__ Problem<T> problem) {
+__global__ void __launch_bounds__(kThreads, sizeof(T) > 4 ? 2 : kGradient ? 3 : 5) sweep(const __grid_constant__ Problem<T> problem) {
   using A = Wide<T>;
-  constexpr int kRows = kGradient ? 2 : 4; // that a warp has under way
+  constexpr int kRows = 2; // that a warp has under way
   constexpr int kColumns = kWarp * kWidth; // of a block
   const int64_t width = problem.width;
   const int run = blockIdx.x / problem.blocks, group = run / problem.runs;
@@ -239,34 +264,35 @@ __global__ void __launch_bounds__(kThreads, sizeof(T) > 4 ? 2 : kGradient ? 3 : 
 
   A bias[kWidth] = {}, gate[kWidth], bias_sum[kWidth] = {}, gate_sum[kWidth] = {};
 #pragma unroll
-  for (int k = 0; k < kWidth; ++k) {
-    if (inside && problem.bias.data)
-      bias[k] = read<A>(problem.bias, column + k);
-    gate[k] = inside && problem.gate.data ? read<A>(problem.gate, group * width + column + k) : A(1);
-  }
+  for (int k = 0; k < kWidth; ++k)
+    gate[k] = 1;
+  if (inside && problem.bias.data)
+    read(problem.bias, column, bias);
+  if (inside && problem.gate.data)
+    read(problem.gate, group * width + column, gate);
 
-  const int64_t begin = (group * problem.group_rows + first_row) * width + column;
-  for (int first = threadIdx.x / kWarp; inside && first < rows; first += kWarps * kRows) {
+  int row = threadIdx.x / kWarp;
+  int64_t at = (group * problem.group_rows + first_row + row) * width + column;
+  const int64_t step = kWarps * width;
+  for (; inside && row < rows; row += kWarps * kRows, at += kRows * step) {
     Pack<T, kWidth> h[kRows], upstream[kRows];
 #pragma unroll
     for (int r = 0; r < kRows; ++r) {
-      const int64_t at = begin + (first + r * kWarps) * width;
-      if (first + r * kWarps < rows) {
-        h[r] = *reinterpret_cast<const Pack<T, kWidth>*>(problem.h + at);
+      if (row + r * kWarps < rows) {
+        h[r] = *reinterpret_cast<const Pack<T, kWidth>*>(problem.h + at + r * step);
         if constexpr (kGradient)
-          upstream[r] = *reinterpret_cast<const Pack<T, kWidth>*>(problem.upstream + at);
+          upstream[r] = *reinterpret_cast<const Pack<T, kWidth>*>(problem.upstream + at + r * step);
       }
     }
 #pragma unroll
     for (int r = 0; r < kRows; ++r) {
-      const int64_t at = begin + (first + r * kWarps) * width;
-      if (first + r * kWarps < rows) {
+      if (row + r * kWarps < rows) {
         A out[kWidth];
 #pragma unroll
         for (int k = 0; k < kWidth; ++k) {
-          const Point<A> at_z = activate<ACTIVATION, sizeof(T) == 2>(widen(h[r].values[k]) + bias[k]);
+          const Point<A> at_z = activate<ACTIVATION, sizeof(T) == 2>(h[r][k] + bias[k]);
           if constexpr (kGradient) {
-            const A up = widen(upstream[r].values[k]);
+            const A up = upstream[r][k];
             out[k] = up * gate[k] * at_z.slope;
             bias_sum[k] += out[k];
             gate_sum[k] += up * at_z.value;
@@ -274,7 +300,7 @@ __global__ void __launch_bounds__(kThreads, sizeof(T) > 4 ? 2 : kGradient ? 3 : 
             out[k] = at_z.value * gate[k];
           }
         }
-        *reinterpret_cast<Pack<T, kWidth>*>(problem.out + at) = narrow<T, kWidth>(out);
+        *reinterpret_cast<Pack<T, kWidth>*>(problem.out + at + r * step) = narrow<T, kWidth>(out);
       }
     }
   }

@@ -39,7 +39,7 @@ using Wide = std::conditional_t<std::is_same_v<T, double> || std::is_same_v<U, d
 
 // A block takes pieces of rows; in a row's stead, all rows that share one upstream gradient.
 template <typename T, typename U>
-__global__ void __launch_bounds__(kThreads) scale_pieces(
+__global__ void __launch_bounds__(kThreads, 1) scale_pieces(
     const T* grad, const U* upstream, T* out, int64_t pieces, int64_t pieces_of_row, int64_t length, int64_t stride) {
   using W = Wide<T, U>;
   for (int64_t piece = blockIdx.x; piece < pieces; piece += gridDim.x) {
@@ -53,7 +53,7 @@ __global__ void __launch_bounds__(kThreads) scale_pieces(
     const int packs = reinterpret_cast<uintptr_t>(out + begin + before) % 16 == 0 ? (size - before) / Pack<T>::kSize : 0;
     const auto* from = reinterpret_cast<const Pack<T>*>(grad + begin + before);
     auto* to = reinterpret_cast<Pack<T>*>(out + begin + before);
-#pragma unroll 4
+#pragma unroll 2
     for (int i = threadIdx.x; i < packs; i += kThreads) {
       Pack<T> pack = from[i];
 #pragma unroll

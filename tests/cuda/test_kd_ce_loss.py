@@ -204,13 +204,14 @@ def test_unusual_logits(classes: int, divergence: str, student_logit: float, tea
         inputs = student.to(dtype), teacher.to(dtype), labels
         ours = op(*inputs, *chosen, True, True)
         exact = oracle.with_gradients(*(x.double() for x in inputs[:2]), labels, *chosen)
-        torch.testing.assert_close(ours[0].double(), exact[0], rtol=1e-5, atol=1e-5, equal_nan=True)
+        gap = max((abs(x) for x in (student_logit, teacher_logit) if 10 < abs(x) <= 1e4), default=10)
+        torch.testing.assert_close(ours[0].double(), exact[0], rtol=1e-5, atol=1e-6 * gap, equal_nan=True)
         for value, answer in zip(ours[1:], exact[1:], strict=True):
             for row in range(3):
                 known = answer[row].isfinite() if exact[0][row].isinf() else slice(None)  # no gradient of infinity
                 torch.testing.assert_close(
-                    value[row, known].double(), answer[row, known], rtol=4 * torch.finfo(dtype).eps, atol=1e-5,
-                    equal_nan=True,
+                    value[row, known].double(), answer[row, known], rtol=4 * torch.finfo(dtype).eps,
+                    atol=1e-6 * gap, equal_nan=True,
                 )  # fmt: skip
 
 
