@@ -10,6 +10,7 @@ from typing import Any
 import transformers
 from torch import nn
 
+from fastdistill.models.fit import check_fit
 from fastdistill.models.loading import from_pretrained, is_reshaped
 from fastdistill.objectives.base import ATTENTION_MASK, Objective
 from fastdistill.objectives.logits import MSE, LogitsKD
@@ -120,12 +121,17 @@ def load_teacher(argument: str, teacher: TeacherModel, student: nn.Module) -> nn
     if is_reshaped(transformers.AutoConfig.from_pretrained(teacher, trust_remote_code=False)):
         return from_pretrained(teacher)
     model, loading = auto.from_pretrained(
-        teacher, use_safetensors=True, trust_remote_code=False, output_loading_info=True
+        teacher,
+        ignore_mismatched_sizes=True,  # `check_fit` says which do not fit
+        use_safetensors=True,
+        trust_remote_code=False,
+        output_loading_info=True,
     )
     if missing := sorted(loading["missing_keys"]):
         raise ValueError(
             f"{argument} {str(teacher)!r} has no weights for {', '.join(missing)}; expected a model trained for {head}"
         )
+    check_fit(f"{argument} {str(teacher)!r}", model, loading)
     return model  # type: ignore[no-any-return]
 
 
