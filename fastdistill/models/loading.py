@@ -127,10 +127,20 @@ def pretrained(name_or_path: str) -> str:
 
 
 def load_tokenizer(name_or_path: str) -> PreTrainedTokenizerBase:
-    """The tokenizer of a model, by folder, hub name or a name in `PACKAGED`."""
+    """The tokenizer of a model, by folder, hub name or a name in `PACKAGED`.
+
+    Raises ValueError where its files are not there: transformers would make one that knows no word.
+    """
     from transformers import AutoTokenizer
 
-    return AutoTokenizer.from_pretrained(pretrained(name_or_path), trust_remote_code=False)
+    source = pretrained(name_or_path)
+    tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(source, trust_remote_code=False)
+    if tokenizer.get_vocab().keys() <= set(tokenizer.all_special_tokens):
+        raise ValueError(
+            f"{source} has no tokenizer that knows a word; expected the files that it was saved in, such as "
+            "tokenizer.json or vocab.txt, beside the weights"
+        )
+    return tokenizer
 
 
 def load_classifier(name_or_path: str, task: Task, *, seed: int = 0) -> PreTrainedModel:
