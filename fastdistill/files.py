@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
@@ -11,6 +12,11 @@ from pathlib import Path
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
+
+from fastdistill.digest import digest, tensor_pieces
+
+DIGEST = "sha256"
+"""Of all else that a safetensors file holds; among its metadata."""
 
 
 @contextmanager
@@ -46,10 +52,10 @@ def digests(folder: Path, names: Iterable[str]) -> dict[str, str]:
 
 def damage(folder: Path, expected: Mapping[str, str]) -> str:
     """What is wrong with files of which `digests` told this before; nothing if they are as they were."""
-    for name, digest in expected.items():
+    for name, sha256 in expected.items():
         if not (folder / name).is_file():
             return f"{name} is missing"
-        if _sha256(folder / name) != digest:
+        if _sha256(folder / name) != sha256:
             return f"{name} is not as it was written"
     return ""
 
@@ -60,14 +66,24 @@ def _sha256(path: Path) -> str:
 
 
 def save_tensors(tensors: dict[str, Tensor], path: Path, metadata: dict[str, str]) -> None:
+    """A safetensors file, with a digest of all that it holds."""
     with replacing(path) as temporary:
-        save_file(tensors, temporary, metadata=metadata)
+        save_file(tensors, temporary, metadata=metadata | {DIGEST: _digest(tensors, metadata)})
 
 
 def load_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """A safetensors file's tensors and metadata; ValueError if it is damaged, OSError if there is none."""
+    """The tensors and metadata that `save_tensors` wrote; ValueError if they are not as they were, OSError if there is
+    no such file."""
     try:
         with safe_open(path, framework="pt") as file:
-            return {name: file.get_tensor(name) for name in file.keys()}, dict(file.metadata() or {})  # noqa: SIM118
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+            metadata = dict(file.metadata() or {})
     except SafetensorError as error:
         raise ValueError(f"{path} is no safetensors file, or damaged: {error}") from None
+    if metadata.pop(DIGEST, None) != _digest(tensors, metadata):
+        raise ValueError(f"{path} is damaged, or of another program: it has not the digest of what it holds")
+    return tensors, metadata
+
+
+def _digest(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> str:
+    return digest([json.dumps(metadata, sort_keys=True), *tensor_pieces(tensors)])

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import shutil
 from collections.abc import Callable, Mapping, Sequence
@@ -10,12 +9,14 @@ from pathlib import Path
 from typing import Any
 
 from accelerate import PartialState  # type: ignore[import-untyped]
+from rich.console import Console
 from transformers import PreTrainedModel
 
 from fastdistill.digest import digest
-from fastdistill.files import damage, digests
+from fastdistill.files import damage, digests, load_tensors
 from fastdistill.models.loading import from_pretrained
 from fastdistill.recipes.report import write_json
+from fastdistill.training.checkpoints import last_whole
 
 MARKER = "stage.json"
 
@@ -49,6 +50,7 @@ class Folder:
                     self.path.rename(self.removed)
                     shutil.rmtree(self.removed)
                 self.path.mkdir(exist_ok=True)
+                self._remove_damaged()
                 self._write({"came_from": came_from})
         PartialState().wait_for_everyone()
         return found
@@ -104,6 +106,16 @@ class Folder:
         for unfinished in (*self.path.glob(f"{UNFINISHED}*"), *self.path.glob(f".{UNFINISHED}*")):
             unfinished.unlink()
 
+    def _remove_damaged(self) -> None:
+        """Work that is not as it was written: it begins anew."""
+        for unfinished in self.path.glob(f"{UNFINISHED}*"):
+            try:
+                load_tensors(unfinished)
+            except ValueError as error:
+                told = f"{self.path.name}: begun anew: {error}"
+                Console(stderr=True).print(told, highlight=False, soft_wrap=True)
+                unfinished.unlink()
+
     def load(self) -> PreTrainedModel:
         """The stage's model, always as the disk has it: later stages then start from the same in every run."""
         self._check(self.read())
@@ -113,12 +125,8 @@ class Folder:
             raise ValueError(f"{self.path} is damaged ({error}); remove it to do the stage again") from error
 
     def last_checkpoint(self) -> str | None:
-        """The latest checkpoint that was written to its end; Trainer writes trainer_state.json last."""
-        for checkpoint in sorted(self.path.glob("checkpoint-*"), key=lambda path: -int(path.name.rpartition("-")[2])):
-            with contextlib.suppress(FileNotFoundError, ValueError):
-                json.loads((checkpoint / "trainer_state.json").read_text())
-                return str(checkpoint)
-        return None
+        """The latest checkpoint that is as it was written."""
+        return last_whole(self.path)
 
 
 def _digest(found: Mapping[str, Any]) -> str:

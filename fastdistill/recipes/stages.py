@@ -388,7 +388,7 @@ class Stages:
             logging_steps=0.05,
             save_strategy="steps" if self.checkpoints else "no",
             save_steps=1 / (self.checkpoints + 1),
-            save_total_limit=1,
+            save_total_limit=2,  # the one before, should the last be damaged
             dataloader_pin_memory=torch.cuda.is_available(),
             report_to="tensorboard" if self.tensorboard else "none",
             log_level="error",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,6 +17,7 @@ from torch import Tensor, nn
 from torch.utils.data import BatchSampler, DataLoader, RandomSampler, Sampler, SequentialSampler
 from transformers import Trainer, TrainingArguments
 from transformers.modeling_outputs import SequenceClassifierOutput
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from fastdistill.models.architectures import ARCHITECTURES, encoder_layers
 from fastdistill.models.sharing import CONFIG_KEY
@@ -23,6 +25,7 @@ from fastdistill.objectives.base import LossFunction, Objective, as_objective
 from fastdistill.objectives.logits import TaskLoss
 from fastdistill.processes import settle_at_exit
 from fastdistill.teachers.outputs import LOGITS, TeacherOutputs, stored_outputs
+from fastdistill.training.checkpoints import checkpoints, fault, is_sealed, last_whole, seal
 from fastdistill.training.checks import (
     TEACHER,
     TeacherModel,
@@ -198,6 +201,30 @@ class DistillationTrainer(Trainer):
                 raise ValueError(f"{missing}; expected one of them")
             outputs[name] = TeacherOutputs(model, features, stored=stored, autocast=self.accelerator.autocast)
         return outputs if self.objective.teachers else outputs[TEACHER]
+
+    # Checkpoints, which count when they are whole
+
+    def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
+        """As Trainer's. Of the checkpoints, True takes the latest that is as it was written; a line tells of each that
+        is not. Raises ValueError for a damaged one that is named, and where all are."""
+        if resume_from_checkpoint is True and any(map(is_sealed, checkpoints(Path(self.args.output_dir)))):
+            resume_from_checkpoint = last_whole(Path(self.args.output_dir))
+            if resume_from_checkpoint is None:
+                raise ValueError(f"all checkpoints in {self.args.output_dir} are damaged; expected one that is whole")
+        elif isinstance(resume_from_checkpoint, str) and is_sealed(Path(resume_from_checkpoint)):
+            if wrong := fault(Path(resume_from_checkpoint)):
+                raise ValueError(f"resume_from_checkpoint is {resume_from_checkpoint}, which is damaged: {wrong}")
+        return super().train(resume_from_checkpoint, *args, **kwargs)
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        checkpoint = Path(self._get_output_dir(trial=trial)) / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
+        if self.args.should_save:  # what is left of one that was cut off or damaged would be taken for this one's
+            shutil.rmtree(checkpoint, ignore_errors=True)
+        self.accelerator.wait_for_everyone()
+        super()._save_checkpoint(model, trial)
+        self.accelerator.wait_for_everyone()
+        if self.args.should_save:
+            seal(checkpoint)
 
     # What the objective learns: beside the student, since it is no part of it
 

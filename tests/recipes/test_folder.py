@@ -7,7 +7,9 @@ from typing import Any
 import pytest
 import torch
 
-from fastdistill.recipes.folder import Folder
+from fastdistill.files import load_tensors, save_tensors
+from fastdistill.recipes.folder import UNFINISHED, Folder
+from fastdistill.training.checkpoints import seal
 from tests import tiny
 
 CAME_FROM = {"seed": 0, "versions": {"torch": "2"}}
@@ -78,3 +80,32 @@ def test_what_is_damaged_and_of_another_run_is_removed(tmp_path: Path) -> None:
     flip(tmp_path / "stage" / "model.safetensors")
     assert folder.open({**CAME_FROM, "seed": 1}) == {"changed": ["seed"]}
     assert not (tmp_path / "stage" / "model.safetensors").exists()
+
+
+def test_unfinished_work_that_is_damaged_begins_anew(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A flipped byte, too, which safetensors does not notice."""
+    folder, unfinished = Folder(tmp_path), tmp_path / UNFINISHED
+    folder.open(CAME_FROM)
+    save_tensors({"totals": torch.ones(9)}, unfinished, {"done": "64"})
+    folder.open(CAME_FROM)
+    assert load_tensors(unfinished)[1] == {"done": "64"}
+    flip(unfinished)
+    folder.open(CAME_FROM)
+    assert not unfinished.exists()
+    said = capsys.readouterr().err
+    assert said.startswith(f"{tmp_path.name}: begun anew: {unfinished} is damaged")
+    assert said.count("\n") == 1
+
+
+def test_a_checkpoint_that_is_damaged_is_none(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder, checkpoints = Folder(tmp_path), [tmp_path / f"checkpoint-{step}" for step in (2, 10)]
+    for checkpoint in checkpoints:
+        checkpoint.mkdir()
+        (checkpoint / "optimizer.pt").write_bytes(bytes(9))
+        assert folder.last_checkpoint() == (str(checkpoints[0]) if checkpoint is checkpoints[1] else None)
+        seal(checkpoint)
+        assert folder.last_checkpoint() == str(checkpoint)
+    for checkpoint in reversed(checkpoints):
+        flip(checkpoint / "optimizer.pt")
+    assert folder.last_checkpoint() is None
+    assert capsys.readouterr().err.count("is damaged (optimizer.pt is not as it was written)") == 2
