@@ -51,8 +51,11 @@ def _run(options: argparse.Namespace) -> int:
 
     transformers.logging.set_verbosity_error()  # type: ignore[no-untyped-call]
     transformers.logging.disable_progress_bar()  # type: ignore[no-untyped-call] # of loading weights only
+    from fastdistill.recipes.output import claimed
+
     try:
-        importlib.import_module(f"fastdistill.recipes.{options.command}").run(options)
+        with claimed(options.output, options.command, overwrite=options.overwrite):
+            importlib.import_module(f"fastdistill.recipes.{options.command}").run(options)
     except (ValueError, OSError, ImportError) as error:  # what was asked cannot be: say it in a line
         if options.traceback:
             raise

@@ -105,6 +105,7 @@ def add_run(parser: argparse.ArgumentParser, *, needs_layers: bool = True, of_te
         metavar="DIR",
         help="where models and results.json go; the same command with the same DIR goes on where it was interrupted",
     )
+    add("--overwrite", action="store_true", help="write over results.json of another recipe or program")
     add("--max-train-examples", type=integer(1), metavar="N", help="train on a random N (default: all)")
     add("--max-eval-examples", type=integer(1), metavar="N", help="evaluate on a random N (default: all)")
     add("--max-length", type=integer(3), metavar="N", help="tokens that an example is cut to (default: the task's)")
