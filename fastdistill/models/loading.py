@@ -11,7 +11,7 @@ import torch
 from safetensors import SafetensorError
 
 from fastdistill.models.architectures import Block, blocks
-from fastdistill.models.fit import check_fit
+from fastdistill.models.fit import check_finite, check_fit
 from fastdistill.models.pruning import CONFIG_KEY, narrow
 from fastdistill.models.sharing import CONFIG_KEY as SHARED_KEY
 from fastdistill.models.sharing import check_shared, check_tied, declare_shared
@@ -149,7 +149,8 @@ def load_classifier(name_or_path: str, task: Task, *, seed: int = 0) -> PreTrain
     A model that is none gets a new head, drawn from `seed`; so does one with another number of labels; a line says so.
     Where the number is the task's the head stays as it is: whether it is of that task, `describe_head` says.
     Raises OSError where there is no such model, and ValueError where its weights and config do not go together
-    otherwise, and for a pruned model, or one with shared layers, that has another head.
+    otherwise, for weights that are NaN or infinite, and for a pruned model, or one with shared layers, that has another
+    head.
     """
     from transformers import AutoConfig, AutoModelForSequenceClassification
 
@@ -163,7 +164,9 @@ def load_classifier(name_or_path: str, task: Task, *, seed: int = 0) -> PreTrain
     if is_reshaped(AutoConfig.from_pretrained(source, trust_remote_code=False)):
         if not has_head:
             raise ValueError(f"{source} is pruned or has shared layers, and its head is not of {task.name}")
-        return from_pretrained(source, **answers)
+        model = from_pretrained(source, **answers)
+        check_finite(source, model)
+        return model
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model, loading = AutoModelForSequenceClassification.from_pretrained(
@@ -174,6 +177,7 @@ def load_classifier(name_or_path: str, task: Task, *, seed: int = 0) -> PreTrain
             trust_remote_code=False,
             output_loading_info=True,
         )
+    check_finite(source, model)
     if (drawn := check_fit(source, model, loading, may_lack_head=not has_head)) and rank_and_number()[0] == 0:
         print(f"{source} has no weights of these sizes for {', '.join(drawn)}, which are drawn anew")
     return model  # type: ignore[no-any-return]

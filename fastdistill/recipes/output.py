@@ -32,7 +32,8 @@ def claimed(output: Path, recipe: str, *, overwrite: bool = False) -> Iterator[N
     """
     processes = join()
     with ExitStack() as held:
-        [refusal] = broadcast_object_list([_claim(output, recipe, overwrite, held) if processes.is_main_process else ""])
+        refusal = _claim(output, recipe, overwrite, held) if processes.is_main_process else ""
+        [refusal] = broadcast_object_list([refusal])
         if refusal:
             raise ValueError(refusal)
         yield

@@ -14,7 +14,8 @@ from fastdistill.recipes.report import write_json
 def test_two_runs_cannot_have_one_folder(tmp_path: Path) -> None:
     with claimed(tmp_path / "run", "kd"):
         who = rf"\(pid {os.getpid()} on {socket.gethostname()}, since 20\S+ \S+\)"
-        with pytest.raises(ValueError, match=rf"another run uses {tmp_path}/run {who}"), claimed(tmp_path / "run", "kd"):
+        in_use = rf"another run uses {tmp_path}/run {who}"
+        with pytest.raises(ValueError, match=in_use), claimed(tmp_path / "run", "kd"):
             pass
         with claimed(tmp_path / "other", "kd"):
             pass
