@@ -363,8 +363,10 @@ def _logits(dataset: Dataset, name: str, student: PreTrainedModel) -> Tensor:
     logits = torch.from_numpy(np.stack(dataset.with_format("numpy")[column][:])).float()
     if logits.shape[1:] != (classes,):
         raise ValueError(f"dataset has {column!r} of shape {list(logits.shape)}; expected [N, {classes}], as student's")
-    if not logits.isfinite().all():
-        raise ValueError(f"dataset has NaN or infinity in {column!r}; expected finite numbers")
+    if (odd := ~logits.isfinite().all(1)).any():
+        raise ValueError(
+            f"dataset has NaN or infinity in {column!r}, row {int(odd.nonzero()[0])}; expected finite numbers"
+        )
     return logits
 
 

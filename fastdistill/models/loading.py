@@ -11,9 +11,11 @@ import torch
 from safetensors import SafetensorError
 
 from fastdistill.models.architectures import Block, blocks
+from fastdistill.models.fit import check_finite, check_fit
 from fastdistill.models.pruning import CONFIG_KEY, narrow
 from fastdistill.models.sharing import CONFIG_KEY as SHARED_KEY
 from fastdistill.models.sharing import check_shared, check_tied, declare_shared
+from fastdistill.processes import rank_and_number
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -58,12 +60,7 @@ def from_pretrained(folder: str | Path, **options: Any) -> PreTrainedModel:
         )
     except (RuntimeError, SafetensorError) as error:
         raise ValueError(f"{folder} is damaged, or its weights and config do not go together: {error}") from error
-    for what in ("missing_keys", "unexpected_keys"):
-        if loading[what]:
-            names = ", ".join(sorted(loading[what])[:3])
-            raise ValueError(
-                f"{folder} has weights and a config that do not go together: {what.replace('_', ' ')} {names}"
-            )
+    check_fit(folder, model, loading)
     if getattr(config, SHARED_KEY, None) is not None:
         check_tied(Path(folder), model)
     model.__class__ = kind
@@ -130,19 +127,30 @@ def pretrained(name_or_path: str) -> str:
 
 
 def load_tokenizer(name_or_path: str) -> PreTrainedTokenizerBase:
-    """The tokenizer of a model, by folder, hub name or a name in `PACKAGED`."""
+    """The tokenizer of a model, by folder, hub name or a name in `PACKAGED`.
+
+    Raises ValueError where its files are not there: transformers would make one that knows no word.
+    """
     from transformers import AutoTokenizer
 
-    return AutoTokenizer.from_pretrained(pretrained(name_or_path), trust_remote_code=False)
+    source = pretrained(name_or_path)
+    tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(source, trust_remote_code=False)
+    if tokenizer.get_vocab().keys() <= set(tokenizer.all_special_tokens):
+        raise ValueError(
+            f"{source} has no tokenizer that knows a word; expected the files that it was saved in, such as "
+            "tokenizer.json or vocab.txt, beside the weights"
+        )
+    return tokenizer
 
 
 def load_classifier(name_or_path: str, task: Task, *, seed: int = 0) -> PreTrainedModel:
     """A sequence classifier (safetensors) that answers in the task's labels.
 
-    A model that is none gets a new head, drawn from `seed`; so does one with another number of labels. Where
-    the number is the task's the head stays as it is: whether it is of that task, `describe_head` says.
-    Raises OSError where there is no such model, and ValueError for a pruned model, or one with shared layers, that has
-    another head.
+    A model that is none gets a new head, drawn from `seed`; so does one with another number of labels; a line says so.
+    Where the number is the task's the head stays as it is: whether it is of that task, `describe_head` says.
+    Raises OSError where there is no such model, and ValueError where its weights and config do not go together
+    otherwise, for weights that are NaN or infinite, and for a pruned model, or one with shared layers, that has another
+    head.
     """
     from transformers import AutoConfig, AutoModelForSequenceClassification
 
@@ -152,19 +160,26 @@ def load_classifier(name_or_path: str, task: Task, *, seed: int = 0) -> PreTrain
         "label2id": {name: label for label, name in enumerate(names)},
         "problem_type": "regression" if task.is_regression else "single_label_classification",
     }
+    has_head = describe_head(name_or_path, task) in ("task", "unnamed")
     if is_reshaped(AutoConfig.from_pretrained(source, trust_remote_code=False)):
-        if describe_head(name_or_path, task) not in ("task", "unnamed"):
+        if not has_head:
             raise ValueError(f"{source} is pruned or has shared layers, and its head is not of {task.name}")
-        return from_pretrained(source, **answers)
+        model = from_pretrained(source, **answers)
+        check_finite(source, model)
+        return model
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        model = AutoModelForSequenceClassification.from_pretrained(
+        model, loading = AutoModelForSequenceClassification.from_pretrained(
             source,
             **answers,
-            ignore_mismatched_sizes=True,
+            ignore_mismatched_sizes=True,  # of heads: `check_fit` sees to the rest
             use_safetensors=True,
             trust_remote_code=False,
+            output_loading_info=True,
         )
+    check_finite(source, model)
+    if (drawn := check_fit(source, model, loading, may_lack_head=not has_head)) and rank_and_number()[0] == 0:
+        print(f"{source} has no weights of these sizes for {', '.join(drawn)}, which are drawn anew")
     return model  # type: ignore[no-any-return]
 
 

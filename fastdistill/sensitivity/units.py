@@ -16,6 +16,7 @@ from transformers.modeling_outputs import SequenceClassifierOutput
 from fastdistill.digest import digest, model_digest, tensor_pieces
 from fastdistill.files import load_tensors, save_tensors
 from fastdistill.models.first_token import first_token_only
+from fastdistill.models.fit import check_finite
 from fastdistill.models.gates import Gates, gate
 from fastdistill.models.scores import Scores, mix
 from fastdistill.objectives.base import ATTENTION_MASK, LossFunction, Objective, as_objective
@@ -122,6 +123,7 @@ def score(
     count = int(counted)
     if not count:
         raise ValueError("loader gave no labelled example; expected at least one")
+    check_totals(totals, teacher, student)
     found = [_split(row / count, sizes) for row in totals.float()]
     return Sensitivities(found[0], found[1] if student is not None else None)
 
@@ -229,6 +231,16 @@ def split_batch(
     if student is not None and objective.needs.hidden_states:
         features["output_hidden_states"] = True
     return features, {name: batch[name] for name in objective.needs.columns}, batch["labels"], labelled
+
+
+def check_totals(totals: Tensor, teacher: PreTrainedModel, student: PreTrainedModel | None) -> None:
+    """Raises ValueError, for the model that it is of, where what was found is NaN or infinite."""
+    if totals.isfinite().all():
+        return
+    check_finite("teacher", teacher)
+    if student is not None:
+        check_finite("student", student)
+    raise ValueError("teacher's sensitivities are NaN or infinite; expected models and an objective that give numbers")
 
 
 def _split(values: Tensor, sizes: list[int]) -> Scores:

@@ -21,7 +21,7 @@ from fastdistill.objectives.base import LossFunction, Objective
 from fastdistill.objectives.logits import TaskLoss
 from fastdistill.ops import accumulate_sensitivity_
 from fastdistill.processes import sum_over_processes
-from fastdistill.sensitivity.units import evaluating, objective_of, split_batch
+from fastdistill.sensitivity.units import check_totals, evaluating, objective_of, split_batch
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -104,6 +104,7 @@ def score_weights(
     sum_over_processes(*(total for group in totals for total in group), batches)
     if not batches.item():
         raise ValueError("loader gave no labelled example; expected at least one")
+    check_totals(torch.stack([total.sum() for group in totals for total in group]), teacher, student)
     found = [WeightScores({n: t / batches for n, t in zip(named, group, strict=True)}) for group in totals]
     return WeightSensitivities(found[0], found[1] if student is not None else None)
 

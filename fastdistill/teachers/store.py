@@ -85,8 +85,8 @@ def store(
         bf16: run it under bfloat16 autocast.
 
     More than 1 MB is announced on stderr before it is written. Raises TypeError or ValueError for wrong arguments,
-    for columns that the dataset has already, for a model whose logits are not ``[B, C]``, and for one within
-    `fastdistill.gate`.
+    for columns that the dataset has already, for a model whose logits are not ``[B, C]`` or no numbers, and for one
+    within `fastdistill.gate`.
     """
     check_dataset(dataset, name)
     columns = teacher_columns(
@@ -145,7 +145,7 @@ class _Part:
     stored: Dataset
 
     def __init__(self, path: Path, key: str, rows: Dataset, start: int) -> None:
-        self.rows = rows
+        self.rows, self.start = rows, start
         self.fingerprint = f"{key}-{start}"
         self.file = path.with_name(f"{path.stem}-{self.fingerprint}.arrow")
 
@@ -237,7 +237,7 @@ class _Teacher:
             return
         with self._running(), _progress(self.name, sum(len(part.rows) for part in parts)) as advance:
             for part in parts:
-                part.write(self._table(part.rows[:], advance))
+                part.write(self._table(part, advance))
 
     @contextmanager
     def _running(self) -> Iterator[None]:
@@ -256,8 +256,9 @@ class _Teacher:
             if home != self.device:
                 self.model.to(home)  # type: ignore[arg-type]
 
-    def _table(self, columns: Mapping[str, list[Any]], advance: Callable[[int], object]) -> pa.Table:
+    def _table(self, part: _Part, advance: Callable[[int], object]) -> pa.Table:
         """What is stored of these rows, in their order; they run the longest first, so that memory is found early."""
+        columns = part.rows[:]
         lengths = [length_hint(value) for value in columns[self.model.main_input_name]]  # 0 of an image
         order = sorted(range(len(lengths)), key=lengths.__getitem__, reverse=True)
         found = []
@@ -266,7 +267,14 @@ class _Teacher:
             found.append(self._outputs(columns, batch))
             advance(len(batch))
         back = torch.tensor(order).argsort()
-        return pa.table({name: _array(torch.cat([f[name] for f in found]).cpu()[back]) for name in found[0]})
+        said = {name: torch.cat([f[name] for f in found]).cpu()[back] for name in found[0]}
+        for values in said.values():
+            if (odd := (values.isnan() | values.isposinf()).flatten(1).any(1)).any():
+                raise ValueError(
+                    f"{self.name} ({type(self.model).__name__}) says NaN or infinity to row "
+                    f"{part.start + int(odd.nonzero()[0])} of dataset; expected numbers"
+                )
+        return pa.table({name: _array(values) for name, values in said.items()})
 
     def _outputs(self, columns: Mapping[str, list[Any]], rows: Sequence[int]) -> dict[str, Tensor]:
         """What is stored of some rows, on the model's device: nothing waits for it batch by batch."""

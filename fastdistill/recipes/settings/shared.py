@@ -35,6 +35,7 @@ class RunSettings(Settings):
         metavar="DIR",
         help="where models and results.json go; the same command with the same DIR goes on where it was interrupted",
     )
+    overwrite: bool = flag("write over results.json of another recipe or program")
     max_train_examples: int | None = option(
         None, kind=Integer(1), metavar="N", help="train on a random N (default: all)"
     )
