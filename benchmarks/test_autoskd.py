@@ -51,10 +51,10 @@ def trained() -> dict[int, Path]:
     output = Path(tempfile.mkdtemp())
     train = Stages.train
 
-    def only_the_team(self: Any, name: str, *args: Any, **options: Any) -> Any:
-        if name != "teacher" and not name.startswith("team-"):
+    def only_the_team(self: Any, training: Any) -> Any:
+        if training.name != "teacher" and not training.name.startswith("team-"):
             raise KeyboardInterrupt
-        return train(self, name, *args, **options)
+        return train(self, training)
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Stages, "train", only_the_team)

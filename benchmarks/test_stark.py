@@ -45,10 +45,10 @@ def fine_tuned() -> Path:
     output = Path(tempfile.mkdtemp())
     train = Stages.train
 
-    def only_the_teacher(self: Any, name: str, *args: Any, **options: Any) -> Any:
-        if name != "teacher":
+    def only_the_teacher(self: Any, training: Any) -> Any:
+        if training.name != "teacher":
             raise KeyboardInterrupt
-        return train(self, name, *args, **options)
+        return train(self, training)
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Stages, "train", only_the_teacher)

@@ -168,7 +168,7 @@ def renormalize(theta: Tensor) -> Tensor:
 def select_teachers(theta: Tensor, drop: int) -> Tensor:
     """Teacher selection (equation 8): the `drop` smallest become 0, the others are divided by their sum.
 
-    Of equals the first are dropped. Raises ValueError unless 0 <= drop < n."""
+    Of equally likely ones the first are dropped. Raises ValueError unless 0 <= drop < n."""
     if isinstance(drop, bool) or not isinstance(drop, int) or not 0 <= drop < len(theta):
         raise ValueError(f"drop is {drop!r}; expected from 0 to {len(theta) - 1}, one less than the teachers")
     kept = theta.clone()

@@ -39,7 +39,7 @@ def from_folder(folder: Path) -> tuple[Task, dict[str, Dataset]]:
         raise ImportError("images are read by Pillow, which an extra brings: pip install 'fastdistill[images]'")
     classes = _classes(folder / "train")
     if len(classes) < 2:
-        raise ValueError(f"{folder / 'train'} has {len(classes)} folders; there must be two classes or more")
+        raise ValueError(f"{folder / 'train'} has {len(classes)} folders; expected two classes or more")
     features = datasets.Features({"image": datasets.Image(), "label": datasets.Value("int64")})
     splits = {}
     for split, names in SPLIT_FOLDERS.items():

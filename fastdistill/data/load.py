@@ -72,9 +72,9 @@ def load_task(
     sizes = {"max_train_examples": max_train_examples, "max_eval_examples": max_eval_examples}
     for argument, size in sizes.items():
         if size is not None and _integer(argument, size) < 1:
-            raise ValueError(f"{argument} must be at least 1 or None, not {size}")
+            raise ValueError(f"{argument} is {size}; expected at least 1 or None")
     if not 0 <= _integer("seed", seed) < 2**32:
-        raise ValueError(f"seed must be from 0 to 2**32 - 1, not {seed}")
+        raise ValueError(f"seed is {seed}; expected from 0 to 2**32 - 1")
 
     if isinstance(name_or_path, str) and name_or_path in TASKS:
         task = TASKS[name_or_path]
@@ -107,12 +107,12 @@ def tokenize(
         has = f"it has {dataset.column_names}"
         raise ValueError(f"dataset lacks the columns {sorted(missing)} of task {task.name!r}; {has}")
     if len(dataset) == 0:
-        raise ValueError("dataset must have at least one row")
+        raise ValueError("dataset has no rows; expected one or more")
     limit = tokenizer.model_max_length
     if max_length is None:
         max_length = min(task.max_length, limit)
     elif not 1 <= _integer("max_length", max_length) <= limit:
-        raise ValueError(f"max_length must be from 1 to the tokenizer's {limit}, not {max_length}")
+        raise ValueError(f"max_length is {max_length}; expected from 1 to the tokenizer's {limit}")
 
     def encode(batch: dict[str, list[Any]]) -> dict[str, list[Any]]:
         texts = (batch[column] for column in task.text_columns)
@@ -126,7 +126,7 @@ def tokenize(
 
 def _integer(argument: str, value: object) -> int:
     if not isinstance(value, int) or isinstance(value, bool):
-        raise TypeError(f"{argument} must be an integer, not {value!r}")
+        raise TypeError(f"{argument} is {value!r}; expected an integer")
     return value
 
 
@@ -262,12 +262,12 @@ def _infer_task(name: str, train: Rows) -> Task:
         return Task(name, columns, None, "spearman", 128)
     classes = sorted(set(train.labels))
     if len(classes) < 2:
-        raise ValueError(f"{train.file}: every label is {classes[0]!r}; there must be two classes or more")
+        raise ValueError(f"{train.file}: every label is {classes[0]!r}; expected two classes or more")
     if not text:
         for line, label in zip(train.lines, train.labels, strict=True):
             if label not in range(len(classes)):
-                rule = f"{len(classes)} classes must be numbered 0..{len(classes) - 1}"
-                raise RowError(train.file, line, "label", f"{label} is out of range: {rule}")
+                rule = f"{len(classes)} classes numbered 0..{len(classes) - 1}"
+                raise RowError(train.file, line, "label", f"{label} is out of range; expected {rule}")
     return Task(name, columns, tuple(map(str, classes)), "accuracy", 128)
 
 
@@ -279,7 +279,7 @@ def _coder(task: Task, text: bool) -> Callable[[Any], float]:
 
         def score(label: Any) -> float:
             if isinstance(label, str):
-                raise ValueError(f"must be a number, not {label!r}")
+                raise ValueError(f"is {label!r}; expected a number")
             if not low <= label <= high:
                 raise ValueError(f"{label} is out of range {low}..{high}")
             return float(label)

@@ -59,20 +59,20 @@ def _checked(task: Task, labels: Any, predictions: Any) -> tuple[_Array, _Array]
     """Labels and predicted classes or scores, both [N]."""
     labels = np.asarray(labels)
     if labels.ndim != 1 or len(labels) == 0:
-        raise ValueError(f"labels must have shape [N], N at least 1, not {list(labels.shape)}")
+        raise ValueError(f"labels has shape {list(labels.shape)}; expected [N], N at least 1")
     predictions = np.asarray(predictions[0] if isinstance(predictions, tuple) else predictions)
     rows = len(labels)
     shapes = [(rows,), (rows, 1)] if task.is_regression else [(rows, task.num_labels)]
     if predictions.shape not in shapes:
         wanted = " or ".join(str(list(shape)) for shape in shapes)
-        raise ValueError(f"predictions for {task.name!r} must have shape {wanted}, not {list(predictions.shape)}")
+        raise ValueError(f"predictions for {task.name!r} has shape {list(predictions.shape)}; expected {wanted}")
     if missing := int(np.isnan(predictions).sum()):
-        raise ValueError(f"predictions must be numbers; {missing} of {predictions.size} are NaN")
+        raise ValueError(f"predictions has {missing} NaN of {predictions.size}; expected numbers")
     if task.is_regression:
         if not np.isfinite(labels).all():
-            raise ValueError("labels must be finite")
+            raise ValueError("labels has NaN or infinity; expected finite numbers")
         return labels, predictions.reshape(rows)
     if labels.dtype.kind not in "iu" or labels.min() < 0 or labels.max() >= task.num_labels:
         found = f"{labels.dtype} from {labels.min()} to {labels.max()}"
-        raise ValueError(f"labels for {task.name!r} must be integers 0..{task.num_labels - 1}, not {found}")
+        raise ValueError(f"labels for {task.name!r} is {found}; expected integers 0..{task.num_labels - 1}")
     return labels, predictions.argmax(axis=1)

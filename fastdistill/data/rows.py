@@ -76,9 +76,9 @@ def read_rows(file: Path, text_columns: tuple[str, ...] | None) -> Rows:
 
 def _text(file: Path, line: int, column: str, value: object) -> str:
     if not isinstance(value, str):
-        raise RowError(file, line, column, f"must be a text, not {reprlib.repr(value)}")
+        raise RowError(file, line, column, f"is {reprlib.repr(value)}; expected a text")
     if not value or value.isspace():
-        raise RowError(file, line, column, f"must not be empty, as {reprlib.repr(value)} is")
+        raise RowError(file, line, column, f"is {reprlib.repr(value)}; expected a text that is not empty")
     try:
         value.encode()
     except UnicodeEncodeError as error:  # JSON can spell half a surrogate pair
@@ -88,11 +88,11 @@ def _text(file: Path, line: int, column: str, value: object) -> str:
 
 def _label(file: Path, line: int, value: object) -> _Label:
     if isinstance(value, bool) or not isinstance(value, int | float | str):
-        raise RowError(file, line, "label", f"must be a number or a text, not {reprlib.repr(value)}")
+        raise RowError(file, line, "label", f"is {reprlib.repr(value)}; expected a number or a text")
     if isinstance(value, str):
         return _text(file, line, "label", value)
     if isinstance(value, float) and not math.isfinite(value):
-        raise RowError(file, line, "label", f"must be finite, not {value}")
+        raise RowError(file, line, "label", f"is {value}; expected a finite number")
     return value
 
 
@@ -120,7 +120,7 @@ def _jsonl(file: Path) -> _Records:
         except (ValueError, RecursionError) as error:  # a number of too many digits; too deep a nesting
             raise RowError(file, line, 1, f"bad JSON: {error}") from error
         if not isinstance(record, dict):
-            raise RowError(file, line, 1, f"must be a JSON object, not {reprlib.repr(record)}")
+            raise RowError(file, line, 1, f"is {reprlib.repr(record)}; expected a JSON object")
         yield line, record
 
 

@@ -52,20 +52,20 @@ class Task:
 
     def __post_init__(self) -> None:
         if self.text_columns not in (_SINGLE, _PAIR, ()):
-            raise ValueError(f"text_columns must be {_SINGLE}, {_PAIR} or () for images, not {self.text_columns!r}")
+            raise ValueError(f"text_columns is {self.text_columns!r}; expected {_SINGLE}, {_PAIR} or () for images")
         if self.metric not in METRICS:
-            raise ValueError(f"metric must be one of {', '.join(METRICS)}, not {self.metric!r}")
+            raise ValueError(f"metric is {self.metric!r}; expected one of {', '.join(METRICS)}")
         if (self.metric == "spearman") != self.is_regression:
             raise ValueError(
                 f"metric {self.metric!r} does not fit label_names={self.label_names!r}: "
                 "'spearman' is for regression (None), the others are for classes"
             )
         if self.label_names is not None and len(set(self.label_names)) != len(self.label_names):
-            raise ValueError(f"label_names must differ from each other, not {self.label_names!r}")
+            raise ValueError(f"label_names is {self.label_names!r}; expected different ones")
         if self.label_names is not None and len(self.label_names) < 2:
-            raise ValueError(f"label_names must be two or more, or None for regression, not {self.label_names!r}")
+            raise ValueError(f"label_names is {self.label_names!r}; expected two or more, or None for regression")
         if self.max_length < 1:
-            raise ValueError(f"max_length must be at least 1, not {self.max_length!r}")
+            raise ValueError(f"max_length is {self.max_length!r}; expected at least 1")
 
     @property
     def is_of_images(self) -> bool:

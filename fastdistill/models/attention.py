@@ -1,10 +1,10 @@
-"""`gated_attention` as an attention implementation of transformers: ``attn_implementation="fastdistill"``."""
+"""`gated_attention` as an attention implementation of transformers: ``attn_implementation="fastdistill"``.
+
+It is registered when `fastdistill.models`, or anything of it, is imported.
+"""
 
 from __future__ import annotations
 
-import importlib.abc
-import importlib.util
-import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -12,6 +12,8 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from transformers import AttentionInterface, AttentionMaskInterface
+from transformers.masking_utils import bidirectional_mask_function, eager_mask, sdpa_mask
 
 from fastdistill.ops.gated_attention import gated_attention
 
@@ -68,46 +70,11 @@ def attention_forward(
 
 def create_mask(mask_function: Callable[..., Any], **options: Any) -> Tensor | None:
     """As transformers makes one for PyTorch's attention, but of one row where all queries attend to the same keys."""
-    from transformers.masking_utils import bidirectional_mask_function, eager_mask, sdpa_mask
-
     if mask_function is bidirectional_mask_function:
         options["q_length"] = 1
     adds_it = getattr(options.get("config"), "model_type", None) == "mpnet"  # whose attention is its own in any case
     return (eager_mask if adds_it else sdpa_mask)(mask_function=mask_function, **options)
 
 
-def _register() -> None:
-    from transformers import AttentionInterface, AttentionMaskInterface
-
-    AttentionInterface.register(IMPLEMENTATION, attention_forward)
-    AttentionMaskInterface.register(IMPLEMENTATION, create_mask)
-
-
-class _AfterImport(importlib.abc.MetaPathFinder):
-    """Registers when transformers' models are first imported: who needs none of them does not pay for that."""
-
-    module = "transformers.modeling_utils"
-
-    def find_spec(self, name: str, path: Any, target: Any = None) -> Any:
-        if name != self.module:
-            return None
-        sys.meta_path.remove(self)
-        spec = importlib.util.find_spec(name)
-        if spec is None or spec.loader is None:
-            return spec
-        execute = spec.loader.exec_module
-
-        def execute_and_register(module: Any) -> None:
-            execute(module)
-            _register()
-
-        spec.loader.exec_module = execute_and_register  # type: ignore[method-assign]
-        return spec
-
-
-def register() -> None:
-    """Make ``attn_implementation="fastdistill"`` known, now or as soon as transformers has been imported."""
-    if _AfterImport.module in sys.modules:
-        _register()
-    else:
-        sys.meta_path.insert(0, _AfterImport())
+AttentionInterface.register(IMPLEMENTATION, attention_forward)
+AttentionMaskInterface.register(IMPLEMENTATION, create_mask)

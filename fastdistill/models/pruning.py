@@ -28,8 +28,8 @@ def prune(model: Model, scores: Scores, sparsity: float, *, round_to: int = 1) -
     r"""A new model without the heads and neurons of the lowest scores: smaller, and equal to masking them.
 
     All heads of all layers are ranked together, and so are all neurons; of both the lowest
-    :math:`\mathrm{round}(s \cdot \mathrm{total})` are removed (STARK, Yang et al. 2022, section 3.2), of equals
-    those that come first. Layers are then of different widths, and may be left without heads or neurons; such a layer
+    :math:`\mathrm{round}(s \cdot \mathrm{total})` are removed (STARK, Yang et al. 2022, section 3.2); ties go
+    to the first. Layers are then of different widths, and may be left without heads or neurons; such a layer
     keeps its output bias, as a mask would. Embeddings, pooler and the head stay as they are. The logits are those of
     the model with the same gates at 0, within rounding.
 

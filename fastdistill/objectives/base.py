@@ -9,13 +9,14 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, is_dataclass
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
 from fastdistill.ops.checks import check_number
+from fastdistill.teachers.outputs import run
 
 Problem = Literal["classification", "regression"]
 # What the trainer logs under names of its own; a part may not take them.
@@ -25,6 +26,40 @@ ATTENTION_MASK = "attention_mask"
 """A column that an objective may need although the models see it too: 1 for tokens, 0 for padding."""
 
 
+@dataclass(frozen=True)
+class Needs:
+    """What an objective uses, beside the student's outputs and the labels.
+
+    Attributes:
+        teacher: a teacher's outputs; where not, ``teacher`` may be None.
+        teachers: where there are several teachers their names, of which the first gives the hidden states: ``teacher``
+            is then a dictionary of their outputs. Empty for one teacher, whose outputs ``teacher`` is.
+        only: "logits" where nothing of the teacher's outputs is used but its logits; "probabilities" where, beside
+            labels, nothing is used but the probabilities of both: the loss then stays the same when all logits of an
+            example change alike.
+        hidden_states: the models must be called with ``output_hidden_states=True``.
+        all_tokens: other tokens than the first matter; by default where hidden states are used.
+        lazily: ``teacher`` is to be `fastdistill.TeacherOutputs`, which the objective runs itself, on the rows or for
+            the teachers that it asks for; where not, it is the outputs of the whole batch.
+        columns: the dataset's, beside the labels, that `Objective.parts` takes by name. The models see none of them but
+            `ATTENTION_MASK`.
+        problem: the only kind of problem that it fits, or None.
+    """
+
+    teacher: bool = True
+    teachers: tuple[str, ...] = ()
+    only: Literal["logits", "probabilities"] | None = None
+    hidden_states: bool = False
+    all_tokens: bool | None = None
+    lazily: bool = False
+    columns: tuple[str, ...] = ()
+    problem: Problem | None = None
+
+    def __post_init__(self) -> None:
+        if self.all_tokens is None:
+            object.__setattr__(self, "all_tokens", self.hidden_states)
+
+
 class Objective(ABC):
     """A loss of a student's outputs against a teacher's outputs, labels, or both: the mean over the examples.
 
@@ -32,47 +67,18 @@ class Objective(ABC):
     """
 
     @property
-    def needs_teacher(self) -> bool:
-        """Whether the teacher's outputs are used; where not, ``teacher`` may be None."""
-        return True
+    def needs(self) -> Needs:
+        """What it uses; by default a teacher's outputs, of which nothing is known."""
+        return Needs()
 
     @property
-    def needs_hidden_states(self) -> bool:
-        """Whether the models must be called with ``output_hidden_states=True``."""
-        return False
-
-    @property
-    def needs_all_tokens(self) -> bool:
-        """Whether of hidden states other tokens are used than the first."""
-        return self.needs_hidden_states
-
-    @property
-    def of_logits(self) -> bool:
-        """Whether nothing of the teacher's outputs is used but its logits."""
-        return False
-
-    @property
-    def of_softmax(self) -> bool:
-        """Whether, beside labels, it uses nothing but the probabilities of both: then it stays the same when all logits
-        of an example change alike."""
-        return False
-
-    @property
-    def problem(self) -> Problem | None:
-        """The only kind of problem that this objective fits, or None."""
-        return None
-
-    @property
-    def teachers(self) -> tuple[str, ...]:
-        """Where there are several teachers their names, of which the first gives the hidden states: ``teacher`` is
-        then a dictionary of their outputs. Empty for one teacher, whose outputs ``teacher`` is."""
-        return ()
-
-    @property
-    def needs_columns(self) -> tuple[str, ...]:
-        """The dataset's columns, beside the labels, that `parts` takes by name. The models see none of them but
-        `ATTENTION_MASK`."""
-        return ()
+    def fingerprint(self) -> str:
+        """A text that is the same for objectives that compute the same, in any process: the name of a dataclass, and
+        its arguments. Others must have one of their own."""
+        if not is_dataclass(self):
+            raise TypeError(f"objective is a {type(self).__name__}; expected a dataclass, or a fingerprint of its own")
+        arguments = (f"{field.name}={getattr(self, field.name)!r}" for field in fields(self) if field.init)
+        return f"{type(self).__name__}({', '.join(arguments)})"
 
     module: nn.Module | None = None
     """What the objective itself learns or remembers: trained, moved and saved in checkpoints with the student."""
@@ -85,7 +91,7 @@ class Objective(ABC):
         An empty dictionary where the loss is all there is to say."""
 
     def __call__(self, student: Any, teacher: Any = None, labels: Tensor | None = None, **columns: Tensor) -> Tensor:
-        return self.parts(student, teacher, labels, **columns)[0]
+        return self.parts(student, as_needed(self, teacher), labels, **columns)[0]
 
 
 class WeightedSum(Objective):
@@ -109,14 +115,7 @@ class WeightedSum(Objective):
                 self.terms[name] = weight, as_objective(objective)
         if not self.terms:
             raise ValueError("terms has no positive weight; expected at least one")
-        problems = {name: o.problem for name, (_, o) in self.terms.items() if o.problem is not None}
-        if len(set(problems.values())) > 1:
-            raise ValueError(f"terms mixes kinds of problem: {problems}; expected one kind")
-        self._problem = next(iter(problems.values()), None)
-        teachers = {name: o.teachers for name, (_, o) in self.terms.items() if o.needs_teacher}
-        if len(set(teachers.values())) > 1:
-            raise ValueError(f"terms mixes teachers: {teachers}; expected the same ones, or one teacher, in all")
-        self._teachers = next(iter(teachers.values()), ())
+        self._needs = _joint_needs({name: objective.needs for name, (_, objective) in self.terms.items()})
         modules = [o.module for _, o in self.terms.values() if o.module is not None]
         self.module = nn.ModuleList(modules) if modules else None
 
@@ -124,46 +123,49 @@ class WeightedSum(Objective):
         return f"WeightedSum({self.terms})"
 
     @property
-    def needs_teacher(self) -> bool:
-        return any(objective.needs_teacher for _, objective in self.terms.values())
+    def needs(self) -> Needs:
+        return self._needs
 
     @property
-    def needs_hidden_states(self) -> bool:
-        return any(objective.needs_hidden_states for _, objective in self.terms.values())
-
-    @property
-    def needs_all_tokens(self) -> bool:
-        return any(objective.needs_all_tokens for _, objective in self.terms.values())
-
-    @property
-    def of_logits(self) -> bool:
-        return all(objective.of_logits for _, objective in self.terms.values() if objective.needs_teacher)
-
-    @property
-    def of_softmax(self) -> bool:
-        return all(objective.of_softmax for _, objective in self.terms.values() if objective.needs_teacher)
-
-    @property
-    def problem(self) -> Problem | None:
-        return self._problem
-
-    @property
-    def teachers(self) -> tuple[str, ...]:
-        return self._teachers
-
-    @property
-    def needs_columns(self) -> tuple[str, ...]:
-        return tuple({column: None for _, objective in self.terms.values() for column in objective.needs_columns})
+    def fingerprint(self) -> str:
+        terms = (f"{name!r}: ({weight!r}, {term.fingerprint})" for name, (weight, term) in self.terms.items())
+        return f"WeightedSum({{{', '.join(terms)}}})"
 
     def parts(
         self, student: Any, teacher: Any, labels: Tensor | None, **columns: Tensor
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        return weighted_sum(
-            {
-                name: (weight, term(student, teacher, labels, **{c: columns[c] for c in term.needs_columns}))
-                for name, (weight, term) in self.terms.items()
-            }
-        )
+        terms = {}
+        for name, (weight, term) in self.terms.items():
+            own = {column: columns[column] for column in term.needs.columns}
+            terms[name] = weight, term(student, teacher, labels, **own)
+        return weighted_sum(terms)
+
+
+def as_needed(objective: Objective, teacher: Any) -> Any:
+    """The teachers' outputs as the objective takes them: run, unless it does that itself."""
+    return teacher if objective.needs.lazily or not objective.needs.teacher else run(teacher)
+
+
+def _joint_needs(terms: Mapping[str, Needs]) -> Needs:
+    """Those of a sum of terms. Raises ValueError where they do not go together."""
+    problems = {name: needs.problem for name, needs in terms.items() if needs.problem is not None}
+    if len(set(problems.values())) > 1:
+        raise ValueError(f"terms mixes kinds of problem: {problems}; expected one kind")
+    taught = {name: needs for name, needs in terms.items() if needs.teacher}
+    teachers = {name: needs.teachers for name, needs in taught.items()}
+    if len(set(teachers.values())) > 1:
+        raise ValueError(f"terms mixes teachers: {teachers}; expected the same ones, or one teacher, in all")
+    only = {needs.only for needs in taught.values()}
+    return Needs(
+        teacher=bool(taught),
+        teachers=next(iter(teachers.values()), ()),
+        only=None if None in only else "logits" if "logits" in only else "probabilities",
+        hidden_states=any(needs.hidden_states for needs in terms.values()),
+        all_tokens=any(needs.all_tokens for needs in terms.values()),
+        lazily=any(needs.lazily for needs in taught.values()),
+        columns=tuple({column: None for needs in terms.values() for column in needs.columns}),
+        problem=next(iter(problems.values()), None),
+    )
 
 
 LossFunction = Callable[[Any, Any, Tensor | None], Tensor]
@@ -175,12 +177,13 @@ class _Function(Objective):
     names: tuple[str, ...]
 
     @property
-    def needs_all_tokens(self) -> bool:
-        return True  # for all that is known
+    def needs(self) -> Needs:
+        return Needs(teachers=self.names, all_tokens=True)  # for all that is known
 
     @property
-    def teachers(self) -> tuple[str, ...]:
-        return self.names
+    def fingerprint(self) -> str:
+        """Of this very function in this very process: what it computes is not known."""
+        return repr(self)
 
     def parts(self, student: Any, teacher: Any, labels: Tensor | None) -> tuple[Tensor, dict[str, Tensor]]:
         return self.function(student, teacher, labels), {}

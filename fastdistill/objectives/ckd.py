@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastdistill.objectives.base import ATTENTION_MASK, Objective, weighted_sum
+from fastdistill.objectives.base import ATTENTION_MASK, Needs, Objective, weighted_sum
 from fastdistill.objectives.pkd import Pairs, check_pairs, hidden_states, layer_pairs
 from fastdistill.ops.checks import check_number
 from fastdistill.ops.kd_ce_loss import kd_ce_loss
@@ -88,12 +88,8 @@ class CKD(Objective):
         check_pairs(self.pairs, ("all", "skip", "last"))
 
     @property
-    def needs_hidden_states(self) -> bool:
-        return True
-
-    @property
-    def needs_columns(self) -> tuple[str, ...]:
-        return (ATTENTION_MASK,)
+    def needs(self) -> Needs:
+        return Needs(hidden_states=True, columns=(ATTENTION_MASK,))
 
     def parts(
         self, student: Any, teacher: Any, labels: Tensor | None, attention_mask: Tensor | None = None

@@ -9,13 +9,13 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from fastdistill.objectives.base import Objective, weighted_sum
+from fastdistill.objectives.base import Needs, Objective, weighted_sum
 from fastdistill.objectives.pkd import align, hidden_states, informative_layers, projections
 from fastdistill.objectives.selection import EXAMPLE, Chosen, Strategy, check_ratio, select
 from fastdistill.ops import kd_ce_loss, select_uncertain, uncertainty
 from fastdistill.ops.checks import check_choice, check_number
 from fastdistill.ops.select_uncertain import STRATEGIES
-from fastdistill.teachers.outputs import ask
+from fastdistill.teachers.outputs import rows_of
 
 ENTROPY_BINS = 10
 
@@ -121,28 +121,16 @@ class DeKD(Objective):
                 raise ValueError(f"{name} is {value!r} but {weight} is 0; expected {default!r}, the default")
 
     @property
-    def needs_hidden_states(self) -> bool:
-        return self.da_weight > 0
-
-    @property
-    def needs_all_tokens(self) -> bool:
-        return False
-
-    @property
-    def of_logits(self) -> bool:
-        return not self.da_weight
-
-    @property
-    def needs_columns(self) -> tuple[str, ...]:
-        return (EXAMPLE,) if self.select_per == "epoch" else ()
-
-    @property
-    def teachers(self) -> tuple[str, ...]:
-        return ("teacher", "assistant") if self.assistant and self.ta_weight else ()
-
-    @property
-    def problem(self) -> Literal["classification"]:
-        return "classification"
+    def needs(self) -> Needs:
+        return Needs(
+            teachers=("teacher", "assistant") if self.assistant and self.ta_weight else (),
+            only=None if self.da_weight else "logits",
+            hidden_states=self.da_weight > 0,
+            all_tokens=False,
+            lazily=True,
+            columns=(EXAMPLE,) if self.select_per == "epoch" else (),
+            problem="classification",
+        )
 
     def choose(self, logits: Tensor, generator: torch.Generator | None = None) -> None:
         """With ``select_per="epoch"``: choose the epoch's examples, given the logits ``[N, C]`` of the whole data."""
@@ -164,13 +152,13 @@ class DeKD(Objective):
             terms["ce"] = self.ce_weight, self._cross_entropy(student.logits, labels, kept)
         half = len(kept) // 2 if assistant is not None else 0
         uncertain, certain = kept[:half], kept[half:]
-        taught = None if not len(kept) else ask(main, kept if self.da_weight else certain)
+        taught = None if not len(kept) else rows_of(main, kept if self.da_weight else certain)
         if self.ta_weight:
             # of those that the teacher was asked for, the certain ones are the last
             answers = None if taught is None else taught.logits[-len(certain) :]
             learned = self._divergence(student.logits, certain, answers)
             if assistant is not None:
-                answers = ask(assistant, uncertain).logits if half else None
+                answers = rows_of(assistant, uncertain).logits if half else None
                 learned = learned + self._divergence(student.logits, uncertain, answers)
             terms["ta"] = self.ta_weight, learned
         layers: dict[str, Tensor] = {}
@@ -183,13 +171,14 @@ class DeKD(Objective):
         return loss, parts
 
     def _named(self, teacher: Any) -> tuple[Any, Any]:
-        if not self.teachers:
+        teachers = self.needs.teachers
+        if not teachers:
             if teacher is None:
                 raise ValueError(f"teacher is None; {self} needs its outputs")
             return teacher, None
-        for name in self.teachers:
+        for name in teachers:
             if not isinstance(teacher, Mapping) or teacher.get(name) is None:
-                raise ValueError(f"teacher has no {name!r}; {self} needs the outputs of {' and '.join(self.teachers)}")
+                raise ValueError(f"teacher has no {name!r}; {self} needs the outputs of {' and '.join(teachers)}")
         return teacher["teacher"], teacher["assistant"]
 
     def _kept(self, logits: Tensor, example: Tensor | None) -> Tensor:

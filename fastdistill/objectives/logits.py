@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastdistill.objectives.base import Objective, Problem, weighted_sum
+from fastdistill.objectives.base import Needs, Objective, weighted_sum
 from fastdistill.ops.checks import check_choice, check_number
 from fastdistill.ops.kd_ce_loss import DIVERGENCES, Divergence, kd_ce_loss
 
@@ -44,24 +44,12 @@ class LogitsKD(Objective):
             raise ValueError(f"label_smoothing is {self.label_smoothing} but ce_weight is 0; expected 0 as well")
 
     @property
-    def needs_teacher(self) -> bool:
-        return self.kd_weight > 0
-
-    @property
-    def of_logits(self) -> bool:
-        return True
-
-    @property
-    def of_softmax(self) -> bool:
-        return True
-
-    @property
-    def problem(self) -> Problem:
-        return "classification"
+    def needs(self) -> Needs:
+        return Needs(teacher=self.kd_weight > 0, only="probabilities", problem="classification")
 
     def parts(self, student: Any, teacher: Any, labels: Tensor | None) -> tuple[Tensor, dict[str, Tensor]]:
         _check_given(self, teacher, labels if self.ce_weight else True)
-        teacher_logits = teacher.logits if self.needs_teacher else student.logits.detach()
+        teacher_logits = teacher.logits if self.needs.teacher else student.logits.detach()
         loss = kd_ce_loss(
             student.logits,
             teacher_logits,
@@ -101,16 +89,8 @@ class MSE(Objective):
         _check_weights(kd_weight=self.kd_weight, label_weight=self.label_weight)
 
     @property
-    def needs_teacher(self) -> bool:
-        return self.kd_weight > 0
-
-    @property
-    def of_logits(self) -> bool:
-        return True
-
-    @property
-    def problem(self) -> Problem:
-        return "regression"
+    def needs(self) -> Needs:
+        return Needs(teacher=self.kd_weight > 0, only="logits", problem="regression")
 
     def parts(self, student: Any, teacher: Any, labels: Tensor | None) -> tuple[Tensor, dict[str, Tensor]]:
         _check_given(self, teacher, labels if self.label_weight else True)
@@ -137,12 +117,8 @@ class TaskLoss(Objective):
         check_number("label_smoothing", self.label_smoothing, minimum=0, below=1)
 
     @property
-    def needs_teacher(self) -> bool:
-        return False
-
-    @property
-    def problem(self) -> Problem | None:
-        return "classification" if self.label_smoothing else None
+    def needs(self) -> Needs:
+        return Needs(teacher=False, problem="classification" if self.label_smoothing else None)
 
     def parts(self, student: Any, teacher: Any, labels: Tensor | None) -> tuple[Tensor, dict[str, Tensor]]:
         _check_given(self, teacher, labels)
@@ -164,7 +140,7 @@ def _check_weights(**weights: float) -> None:
 
 
 def _check_given(objective: Objective, teacher: Any, labels: object) -> None:
-    if objective.needs_teacher and teacher is None:
+    if objective.needs.teacher and teacher is None:
         raise ValueError(f"teacher is None; {objective} needs its outputs")
     if labels is None:
         raise ValueError(f"labels is None; {objective} needs them")

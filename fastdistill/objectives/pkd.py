@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fastdistill.objectives.base import Objective
+from fastdistill.objectives.base import Needs, Objective
 from fastdistill.ops import hidden_entropy
 from fastdistill.ops.checks import check_choice
 
@@ -49,12 +49,8 @@ class PKD(Objective):
         self.module = None if self.widths is None else projections(self.widths, len(self.pairs))
 
     @property
-    def needs_hidden_states(self) -> bool:
-        return True
-
-    @property
-    def needs_all_tokens(self) -> bool:
-        return False
+    def needs(self) -> Needs:
+        return Needs(hidden_states=True, all_tokens=False)
 
     def parts(self, student: Any, teacher: Any, labels: Tensor | None) -> tuple[Tensor, dict[str, Tensor]]:
         if teacher is None:
@@ -137,7 +133,7 @@ def informative_layers(states: Tensor, number: int) -> Tensor:
 
     states: ``[L, B, d]``. A layer's entropy is the mean over examples of that of
     :math:`\mathrm{softmax}(h)` over the hidden size (DeKD, equation 8; its division by :math:`\log|Y|` changes no
-    order). Of equals the first come first. Nothing waits for the device.
+    order). Ties go to the lower layer. Nothing waits for the device.
     """
     if not 1 <= number <= len(states):
         raise ValueError(f"number is {number!r}; expected from 1 to {len(states)}, the teacher's layers")

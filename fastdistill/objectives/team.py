@@ -14,10 +14,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fastdistill.objectives.base import Objective, Problem
+from fastdistill.objectives.base import Needs, Objective
 from fastdistill.ops import kd_ce_loss
 from fastdistill.ops.checks import check_number
 from fastdistill.ops.kd_ce_loss import Reduction
+from fastdistill.teachers.outputs import run
 
 
 @dataclass(frozen=True)
@@ -33,16 +34,8 @@ class _OfTeam(Objective):
         check_number("temperature", self.temperature, above=0)
 
     @property
-    def teachers(self) -> tuple[str, ...]:
-        return self.names
-
-    @property
-    def of_logits(self) -> bool:
-        return True
-
-    @property
-    def problem(self) -> Problem:
-        return "classification"
+    def needs(self) -> Needs:
+        return Needs(teachers=self.names, only="logits", problem="classification")
 
     def _team(self, teacher: Any) -> list[Tensor]:
         if teacher is None or any(name not in teacher for name in self.names):
@@ -160,20 +153,14 @@ class SampledTeacher(Objective):
         object.__setattr__(self, "module", Draws(self.seed))
 
     @property
-    def teachers(self) -> tuple[str, ...]:
-        return tuple(self.theta)
-
-    @property
-    def of_logits(self) -> bool:
-        return True
-
-    @property
-    def problem(self) -> Problem:
-        return "classification"
+    def needs(self) -> Needs:
+        return Needs(teachers=tuple(self.theta), only="logits", lazily=True, problem="classification")
 
     def parts(self, student: Any, teacher: Any, labels: Tensor | None) -> tuple[Tensor, dict[str, Tensor]]:
-        drawn = self.teachers[self.module.draw(torch.tensor(list(self.theta.values()), dtype=torch.float64))]
-        return AvgKD((drawn,), self.temperature).parts(student, teacher, labels)
+        names = tuple(self.theta)
+        drawn = names[self.module.draw(torch.tensor(list(self.theta.values()), dtype=torch.float64))]
+        theirs = teacher and {name: run(one) if name == drawn else one for name, one in teacher.items()}
+        return AvgKD((drawn,), self.temperature).parts(student, theirs, labels)
 
 
 class Draws(nn.Module):

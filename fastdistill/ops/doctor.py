@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 import torch
 
-from fastdistill.ops.library import OPS, TRITON
+from fastdistill.ops.library import OPS, TRITON, has_kernel
 from fastdistill.ops.native import NATIVE
 
 
@@ -77,7 +77,7 @@ def _facts() -> list[str]:
 
 
 def _cpu(op: str) -> str:
-    return f"C++ ({NATIVE.cpu.isa})" if NATIVE.cpu is not None and _has_kernel(op, "CPU") else "PyTorch (reference)"
+    return f"C++ ({NATIVE.cpu.isa})" if NATIVE.cpu is not None and has_kernel(op, "CPU") else "PyTorch (reference)"
 
 
 def _cuda(op: str) -> str:
@@ -85,9 +85,4 @@ def _cuda(op: str) -> str:
         return "-"
     if op in TRITON:
         return "Triton"
-    return "CUDA C++" if _has_kernel(op, "CUDA") else "PyTorch (reference)"
-
-
-def _has_kernel(op: str, key: str) -> bool:
-    """Whether a kernel of the op's own is registered for a dispatch key, beside the reference."""
-    return torch._C._dispatch_has_kernel_for_dispatch_key(f"fastdistill::{op}", key)
+    return "CUDA C++" if has_kernel(op, "CUDA") else "PyTorch (reference)"

@@ -175,10 +175,11 @@ def uncertainty_backward(upstream: Tensor, logits: Tensor, kind: str, normalize:
     return (grad / total * scale).to(logits.dtype)
 
 
-def rank(scores: Tensor, count: int) -> tuple[Tensor, Tensor]:
-    """The highest of all scores, NaN before any number and equals by lower index, and their indices."""
-    values, indices = scores.flatten().sort(descending=True, stable=True)
-    return values[:count].clone(), indices[:count].clone()
+def rank(scores: Tensor, count: int) -> Tensor:
+    """The indices of the highest of all scores, NaN before any number and equals by lower index."""
+    scores = scores.flatten()
+    scores = scores.masked_fill(scores.isnan(), torch.inf)  # CUDA sorts a NaN whose sign bit is set as the lowest
+    return scores.sort(descending=True, stable=True).indices[:count].clone()
 
 
 def _attention_weights(

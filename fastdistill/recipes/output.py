@@ -2,20 +2,24 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import socket
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from datetime import datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from accelerate.utils import broadcast_object_list  # type: ignore[import-untyped]
 from filelock import FileLock, Timeout
 
 from fastdistill.processes import join
-from fastdistill.recipes.report import write_json
+from fastdistill.recipes.report import Report, write_json
+from fastdistill.recipes.settings import RecipeSettings
+
+Asked = TypeVar("Asked", bound=RecipeSettings)
 
 RESULTS = "results.json"
 LOCK, HOLDER = ".lock", ".run.json"
@@ -37,6 +41,17 @@ def claimed(output: Path, recipe: str, *, overwrite: bool = False) -> Iterator[N
         if refusal:
             raise ValueError(refusal)
         yield
+
+
+def of_one_run(recipe: Callable[[Asked], Report]) -> Callable[[Asked], Report]:
+    """The recipe, but within its folder, `claimed`."""
+
+    @functools.wraps(recipe)
+    def run(settings: Asked) -> Report:
+        with claimed(settings.folder, settings.command, overwrite=settings.overwrite):
+            return recipe(settings)
+
+    return run
 
 
 def _claim(output: Path, recipe: str, overwrite: bool, held: ExitStack) -> str:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fastdistill.files import replacing
+from fastdistill.models.scores import density, first_peak
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -28,7 +29,7 @@ def metric_by_share(
     metric: str,
     curves: Mapping[str, Mapping[float, tuple[float, float]]],
     lines: Mapping[str, float],
-) -> None:
+) -> Path:
     """Curves by name: from a share, as of the examples that are kept, to (metric, its spread). `lines` are levels."""
     figure, axes = _figure(share, metric)
     for name, points in curves.items():
@@ -38,10 +39,10 @@ def metric_by_share(
     for place, (name, level) in enumerate(lines.items()):
         axes.axhline(level, color="grey", linestyle=("--", ":", "-.")[place % 3], label=name)
     axes.legend()
-    _save(figure, path)
+    return _save(figure, path)
 
 
-def heat_map(path: Path, layers: Sequence[Tensor], label: str) -> None:
+def heat_map(path: Path, layers: Sequence[Tensor], label: str) -> Path:
     """A layer a row, the first at the bottom, and a head a column; heads that are not there are left out."""
     figure, axes = _figure("head", "layer")
     width = max(len(layer) for layer in layers)
@@ -50,13 +51,11 @@ def heat_map(path: Path, layers: Sequence[Tensor], label: str) -> None:
     axes.set_xticks([place + 0.5 for place in range(1, width + 1)], [str(n) for n in range(1, width + 1)])
     axes.set_yticks([place + 0.5 for place in range(1, len(layers) + 1)], [str(n) for n in range(1, len(layers) + 1)])
     figure.colorbar(colours, label=label)
-    _save(figure, path)
+    return _save(figure, path)
 
 
-def densities(path: Path, values: Tensor, label: str) -> None:
+def densities(path: Path, values: Tensor, label: str) -> Path:
     """The density of these numbers, its first peak, and the share of them up to each number."""
-    from fastdistill.models.scores import density, first_peak
-
     where, height = density(values)
     peak = first_peak(values)
     figure, axes = _figure(label, "density")
@@ -66,10 +65,10 @@ def densities(path: Path, values: Tensor, label: str) -> None:
     shares.set_ylabel("share at or below")
     shares.plot(values.sort().values, [(i + 1) / len(values) for i in range(len(values))], color="C1")
     axes.legend()
-    _save(figure, path)
+    return _save(figure, path)
 
 
-def shares_over_time(path: Path, log: Log, prefix: str, label: str, ticks: Sequence[str], *, at_once: int = 1) -> None:
+def shares_over_time(path: Path, log: Log, prefix: str, label: str, ticks: Sequence[str], *, at_once: int = 1) -> Path:
     """A map of the `shares` of what was counted as "`prefix`/0", "`prefix`/1", ... (one row each, named by `ticks`)
     over the epochs."""
     figure, axes = _figure("epoch", label)
@@ -78,7 +77,7 @@ def shares_over_time(path: Path, log: Log, prefix: str, label: str, ticks: Seque
     colours = axes.pcolormesh(edges, range(len(rows) + 1), rows, cmap="viridis", vmin=0)
     axes.set_yticks([place + 0.5 for place in range(len(rows))], [ticks[place] for place in range(len(rows))])
     figure.colorbar(colours, label="share")
-    _save(figure, path)
+    return _save(figure, path)
 
 
 def shares(log: Log, prefix: str, at_once: int = 1) -> list[list[float]]:
@@ -90,7 +89,7 @@ def shares(log: Log, prefix: str, at_once: int = 1) -> list[list[float]]:
     return [[entry.get(name, 0.0) / total for entry, total in zip(entries, totals, strict=True)] for name in names]
 
 
-def probabilities_over_steps(path: Path, names: Sequence[str], theta: Tensor, selected_at: int) -> None:
+def probabilities_over_steps(path: Path, names: Sequence[str], theta: Tensor, selected_at: int) -> Path:
     """Probabilities ``[steps + 1, n]``, a line for each of n teachers; a mark where teachers were selected."""
     figure, axes = _figure("step", "probability")
     for place, name in enumerate(names):
@@ -98,7 +97,7 @@ def probabilities_over_steps(path: Path, names: Sequence[str], theta: Tensor, se
     axes.axvline(selected_at, color="grey", linestyle="--", label="teacher selection")
     axes.set_ylim(bottom=0)
     axes.legend()
-    _save(figure, path)
+    return _save(figure, path)
 
 
 def _number(name: str) -> int:
@@ -114,6 +113,7 @@ def _figure(x: str, y: str) -> tuple[Figure, Any]:
     return figure, axes
 
 
-def _save(figure: Figure, path: Path) -> None:
+def _save(figure: Figure, path: Path) -> Path:
     with replacing(path) as temporary:
         figure.savefig(temporary, format="svg")
+    return path

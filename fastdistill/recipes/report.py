@@ -1,4 +1,4 @@
-"""What a run says at its end: a table to read, and results.json for programs."""
+"""What a run says at its end: tables to read, and results.json for programs."""
 
 from __future__ import annotations
 
@@ -6,28 +6,73 @@ import json
 import platform
 import statistics
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+import torch
+import transformers
+from accelerate import PartialState  # type: ignore[import-untyped]
+from rich.console import Console
+from rich.table import Table
+
+import fastdistill
+from fastdistill.data.tasks import Task
 from fastdistill.files import replacing
-
-if TYPE_CHECKING:
-    from rich.table import Table
-
-    from fastdistill.data.tasks import Task
 
 Results = Mapping[str, Mapping[str, Any]]
 """By model: its metric, loss, parameters, examples_per_second, and what else was found. Of several seeds these are
 means, and "spread" is the metric's sample standard deviation."""
 
 
-def finish(
-    output: Path, settings: Mapping[str, Any], task: Task, results: Results, seconds: float, *tables: Table, **more: Any
-) -> dict[str, Any]:
-    """Write `output`/results.json, with `more`, and print the tables, the models' last; returns what the file holds."""
-    from accelerate import PartialState  # type: ignore[import-untyped]
-    from rich.console import Console
+@dataclass(frozen=True)
+class Report:
+    """What a recipe found.
 
+    Attributes:
+        results: by model what was measured, as in results.json.
+        record: all that results.json holds: the results, what the recipe adds to them, the settings, versions and time.
+        file: where it is.
+        tables: the same to read; ``str(report)`` is them as text.
+        plots: the files of those that were drawn.
+    """
+
+    record: Mapping[str, Any]
+    file: Path
+    tables: tuple[Table, ...]
+    plots: tuple[Path, ...] = ()
+
+    @property
+    def results(self) -> Results:
+        results: Results = self.record["results"]
+        return results
+
+    def show(self, console: Console | None = None) -> None:
+        """Print the tables, in the main process."""
+        if PartialState().is_main_process:
+            console = console or Console()
+            for table in self.tables:
+                console.print(table)
+            console.print(f"{self.record['seconds']:.0f} s; {self.file}", highlight=False)
+
+    def __str__(self) -> str:
+        console = Console(width=120)
+        with console.capture() as captured:
+            self.show(console)
+        return captured.get()
+
+
+def finish(
+    output: Path,
+    settings: Mapping[str, Any],
+    task: Task,
+    results: Results,
+    seconds: float,
+    *tables: Table,
+    plots: Sequence[Path] = (),
+    **more: Any,
+) -> Report:
+    """Write `output`/results.json, with `more`; the models' table is the last."""
     record = {
         "task": task.name,
         "metric": task.metric,
@@ -37,13 +82,10 @@ def finish(
         "versions": versions(),
         "seconds": round(seconds, 1),
     }
+    file = output / "results.json"
     if PartialState().is_main_process:
-        write_json(output / "results.json", record)
-        console = Console()
-        for table in (*tables, results_table(task, results)):
-            console.print(table)
-        console.print(f"{seconds:.0f} s; {output / 'results.json'}", highlight=False)
-    return record
+        write_json(file, record)
+    return Report(record, file, (*tables, results_table(task, results)), tuple(plots))
 
 
 def summary(metric: str, results: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
@@ -63,8 +105,6 @@ def percent(result: Mapping[str, Any], metric: str) -> str:
 def results_table(task: Task, results: Results) -> Table:
     """One row a model: its metric in percent, with its spread over seeds, if there were several, its parameters,
     and how many examples a second it evaluates."""
-    from rich.table import Table
-
     table = Table("model", title=task.name)
     for column in (f"{task.metric} %", "parameters", "examples/s"):
         table.add_column(column, justify="right")
@@ -80,11 +120,6 @@ def results_table(task: Task, results: Results) -> Table:
 
 def versions() -> dict[str, str]:
     """Of what a result depends on."""
-    import torch
-    import transformers
-
-    import fastdistill
-
     return {
         "fastdistill": fastdistill.__version__,
         "python": platform.python_version(),

@@ -99,21 +99,25 @@ def score(
         raise ValueError("score was called in torch.inference_mode, where there are no gradients; expected outside it")
     chosen = objective_of(teacher, student, objective)
     device = next(teacher.parameters()).device
-    narrowed = (teacher, student) if student is None or not chosen.needs_all_tokens else ()
+    narrowed = (teacher, student) if student is None or not chosen.needs.all_tokens else ()
     with evaluating(teacher, student), first_token_only(*narrowed), gate(teacher) as gates:
         sizes = [len(g) for g in gates.tensors]
         widest = torch.float32 if device.type == "mps" else torch.float64
         totals = torch.zeros(1 if student is None else 2, sum(sizes), dtype=widest, device=device)
-        kept = _Checkpoint(checkpoint, [teacher, student], (repr(chosen), reduce))
-        count, done = kept.load(totals)
+        kept = None
+        if checkpoint is not None:
+            kept = _Checkpoint(checkpoint, [teacher, student], (chosen.fingerprint, reduce))
+        count, done = (0, 0) if kept is None else kept.load(totals)
         for number, batch in enumerate(tqdm(loader, desc="score", disable=not progress)):
-            kept.see(batch)
+            if kept is not None:
+                kept.see(batch)
             if number < done:
                 continue
             count += _add(totals, teacher, student, gates, chosen, reduce, batch)
-            if (number + 1) % SAVE_EVERY == 0:
+            if kept is not None and (number + 1) % SAVE_EVERY == 0:
                 kept.save(totals, count)
-        kept.save(totals, count)
+        if kept is not None:
+            kept.save(totals, count)
     counted = torch.tensor(float(count), dtype=torch.float64, device=device)
     sum_over_processes(totals, counted)
     count = int(counted)
@@ -146,8 +150,8 @@ def _add(
             answers = student(**features)
         losses.append(lambda theirs: objective(answers, theirs, labels, **columns) * labelled)
 
-    if student is None or objective.of_logits:
-        found = _from_logits(gates, outputs.logits, losses, student is None or objective.of_softmax)
+    if student is None or objective.needs.only:
+        found = _from_logits(gates, outputs.logits, losses, student is None or objective.needs.only == "probabilities")
     else:
         with torch.enable_grad():
             values = [loss(outputs) for loss in losses]
@@ -164,25 +168,27 @@ def _from_logits(
 
     Losses `of_softmax` do not change when all logits of an example do alike. Of two classes their gradients are
     multiples of (1, -1), as those of one output are of (1): that one vector goes back, and its result is multiplied."""
-    upstream: list[Tensor] = []
+    grad_outputs: list[Tensor] = []
     for loss in losses:
         leaf = logits.detach().requires_grad_()
         with torch.enable_grad():
             value = loss(SequenceClassifierOutput(logits=leaf))
-        upstream += torch.autograd.grad(value, leaf)
+        grad_outputs += torch.autograd.grad(value, leaf)
     if logits.dim() == 2 and (logits.shape[1] == 1 or (logits.shape[1] == 2 and of_softmax)):
         vector = logits.new_tensor([1.0, -1.0])[: logits.shape[1]].expand_as(logits)
         base = _gradients(gates, logits, vector)
-        return [base * factor[:, :1] for factor in upstream]
-    last = len(upstream) - 1
-    return [_gradients(gates, logits, row, retain_graph=place < last) for place, row in enumerate(upstream)]
+        return [base * factor[:, :1] for factor in grad_outputs]
+    last = len(grad_outputs) - 1
+    return [_gradients(gates, logits, row, retain_graph=place < last) for place, row in enumerate(grad_outputs)]
 
 
-def _gradients(gates: Gates, outputs: Tensor, upstream: Tensor | None = None, *, retain_graph: bool = False) -> Tensor:
+def _gradients(
+    gates: Gates, outputs: Tensor, grad_output: Tensor | None = None, *, retain_graph: bool = False
+) -> Tensor:
     """Every example's, ``[B, all gates]``; of a model without heads and neurons there are none."""
     if not outputs.requires_grad:
         return outputs.new_zeros(len(gates.heads[0]), 0)
-    found = torch.autograd.grad(outputs, gates.tensors, upstream, retain_graph=retain_graph, materialize_grads=True)
+    found = torch.autograd.grad(outputs, gates.tensors, grad_output, retain_graph=retain_graph, materialize_grads=True)
     return torch.cat(found, 1)
 
 
@@ -196,7 +202,7 @@ def objective_of(
         if student is None:
             raise ValueError("objective is given but student is None; expected a student")
         chosen = as_objective(objective)
-        if not chosen.needs_teacher or chosen.teachers:
+        if not chosen.needs.teacher or chosen.needs.teachers:
             raise ValueError(f"objective is {chosen}; expected one of a single teacher's outputs")
         return chosen
     if teacher.config.num_labels == 1:
@@ -209,7 +215,7 @@ def split_batch(
 ) -> tuple[dict[str, Any], dict[str, Tensor], Tensor, int]:
     """What of a batch the models take, what the objective takes, and the labels, of the examples that have one, on the
     device; and how many labels there are."""
-    for column in ("labels", *objective.needs_columns):
+    for column in ("labels", *objective.needs.columns):
         if column not in batch:
             raise ValueError(f"loader gave a batch without {column}: {', '.join(batch)}")
     labels = batch["labels"]
@@ -220,11 +226,11 @@ def split_batch(
         batch = {**batch, **{name: value[there] for name, value in rows.items()}}
     labelled = int(there.sum())
     batch = {k: v.to(device, non_blocking=True) if isinstance(v, Tensor) else v for k, v in batch.items()}
-    own = {name for name in objective.needs_columns if name != ATTENTION_MASK}
+    own = {name for name in objective.needs.columns if name != ATTENTION_MASK}
     features = {name: value for name, value in batch.items() if name != "labels" and name not in own}
-    if student is not None and objective.needs_hidden_states:
+    if student is not None and objective.needs.hidden_states:
         features["output_hidden_states"] = True
-    return features, {name: batch[name] for name in objective.needs_columns}, batch["labels"], labelled
+    return features, {name: batch[name] for name in objective.needs.columns}, batch["labels"], labelled
 
 
 def check_totals(totals: Tensor, teacher: PreTrainedModel, student: PreTrainedModel | None) -> None:
@@ -264,14 +270,9 @@ def evaluating(*models: nn.Module | None, trained: Sequence[nn.Parameter] = ()) 
 
 
 class _Checkpoint:
-    """A file of what was found so far, with a hash of what it was found with; no file at all for None."""
+    """A file of what was found so far, with a hash of what it was found with."""
 
-    def __init__(
-        self, path: str | Path | None, models: list[PreTrainedModel | None], settings: tuple[str, ...]
-    ) -> None:
-        self.path = None
-        if path is None:
-            return
+    def __init__(self, path: str | Path, models: list[PreTrainedModel | None], settings: tuple[str, ...]) -> None:
         rank, _ = rank_and_number()
         self.path = Path(f"{path}.{rank}" if rank else path)
         self.digest = digest([*settings, *(model_digest(model) for model in models if model is not None)])
@@ -280,7 +281,7 @@ class _Checkpoint:
 
     def load(self, totals: Tensor) -> tuple[int, int]:
         """Fills the totals; returns how many examples they are of, and of how many batches."""
-        if self.path is None or not self.path.is_file():
+        if not self.path.is_file():
             return 0, 0
         tensors, metadata = load_tensors(self.path)
         if metadata.get("digest") != self.digest:
@@ -290,17 +291,14 @@ class _Checkpoint:
         return int(metadata["count"]), self.done
 
     def see(self, batch: Mapping[str, Any]) -> None:
-        if self.path is None:
-            return
         self.number += 1
         self.seen = digest([self.seen, *tensor_pieces({k: v for k, v in batch.items() if isinstance(v, Tensor)})])
         self._check(self.number != self.done or self.seen == self.expected)
 
     def save(self, totals: Tensor, count: int) -> None:
-        if self.path is not None:
-            self._check(self.number >= self.done)
-            facts = {"digest": self.digest, "count": str(count), "done": str(self.number), "seen": self.seen}
-            save_tensors({"totals": totals.cpu()}, self.path, facts)
+        self._check(self.number >= self.done)
+        facts = {"digest": self.digest, "count": str(count), "done": str(self.number), "seen": self.seen}
+        save_tensors({"totals": totals.cpu()}, self.path, facts)
 
     def _check(self, fits: bool) -> None:
         if not fits:

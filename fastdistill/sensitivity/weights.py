@@ -84,7 +84,7 @@ def score_weights(
     weights = list(named.values())
     totals = [[torch.zeros_like(w, dtype=torch.float32) for w in weights] for _ in range(1 if student is None else 2)]
     batches = torch.zeros(1, device=weights[0].device)
-    narrowed = (teacher, student) if student is None or not chosen.needs_all_tokens else ()
+    narrowed = (teacher, student) if student is None or not chosen.needs.all_tokens else ()
     with evaluating(teacher, student, trained=weights), first_token_only(*narrowed):
         for batch in tqdm(loader, desc="score", disable=not progress):
             features, columns, labels, labelled = split_batch(batch, chosen, student, weights[0].device)
@@ -115,8 +115,8 @@ def random_weight_scores(model: PreTrainedModel, generator: torch.Generator) -> 
 
 
 def mask_weights(model: Model, scores: WeightScores, sparsity: float) -> Model:
-    """A copy of the model in which the lowest ``round(sparsity * total)`` of all scored weights are zero, of equals
-    those that come first. Raises ValueError for scores of another model, or NaN, or a sparsity outside [0, 1]."""
+    """A copy of the model in which the lowest ``round(sparsity * total)`` of all scored weights are zero; the first
+    of equal ones go first. Raises ValueError for scores of another model, or NaN, or a sparsity outside [0, 1]."""
     check_sparsity(sparsity)
     refuse_hooked(model)
     masked = copy.deepcopy(model)

@@ -18,10 +18,8 @@ HIDDEN_STATES = "_hidden_states"
 
 
 class TeacherOutputs:
-    """A teacher's outputs on a batch, found when they are first looked at.
-
-    `rows` gives those of some rows, for which the model sees no others; every other attribute (``logits``,
-    ``hidden_states``, ...) or item is that of the outputs of the whole batch.
+    """A teacher's outputs on a batch, found when they are asked for: `run` gives those of the whole batch, and `rows`
+    those of some rows, for which the model sees no others.
 
     Args:
         model: it is called in the mode that it is in, without gradients. None where `stored` says all.
@@ -51,14 +49,17 @@ class TeacherOutputs:
         """
         if self.stored is not None:
             return self._given(gather(self.stored, indices))
-        return self._run(_sub_batch(self.features, indices, getattr(self.model, "main_input_name", None)))
+        return self._forward(_sub_batch(self.features, indices, getattr(self.model, "main_input_name", None)))
+
+    def run(self) -> Any:
+        """The outputs of the whole batch; the model runs the first time."""
+        return self._whole
 
     @cached_property
-    def whole(self) -> Any:
-        """The outputs of the whole batch."""
-        return self._given(self.stored) if self.stored is not None else self._run(self.features)
+    def _whole(self) -> Any:
+        return self._given(self.stored) if self.stored is not None else self._forward(self.features)
 
-    def _run(self, features: Mapping[str, Any]) -> Any:
+    def _forward(self, features: Mapping[str, Any]) -> Any:
         assert self.model is not None
         with torch.no_grad(), self.autocast():
             return self._given(self.model(**features))
@@ -69,16 +70,16 @@ class TeacherOutputs:
             self.is_nan = is_nan if self.is_nan is None else self.is_nan | is_nan
         return outputs
 
-    def __getattr__(self, name: str) -> Any:
-        if name == "whole" or name.startswith("_"):  # it failed, or there is nothing yet (copy and pickle ask)
-            raise AttributeError(name)
-        return getattr(self.whole, name)
 
-    def __getitem__(self, key: Any) -> Any:
-        return self.whole[key]
+def run(outputs: Any) -> Any:
+    """Outputs of the whole batch: of `TeacherOutputs`, or a dictionary of them, by running the teachers; others as they
+    are."""
+    if type(outputs) is dict:  # transformers' outputs are dictionaries too
+        return {name: run(one) for name, one in outputs.items()}
+    return outputs.run() if isinstance(outputs, TeacherOutputs) else outputs
 
 
-def ask(outputs: Any, indices: Tensor) -> Any:
+def rows_of(outputs: Any, indices: Tensor) -> Any:
     """Some rows of a teacher's outputs: of `TeacherOutputs` by running it on them, of others by taking them."""
     return outputs.rows(indices) if isinstance(outputs, TeacherOutputs) else gather(outputs, indices)
 

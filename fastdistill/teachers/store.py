@@ -89,12 +89,24 @@ def store(
     within `fastdistill.gate`.
     """
     check_dataset(dataset, name)
-    return beside(dataset, said_to(dataset, model, name, collate, batch_size, hidden_states, cache_file, device, bf16))
+    columns = teacher_columns(
+        dataset,
+        model,
+        name=name,
+        collate=collate,
+        batch_size=batch_size,
+        hidden_states=hidden_states,
+        cache_file=cache_file,
+        device=device,
+        bf16=bf16,
+    )
+    return with_columns(dataset, columns)
 
 
-def said_to(
+def teacher_columns(
     dataset: Dataset,
     model: PreTrainedModel,
+    *,
     name: str,
     collate: Collate,
     batch_size: int,
@@ -123,8 +135,8 @@ def said_to(
     for file in path.parent.iterdir():
         if file.name.startswith(f".{path.stem}-{key}-"):
             file.unlink(missing_ok=True)  # a run that was killed was writing it
-    said = datasets.concatenate_datasets([part.stored for part in parts])
-    return said.rename_columns({column: name + column for column in said.column_names})
+    columns = datasets.concatenate_datasets([part.stored for part in parts])
+    return columns.rename_columns({column: name + column for column in columns.column_names})
 
 
 class _Part:
@@ -276,11 +288,11 @@ class _Teacher:
                 f"model {type(self.model).__name__} gave logits of shape {tuple(logits.shape)} for {len(rows)} "
                 "examples; expected [B, C]"
             )
-        said = {LOGITS: _wide(logits)}
+        stored = {LOGITS: _wide(logits)}
         if self.hidden_states:
             first = [_wide(layer[:, 0]) for layer in all_states("model", outputs)]
-            said[HIDDEN_STATES] = torch.stack(first, 1)
-        return said
+            stored[HIDDEN_STATES] = torch.stack(first, 1)
+        return stored
 
     def _batch(self, columns: Mapping[str, list[Any]], rows: Sequence[int]) -> dict[str, Any]:
         return dict(self.collate([{name: values[row] for name, values in columns.items()} for row in rows]))
@@ -308,15 +320,15 @@ def _progress(name: str, total: int) -> Iterator[Callable[[int], object]]:
         yield lambda rows: bar.advance(task, rows)
 
 
-def beside(dataset: Dataset, *said: Dataset) -> Dataset:
+def with_columns(dataset: Dataset, *new: Dataset) -> Dataset:
     """All columns, in the first dataset's format."""
     form = dataset.format
-    added = [column for columns in said for column in columns.column_names]
+    added = [column for columns in new for column in columns.column_names]
     named = None if set(form["columns"]) == set(dataset.column_names) else [*form["columns"], *added]
     rows = dataset.with_format(None)
     if rows._indices is not None:
         rows = rows.flatten_indices()  # alone: what is stored would else be copied with it, to files in its folder
-    both = datasets.concatenate_datasets([rows, *said], split=dataset.split, axis=1)
+    both = datasets.concatenate_datasets([rows, *new], split=dataset.split, axis=1)
     return both.with_format(form["type"], named, form["output_all_columns"], **form["format_kwargs"])
 
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import torch
 from transformers import PreTrainedModel
 
-from fastdistill.teachers.store import Collate, beside, check_dataset, said_to
+from fastdistill.teachers.store import Collate, check_dataset, teacher_columns, with_columns
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -96,21 +96,21 @@ class TeacherTeam(Mapping[str, "PreTrainedModel"]):
         check_dataset(dataset, *self)
         for name, rows in inputs.items():
             _check_aligned(name, rows, dataset)
-        said = [
-            said_to(
+        columns = [
+            teacher_columns(
                 inputs.get(name, dataset),
                 model,
-                name,
-                collate[name] if isinstance(collate, Mapping) else collate,
-                batch_size,
-                hidden_states,
-                None if folder is None else Path(folder) / f"{name}.arrow",
-                device,
-                bf16,
+                name=name,
+                collate=collate[name] if isinstance(collate, Mapping) else collate,
+                batch_size=batch_size,
+                hidden_states=hidden_states,
+                cache_file=None if folder is None else Path(folder) / f"{name}.arrow",
+                device=device,
+                bf16=bf16,
             )
             for name, model in self.items()
         ]
-        return beside(dataset, *said)
+        return with_columns(dataset, *columns)
 
 
 def _check_aligned(name: str, rows: Dataset, dataset: Dataset) -> None:

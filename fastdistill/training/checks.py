@@ -40,8 +40,8 @@ def by_name(teacher_model: TeacherModel | Mapping[str, TeacherModel] | None) -> 
 
 def own_columns(objective: Objective) -> tuple[str, ...]:
     """A dataset's columns that the objective uses, and no model."""
-    names = objective.teachers or (TEACHER,)
-    needed = (column for column in objective.needs_columns if column != ATTENTION_MASK)
+    names = objective.needs.teachers or (TEACHER,)
+    needed = (column for column in objective.needs.columns if column != ATTENTION_MASK)
     return (*(name + kind for name in names for kind in (LOGITS, HIDDEN_STATES)), *needed)
 
 
@@ -54,26 +54,26 @@ def check_objective(
     objective: Objective, student: nn.Module, teachers: Mapping[str, TeacherModel], dataset: Any
 ) -> None:
     labels = config_of(student, "num_labels")
-    if objective.problem == "classification" and labels == 1:
+    if objective.needs.problem == "classification" and labels == 1:
         raise ValueError(f"objective is {objective}, for classes, but model has one output; expected MSE or TaskLoss")
-    if objective.problem == "regression" and labels not in (1, None):
+    if objective.needs.problem == "regression" and labels not in (1, None):
         raise ValueError(f"objective is {objective}, for one output, but model has {labels}; expected LogitsKD")
     columns = set() if dataset is None else columns_of(dataset)
-    for column in objective.needs_columns:
+    for column in objective.needs.columns:
         if columns and column not in columns:
             raise ValueError(f"train_dataset has no column {column!r}, which objective {objective} needs")
-    if not objective.needs_teacher:
+    if not objective.needs.teacher:
         if teachers:
             raise ValueError(f"teacher_model is given but objective {objective} uses no teacher; expected None")
         return
-    names = objective.teachers or (TEACHER,)
+    names = objective.needs.teachers or (TEACHER,)
     if unknown := sorted(teachers.keys() - set(names)):
-        wanted = f"models by the names {', '.join(names)}" if objective.teachers else "one model"
+        wanted = f"models by the names {', '.join(names)}" if objective.needs.teachers else "one model"
         raise ValueError(f"teacher_model has {', '.join(unknown)}, but objective {objective} uses {wanted}")
     for name in names:
         _check_source(name, objective, teachers.get(name), labels, dataset, columns)
     for argument, model in (("model", student), ("teacher_model", teachers.get(names[0]))):
-        if objective.needs_hidden_states and isinstance(model, nn.Module) and not _gives_hidden_states(model):
+        if objective.needs.hidden_states and isinstance(model, nn.Module) and not _gives_hidden_states(model):
             raise ValueError(
                 f"{argument} is a {type(model).__name__}, whose forward takes no output_hidden_states; "
                 f"objective {objective} needs hidden states"
@@ -85,8 +85,8 @@ def _check_source(
 ) -> None:
     """That a teacher's outputs are to be had, from columns or a model."""
     if name + LOGITS in columns:
-        is_first = name == (*objective.teachers, TEACHER)[0]
-        if is_first and objective.needs_hidden_states and name + HIDDEN_STATES not in columns:
+        is_first = name == (*objective.needs.teachers, TEACHER)[0]
+        if is_first and objective.needs.hidden_states and name + HIDDEN_STATES not in columns:
             raise ValueError(
                 f"objective {objective} needs the teacher's hidden states, but the teacher is not run where "
                 f"train_dataset has the column {name + LOGITS!r}; expected a dataset without it, or with "

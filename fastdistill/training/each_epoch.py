@@ -73,11 +73,11 @@ def predict(model: nn.Module, dataset: Any, collate: Any, batch_size: int, unuse
         features = {name: value for name, value in batch.items() if name not in (EXAMPLE, "labels", LENGTH, *unused)}
         found.append((batch[EXAMPLE], model(**features).logits.float()))
     model.train(training)
-    classes = max(gather_object([said.shape[-1] for _, said in found[:1]]))  # a process may have had no examples
+    classes = max(gather_object([one.shape[-1] for _, one in found[:1]]))  # a process may have had no examples
     logits, times = torch.zeros(number, classes, device=device), torch.zeros(number, device=device)
-    for examples, said in found:
+    for examples, outputs in found:
         inside = (examples >= 0) & (examples < number)
-        logits[examples[inside]] = said[inside]
+        logits[examples[inside]] = outputs[inside]
         times[examples[inside]] += 1
     if processes.num_processes > 1:  # each has its own rows, and zeros for the others
         logits, times = reduce(logits, "sum"), reduce(times, "sum")

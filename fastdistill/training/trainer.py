@@ -21,7 +21,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from fastdistill.models.architectures import ARCHITECTURES, encoder_layers
 from fastdistill.models.sharing import CONFIG_KEY
-from fastdistill.objectives.base import LossFunction, Objective, as_objective
+from fastdistill.objectives.base import LossFunction, Objective, as_needed, as_objective
 from fastdistill.objectives.logits import TaskLoss
 from fastdistill.processes import settle_at_exit
 from fastdistill.teachers.outputs import LOGITS, TeacherOutputs, stored_outputs
@@ -77,9 +77,9 @@ class DistillationTrainer(Trainer):
             token's, of embeddings and layers.) Several teachers are given by name,
             {"teacher": ..., "assistant": ...}; the columns of each begin with its name.
         objective: an `Objective` or a function of (student outputs, teacher outputs, labels). By default
-            `LogitsKD`, or `MSE` for a student with one output. The teacher's outputs are `TeacherOutputs`, for
-            which it runs when they are first looked at; for several teachers, a dictionary of them. What an
-            objective itself learns (its `module`) is optimised, clipped, saved and resumed with the student, and
+            `LogitsKD`, or `MSE` for a student with one output. An objective that `needs` them lazily has the teacher's
+            outputs as `TeacherOutputs`, which runs when it is asked; for several teachers, a dictionary of them. What
+            an objective itself learns (its `module`) is optimised, clipped, saved and resumed with the student, and
             averaged over processes.
         **trainer: everything else that Trainer takes, by name.
 
@@ -136,7 +136,7 @@ class DistillationTrainer(Trainer):
         self._stepped = True
         if self.objective.module is not None:
             self._learned = list(self.objective.module.to(self.args.device).parameters())
-            if (self._learned or self.objective.needs_columns) and (self.is_deepspeed_enabled or self.is_fsdp_enabled):
+            if (self._learned or self.objective.needs.columns) and (self.is_deepspeed_enabled or self.is_fsdp_enabled):
                 does = "learns" if self._learned else "chooses from all data"
                 raise ValueError(f"objective {self.objective} {does}, which works neither with DeepSpeed nor FSDP")
             broadcast(self._learned)
@@ -166,12 +166,13 @@ class DistillationTrainer(Trainer):
             loss = TaskLoss()(counted, None, None if labels is None else labels[new])
             return (loss, student) if return_outputs else loss
 
-        if self.objective.needs_hidden_states:
+        needs = self.objective.needs
+        if needs.hidden_states:
             features["output_hidden_states"] = True
         teacher = self.teacher_outputs(features, inputs)
         student = model(**features)
-        columns = {name: inputs[name] for name in self.objective.needs_columns}
-        loss, parts = self.objective.parts(student, teacher, labels, **columns)
+        columns = {name: inputs[name] for name in needs.columns}
+        loss, parts = self.objective.parts(student, as_needed(self.objective, teacher), labels, **columns)
         self._watch(teacher, loss)
         if labels is not None and num_items_in_batch is not None:
             # The sum over micro-batches is then the mean of the step's labelled examples; processes are averaged.
@@ -195,26 +196,28 @@ class DistillationTrainer(Trainer):
         """What the teachers say to a batch of these features: what its columns hold of it, else the models' outputs.
 
         `TeacherOutputs`, or for several teachers a dictionary of them."""
-        if not self.objective.needs_teacher:
+        names = self.objective.needs.teachers
+        if not self.objective.needs.teacher:
             return None
         outputs = {}
-        for name in self.objective.teachers or (TEACHER,):
+        for name in names or (TEACHER,):
             model, stored = self.teachers.get(name), stored_outputs(name, inputs)
             if model is None and stored is None:
                 missing = f"{argument_of(name)} is None and a batch has no {name + LOGITS!r}"
                 raise ValueError(f"{missing}; expected one of them")
             outputs[name] = TeacherOutputs(model, features, stored=stored, autocast=self.accelerator.autocast)
-        return outputs if self.objective.teachers else outputs[TEACHER]
+        return outputs if names else outputs[TEACHER]
 
     # Checkpoints, which count when they are whole
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
         """As Trainer's. Of the checkpoints, True takes the latest that is as it was written; a line tells of each that
         is not. Raises ValueError for a damaged one that is named, and where all are."""
-        if resume_from_checkpoint is True and any(map(is_sealed, checkpoints(Path(self.args.output_dir)))):
-            resume_from_checkpoint = last_whole(Path(self.args.output_dir))
+        folder = Path(self.args.output_dir or "")
+        if resume_from_checkpoint is True and any(map(is_sealed, checkpoints(folder))):
+            resume_from_checkpoint = last_whole(folder)
             if resume_from_checkpoint is None:
-                raise ValueError(f"all checkpoints in {self.args.output_dir} are damaged; expected one that is whole")
+                raise ValueError(f"all checkpoints in {folder} are damaged; expected one that is whole")
         elif isinstance(resume_from_checkpoint, str):
             checkpoint = Path(resume_from_checkpoint)
             if is_sealed(checkpoint) and (wrong := fault(checkpoint)):

@@ -18,32 +18,11 @@ from transformers import (
 )
 
 from fastdistill.autoskd import search as autoskd
-from fastdistill.autoskd.search import Found, Settings
+from fastdistill.autoskd.search import Found
 from tests import tiny
+from tests.searches import NAMES, SETTINGS, N, data, search
 
-NAMES = ("a", "b", "c")
-N = len(NAMES)
 EXACT = {"rtol": 0.0, "atol": 0.0}
-
-
-def data(number: int = 40) -> datasets.Dataset:
-    """Teacher "a" knows the labels, "b" nothing, "c" the opposite."""
-    dataset = tiny.dataset(number)
-    sure = {"a": 3.0, "b": 0.0, "c": -3.0}
-    for name, scale in sure.items():
-        logits = [[scale * (1 - 2 * label), scale * (2 * label - 1)] for label in dataset["labels"]]
-        dataset = dataset.add_column(f"{name}_logits", logits)
-    return dataset
-
-
-SETTINGS = Settings(
-    drop=1, candidates=3, epochs=5, batch_size=8, learning_rate=1e-2, theta_learning_rate=1e-2, temperature=1.0
-)
-
-
-def search(settings: Settings = SETTINGS, student: Any = None, **options: Any) -> Found:
-    collate = DataCollatorWithPadding(tiny.tokenizer())
-    return autoskd.search(student or tiny.bert(layers=1), data(), NAMES, settings, collate=collate, **options)
 
 
 @pytest.mark.parametrize("method, order", [*itertools.product(autoskd.METHODS, (1, 2))])

@@ -10,7 +10,6 @@ from torch import Tensor
 from torch.func import functional_call
 
 from fastdistill.autoskd.theta import (
-    Batch,
     direct_gradient,
     random_distributions,
     renormalize,
@@ -19,6 +18,7 @@ from fastdistill.autoskd.theta import (
     theta_gradient,
 )
 from tests import tiny
+from tests.searches import batches
 
 N = 3
 
@@ -27,14 +27,6 @@ def soft_ce(logits: Tensor, target: Tensor, temperature: float) -> Tensor:
     """In plain PyTorch, which can be differentiated twice."""
     p = torch.softmax(target / temperature, -1)
     return -(temperature**2) * (p * torch.log_softmax(logits / temperature, -1)).sum(-1).mean()
-
-
-def batches(number: int, seed: int, columns: list[int]) -> Batch:
-    features = tiny.tokenizer().pad(
-        tiny.dataset(number, seed).select_columns(["input_ids", "attention_mask"])[:], return_tensors="pt"
-    )
-    draw = torch.Generator().manual_seed(seed)
-    return Batch(dict(features), torch.randn(number, N, 2, generator=draw, dtype=torch.float64)[:, columns] * 2)
 
 
 @pytest.mark.parametrize("attention, alpha, temperature", [("eager", 0.3, 1.0), ("sdpa", 0.3, 3.0), ("sdpa", 0.0, 3.0)])

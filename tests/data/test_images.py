@@ -110,5 +110,5 @@ def test_pillow_is_needed(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None
 
 def test_one_class_is_none(tmp_path: Path) -> None:
     (tmp_path / "train" / "only").mkdir(parents=True)
-    with pytest.raises(ValueError, match="train has 1 folders; there must be two classes"):
+    with pytest.raises(ValueError, match="train has 1 folders; expected two classes"):
         load_task(tmp_path)

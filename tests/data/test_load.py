@@ -173,23 +173,23 @@ JSONL = {
     "bad JSON": ('{"sentence1": "good", "label": }\n', 32, "bad JSON"),
     "cut short": ('{"sentence1": "good", "lab', 23, "bad JSON"),
     "blank line": ("\n", 1, "bad JSON"),
-    "not an object": ('["good", 1]\n', 1, "must be a JSON object, not ['good', 1]"),
+    "not an object": ('["good", 1]\n', 1, "is ['good', 1]; expected a JSON object"),
     "no text": ('{"label": 1}\n', "sentence1", "is missing; the columns are label"),
     "no label": ('{"sentence1": "good"}\n', "label", "is missing; the columns are sentence1"),
-    "null text": ('{"sentence1": null, "label": 1}\n', "sentence1", "must be a text, not None"),
-    "number for a text": ('{"sentence1": 3, "label": 1}\n', "sentence1", "must be a text, not 3"),
-    "empty text": ('{"sentence1": "", "label": 1}\n', "sentence1", "must not be empty"),
-    "blank text": ('{"sentence1": " \\t", "label": 1}\n', "sentence1", "must not be empty"),
+    "null text": ('{"sentence1": null, "label": 1}\n', "sentence1", "is None; expected a text"),
+    "number for a text": ('{"sentence1": 3, "label": 1}\n', "sentence1", "is 3; expected a text"),
+    "empty text": ('{"sentence1": "", "label": 1}\n', "sentence1", "expected a text that is not empty"),
+    "blank text": ('{"sentence1": " \\t", "label": 1}\n', "sentence1", "expected a text that is not empty"),
     "half a surrogate pair": ('{"sentence1": "a \\ud800", "label": 1}\n', "sentence1", "not valid Unicode"),
-    "null label": ('{"sentence1": "good", "label": null}\n', "label", "a number or a text, not None"),
-    "list for a label": ('{"sentence1": "good", "label": [1]}\n', "label", "must be a number or a text"),
-    "truth value": ('{"sentence1": "good", "label": true}\n', "label", "a number or a text, not True"),
+    "null label": ('{"sentence1": "good", "label": null}\n', "label", "is None; expected a number or a text"),
+    "list for a label": ('{"sentence1": "good", "label": [1]}\n', "label", "expected a number or a text"),
+    "truth value": ('{"sentence1": "good", "label": true}\n', "label", "is True; expected a number or a text"),
     "fraction": ('{"sentence1": "good", "label": 1.0}\n', "label", "1.0 is not among"),
-    "not finite": ('{"sentence1": "good", "label": NaN}\n', "label", "must be finite, not nan"),
+    "not finite": ('{"sentence1": "good", "label": NaN}\n', "label", "is nan; expected a finite number"),
     "out of range": ('{"sentence1": "good", "label": 2}\n', "label", "labels: the integers 0..1"),
     "negative": ('{"sentence1": "good", "label": -1}\n', "label", "-1 is not among"),
     "name among numbers": ('{"sentence1": "good", "label": "one"}\n', "label", "'one' is not among"),
-    "empty name": ('{"sentence1": "good", "label": ""}\n', "label", "must not be empty"),
+    "empty name": ('{"sentence1": "good", "label": ""}\n', "label", "expected a text that is not empty"),
     "repeated key": ('{"sentence1": "a", "label": 1, "label": 0}\n', "label", "is there more than once"),
     "needless sentence2": (
         '{"sentence1": "a", "sentence2": "b", "label": 1}\n', "sentence2", "though the task, or the first row",
@@ -215,12 +215,12 @@ DELIMITED = {
     "too few fields": ("good\n", "label", "the row has 1 fields, the header 2"),
     "too many fields": ("good,1,2\n", "label", "the row has 3 fields, the header 2"),
     "blank line": ("\n", "sentence1", "the row has 0 fields, the header 2"),
-    "empty text": (",1\n", "sentence1", "must not be empty"),
-    "blank text": ("  ,1\n", "sentence1", "must not be empty"),
-    "empty label": ("good,\n", "label", "must not be empty"),
+    "empty text": (",1\n", "sentence1", "expected a text that is not empty"),
+    "blank text": ("  ,1\n", "sentence1", "expected a text that is not empty"),
+    "empty label": ("good,\n", "label", "expected a text that is not empty"),
     "fraction": ("good,1.0\n", "label", "1.0 is not among"),
-    "not finite": ("good,nan\n", "label", "must be finite, not nan"),
-    "infinite": ("good,1e999\n", "label", "must be finite, not inf"),
+    "not finite": ("good,nan\n", "label", "is nan; expected a finite number"),
+    "infinite": ("good,1e999\n", "label", "is inf; expected a finite number"),
     "out of range": ("good,2\n", "label", "2 is not among"),
     "not a number": ("good,one\n", "label", "'one' is not among"),
     "spaced": ("good, 1\n", "label", "' 1' is not among"),
@@ -266,16 +266,16 @@ def test_malformed_csv(tmp_path, content, line, column, problem):
 
 
 PARQUET = {
-    "null text": ({"sentence1": ["a", None]}, 2, "sentence1", "must be a text, not None"),
-    "number for a text": ({"sentence1": [1, 2]}, 1, "sentence1", "must be a text, not 1"),
-    "bytes for a text": ({"sentence1": [b"a", b"b"]}, 1, "sentence1", "must be a text, not b'a'"),
-    "empty text": ({"sentence1": ["a", ""]}, 2, "sentence1", "must not be empty"),
-    "null label": ({"label": [1, None]}, 2, "label", "must be a number or a text, not None"),
-    "truth value": ({"label": [True, False]}, 1, "label", "must be a number or a text, not True"),
+    "null text": ({"sentence1": ["a", None]}, 2, "sentence1", "is None; expected a text"),
+    "number for a text": ({"sentence1": [1, 2]}, 1, "sentence1", "is 1; expected a text"),
+    "bytes for a text": ({"sentence1": [b"a", b"b"]}, 1, "sentence1", "is b'a'; expected a text"),
+    "empty text": ({"sentence1": ["a", ""]}, 2, "sentence1", "expected a text that is not empty"),
+    "null label": ({"label": [1, None]}, 2, "label", "is None; expected a number or a text"),
+    "truth value": ({"label": [True, False]}, 1, "label", "is True; expected a number or a text"),
     "fraction": ({"label": [1.0, 0.0]}, 1, "label", "1.0 is not among"),
-    "not finite": ({"label": [1.0, float("inf")]}, 2, "label", "must be finite, not inf"),
+    "not finite": ({"label": [1.0, float("inf")]}, 2, "label", "is inf; expected a finite number"),
     "out of range": ({"label": [1, 2]}, 2, "label", "2 is not among"),
-    "list": ({"label": [[1], [2]]}, 1, "label", "must be a number or a text, not [1]"),
+    "list": ({"label": [[1], [2]]}, 1, "label", "is [1]; expected a number or a text"),
     "no label": ({"label": None}, 1, "label", "is missing; the columns are sentence1"),
     "no text": ({"sentence1": None}, 1, "sentence1", "is missing; the columns are label"),
     "no rows": ({"sentence1": [], "label": []}, 1, 1, "the file has no rows"),
@@ -446,11 +446,11 @@ def test_classes_named_by_an_unknown_task(tmp_path):
         ([0, 1], [1, 1.0], "dev", 2, "1.0 is not among"),
         ([0, 1], ["1"], "dev", 1, "'1' is not among"),
         (["0", "1"], [1], "dev", 1, "1 is not among"),
-        ([0.5, 1], ["ox"], "dev", 1, "must be a number, not 'ox'"),
+        ([0.5, 1], ["ox"], "dev", 1, "is 'ox'; expected a number"),
         ([0, 1, "2"], [0], "train", 3, "'2' is not a number, as the first row's is"),
         (["ant", "ox", 1.5], ["ox"], "train", 3, "1.5 is not a text, as the first row's is"),
-        ([0, 2], [0], "train", 2, "2 is out of range: 2 classes must be numbered 0..1"),
-        ([0, 1, -1], [0], "train", 3, "-1 is out of range: 3 classes must be numbered 0..2"),
+        ([0, 2], [0], "train", 2, "2 is out of range; expected 2 classes numbered 0..1"),
+        ([0, 1, -1], [0], "train", 3, "-1 is out of range; expected 3 classes numbered 0..2"),
         ([0.5, 1e39], [0], "train", 2, "out of range"),
     ],
 )
@@ -465,7 +465,7 @@ def test_labels_of_an_unknown_task_are_of_one_kind_and_known_from_train(tmp_path
 
 
 def test_one_class_is_no_task(tmp_path):
-    with pytest.raises(ValueError, match="every label is 0; there must be two classes or more"):
+    with pytest.raises(ValueError, match="every label is 0; expected two classes or more"):
         load_task(folder(tmp_path / "mine", train=single([("a", 0), ("b", 0)]), dev=single([("a", 0)])))
 
 
@@ -610,13 +610,13 @@ def test_without_a_limit_files_keep_their_order(hundred):
 @pytest.mark.parametrize(
     ("options", "error", "message"),
     [
-        ({"max_train_examples": 0}, ValueError, "max_train_examples must be at least 1 or None, not 0"),
-        ({"max_eval_examples": -3}, ValueError, "max_eval_examples must be at least 1 or None, not -3"),
-        ({"max_train_examples": 1.5}, TypeError, "max_train_examples must be an integer, not 1.5"),
-        ({"max_eval_examples": True}, TypeError, "max_eval_examples must be an integer, not True"),
-        ({"seed": -1}, ValueError, "seed must be from 0"),
-        ({"seed": 2**32}, ValueError, "seed must be from 0"),
-        ({"seed": "x"}, TypeError, "seed must be an integer, not 'x'"),
+        ({"max_train_examples": 0}, ValueError, "max_train_examples is 0; expected at least 1 or None"),
+        ({"max_eval_examples": -3}, ValueError, "max_eval_examples is -3; expected at least 1 or None"),
+        ({"max_train_examples": 1.5}, TypeError, "max_train_examples is 1.5; expected an integer"),
+        ({"max_eval_examples": True}, TypeError, "max_eval_examples is True; expected an integer"),
+        ({"seed": -1}, ValueError, "expected from 0 to 2"),
+        ({"seed": 2**32}, ValueError, "expected from 0 to 2"),
+        ({"seed": "x"}, TypeError, "seed is 'x'; expected an integer"),
     ],
 )
 def test_options_that_make_no_sense(hundred, options, error, message):
@@ -785,12 +785,12 @@ def test_what_cannot_be_tokenized(tokenizer):
         tokenize(CLASSES, tokenizer, STSB)
     with pytest.raises(ValueError, match=r"lacks the columns \['label'\]"):
         tokenize(CLASSES.remove_columns("label"), tokenizer, SST2)
-    with pytest.raises(ValueError, match="at least one row"):
+    with pytest.raises(ValueError, match="dataset has no rows; expected one or more"):
         tokenize(CLASSES.select([]), tokenizer, SST2)
     for length in (0, 13):
-        with pytest.raises(ValueError, match=f"max_length must be from 1 to the tokenizer's 12, not {length}"):
+        with pytest.raises(ValueError, match=f"max_length is {length}; expected from 1 to the tokenizer's 12"):
             tokenize(CLASSES, tokenizer, SST2, max_length=length)
-    with pytest.raises(TypeError, match="max_length must be an integer, not 6.0"):
+    with pytest.raises(TypeError, match="max_length is 6.0; expected an integer"):
         tokenize(CLASSES, tokenizer, SST2, max_length=6.0)
 
 

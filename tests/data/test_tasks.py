@@ -62,7 +62,7 @@ def test_a_task_cannot_be_changed():
     [
         ({"text_columns": ("sentence2",)}, "text_columns"),
         ({"text_columns": ("sentence1", "other")}, "text_columns"),
-        ({"metric": "bleu"}, "metric must be one of accuracy, f1, spearman, matthews, not 'bleu'"),
+        ({"metric": "bleu"}, "metric is 'bleu'; expected one of accuracy, f1, spearman, matthews"),
         ({"metric": "spearman"}, "metric 'spearman' does not fit"),
         ({"label_names": None}, "metric 'accuracy' does not fit"),
         ({"label_names": ("only",)}, "label_names"),

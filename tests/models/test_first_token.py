@@ -77,9 +77,9 @@ def test_compiled_models(kind: str, wrapped: bool) -> None:
 
 
 def test_which_objectives_look_at_other_tokens() -> None:
-    assert not LogitsKD().needs_all_tokens
-    assert not PKD().needs_all_tokens
-    assert not DeKD().needs_all_tokens
-    assert CKD().needs_all_tokens
-    assert WeightedSum({"kd": (1.0, LogitsKD()), "ckd": (1.0, CKD())}).needs_all_tokens
-    assert as_objective(lambda student, teacher, labels: student.loss).needs_all_tokens
+    assert not LogitsKD().needs.all_tokens
+    assert not PKD().needs.all_tokens
+    assert not DeKD().needs.all_tokens
+    assert CKD().needs.all_tokens
+    assert WeightedSum({"kd": (1.0, LogitsKD()), "ckd": (1.0, CKD())}).needs.all_tokens
+    assert as_objective(lambda student, teacher, labels: student.loss).needs.all_tokens

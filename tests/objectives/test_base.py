@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastdistill.objectives.base import Objective, WeightedSum, as_objective
+from fastdistill.objectives.base import Needs, Objective, WeightedSum, as_objective
 from fastdistill.objectives.logits import MSE, LogitsKD, TaskLoss
 from fastdistill.ops import kd_ce_loss
 
@@ -66,8 +66,8 @@ def test_the_parts_of_logits_kd_add_up(kd_weight: float, ce_weight: float) -> No
 
 
 def test_logits_kd_needs_what_its_weights_ask_for() -> None:
-    assert LogitsKD().needs_teacher
-    assert not LogitsKD(kd_weight=0).needs_teacher
+    assert LogitsKD().needs.teacher
+    assert not LogitsKD(kd_weight=0).needs.teacher
     unlabelled = LogitsKD(ce_weight=0)(STUDENT, TEACHER, None)
     torch.testing.assert_close(unlabelled, kd_ce_loss(STUDENT.logits, TEACHER.logits, temperature=2.0))
     with pytest.raises(ValueError, match="labels is None"):
@@ -87,7 +87,7 @@ def test_mse() -> None:
 
     assert MSE(label_weight=0).parts(student, teacher, None)[1].keys() == {"kd"}
     assert MSE(kd_weight=0).parts(student, None, labels)[1].keys() == {"label"}
-    assert not MSE(kd_weight=0).needs_teacher
+    assert not MSE(kd_weight=0).needs.teacher
     with pytest.raises(ValueError, match="labels is None"):
         MSE()(student, teacher, None)
     with pytest.raises(ValueError, match="teacher is None"):
@@ -113,7 +113,7 @@ def test_task_loss() -> None:
     torch.testing.assert_close(TaskLoss(label_smoothing=0.1)(STUDENT, None, LABELS), smooth)
     score, scores = outputs(6, 1), torch.arange(6.0)
     torch.testing.assert_close(TaskLoss()(score, None, scores), (score.logits.squeeze(-1) - scores).square().mean())
-    assert not TaskLoss().needs_teacher
+    assert not TaskLoss().needs.teacher
     with pytest.raises(ValueError, match="label_smoothing is 0.1 but the student has one output"):
         TaskLoss(label_smoothing=0.1)(score, None, scores)
     with pytest.raises(ValueError, match="labels is None"):
@@ -125,8 +125,8 @@ class Hidden(Objective):
     """A loss on hidden states, as PKD's is."""
 
     @property
-    def needs_hidden_states(self) -> bool:
-        return True
+    def needs(self) -> Needs:
+        return Needs(hidden_states=True)
 
     def parts(self, student: Any, teacher: Any, labels: Tensor | None) -> tuple[Tensor, dict[str, Tensor]]:
         return F.mse_loss(student.hidden_states[-1], teacher.hidden_states[-1]), {}
@@ -156,13 +156,13 @@ def test_weighted_sum() -> None:
 
 
 def test_weighted_sum_needs_what_its_terms_need() -> None:
-    assert not WeightedSum({"ce": (1, TaskLoss())}).needs_teacher
-    assert WeightedSum({"ce": (1, TaskLoss()), "kd": (1, LogitsKD())}).needs_teacher
-    assert not WeightedSum({"ce": (1, TaskLoss()), "kd": (0, LogitsKD())}).needs_teacher
-    assert WeightedSum({"kd": (1, LogitsKD()), "pkd": (1, Hidden())}).needs_hidden_states
-    assert not WeightedSum({"kd": (1, LogitsKD()), "pkd": (0, Hidden())}).needs_hidden_states
-    assert WeightedSum({"ce": (1, TaskLoss()), "kd": (1, LogitsKD())}).problem == "classification"
-    assert WeightedSum({"ce": (1, TaskLoss())}).problem is None
+    assert not WeightedSum({"ce": (1, TaskLoss())}).needs.teacher
+    assert WeightedSum({"ce": (1, TaskLoss()), "kd": (1, LogitsKD())}).needs.teacher
+    assert not WeightedSum({"ce": (1, TaskLoss()), "kd": (0, LogitsKD())}).needs.teacher
+    assert WeightedSum({"kd": (1, LogitsKD()), "pkd": (1, Hidden())}).needs.hidden_states
+    assert not WeightedSum({"kd": (1, LogitsKD()), "pkd": (0, Hidden())}).needs.hidden_states
+    assert WeightedSum({"ce": (1, TaskLoss()), "kd": (1, LogitsKD())}).needs.problem == "classification"
+    assert WeightedSum({"ce": (1, TaskLoss())}).needs.problem is None
 
 
 @pytest.mark.parametrize(

@@ -16,30 +16,18 @@ import torch
 
 from fastdistill.autoskd.search import Found
 from fastdistill.cli import main
-from tests import tiny
+from tests import commands
 from tests.records import record, untimed
 
 ROOT = Path(__file__).parents[2]
 TEAM = ["layers_1", "layers_2", "layers_3"]
-
-
-@pytest.fixture(scope="module")
-def sources(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("sources")
-    tiny.task_folder(folder / "task", train=48)
-    tiny.task_folder(folder / "scores", train=48, regression=True)
-    tiny.model_folder(folder / "encoder", tiny.bert(layers=3).bert)
-    return folder
+ENCODER = {"layers": 3}
 
 
 def command(sources: Path, output: Path, *more: str, task: str = "task") -> list[str]:
     """One epoch of three steps a student, and three of six a search, unless `more` says otherwise."""
-    return [
-        "autoskd", "--task", str(sources / task), "--teacher", str(sources / "encoder"), "--student-layers", "1",
-        "--output", str(output), "--epochs", "1", "--teacher-epochs", "1", "--batch-size", "16",
-        "--learning-rate", "0.01", "--teacher-learning-rate", "0.01", "--theta-learning-rate", "0.01",
-        "--candidates", "2", "--search-epochs", "3", *more,
-    ]  # fmt: skip
+    own = ("--student-layers", "1", "--theta-learning-rate", "0.01", "--candidates", "2", "--search-epochs", "3")
+    return commands.command("autoskd", sources, output, *own, *more, task=task)
 
 
 def measured(output: Path) -> Any:
@@ -47,13 +35,6 @@ def measured(output: Path) -> Any:
 
 
 EVERYTHING = ("--random-candidates", "1", "--baselines", "--seeds", "0,7", "--drop", "1")
-
-
-@pytest.fixture(scope="module")
-def finished(sources: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    output = tmp_path_factory.mktemp("runs") / "whole"
-    assert main(command(sources, output, *EVERYTHING)) == 0
-    return output
 
 
 def test_a_run_trains_all_that_was_asked_for(finished: Path) -> None:

@@ -15,27 +15,19 @@ from transformers import AutoModelForSequenceClassification
 
 from fastdistill.cli import main
 from fastdistill.models.students import first_layers
-from fastdistill.recipes import dekd, stages
-from tests import tiny
+from fastdistill.recipes import fitting, stages
+from fastdistill.recipes.methods.dekd import variants_of
+from fastdistill.recipes.settings import DeKDSettings
+from fastdistill.recipes.settings.arguments import add_arguments, from_arguments
+from tests import commands
 from tests.records import record, untimed
 
-
-@pytest.fixture(scope="module")
-def sources(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("sources")
-    tiny.task_folder(folder / "task", train=48)
-    tiny.task_folder(folder / "scores", regression=True)
-    tiny.model_folder(folder / "encoder", tiny.bert(layers=4).bert)
-    return folder
+ENCODER = {"layers": 4}
 
 
 def command(sources: Path, output: Path, *more: str, task: str = "task") -> list[str]:
     """One epoch of three steps a stage, unless `more` says otherwise."""
-    return [
-        "dekd", "--task", str(sources / task), "--teacher", str(sources / "encoder"), "--student-layers", "1",
-        "--output", str(output), "--epochs", "1", "--teacher-epochs", "1", "--batch-size", "16",
-        "--learning-rate", "0.01", "--teacher-learning-rate", "0.01", *more,
-    ]  # fmt: skip
+    return commands.command("dekd", sources, output, "--student-layers", "1", *more, task=task)
 
 
 def model(folder: Path) -> Any:
@@ -56,13 +48,6 @@ STUDENTS = (
     "dekd-without-doa",
     "dekd-without-ta-doa",
 )
-
-
-@pytest.fixture(scope="module")
-def finished(sources: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    output = tmp_path_factory.mktemp("runs") / "whole"
-    assert main(command(sources, output, *EVERYTHING)) == 0
-    return output
 
 
 def test_a_run_trains_all_that_was_asked_for(finished: Path) -> None:
@@ -116,7 +101,7 @@ def test_who_teaches_whom(sources: Path, tmp_path: Path, monkeypatch: pytest.Mon
         stored["teacher"] = model
         return store(dataset, model, **options)
 
-    class Watched(stages.DistillationTrainer):
+    class Watched(fitting.DistillationTrainer):
         def train(self, *args: Any, **kwargs: Any) -> Any:
             teachers = {**stored, **self.teachers}
             stored.clear()
@@ -127,7 +112,7 @@ def test_who_teaches_whom(sources: Path, tmp_path: Path, monkeypatch: pytest.Mon
             return super().train(*args, **kwargs)
 
     monkeypatch.setattr(stages, "store", watched)
-    monkeypatch.setattr(stages, "DistillationTrainer", Watched)
+    monkeypatch.setattr(fitting, "DistillationTrainer", Watched)
     assert main(command(sources, tmp_path, "--chain", "2,1", "--baselines", "--without", "ta", "--no-plots")) == 0
     assert {name: depths for name, (depths, _) in begun.items()} == {
         "teacher": {},
@@ -169,7 +154,7 @@ def test_a_run_that_was_cut_off_ends_as_one_that_was_not(
             raise Cut
 
     with monkeypatch.context() as patch:
-        patch.setattr(stages._ProgressBar, "on_step_end", cut)
+        patch.setattr(fitting._ProgressBar, "on_step_end", cut)
         with pytest.raises(Cut):
             main(command(sources, tmp_path / "cut", *options))
     assert list((tmp_path / "cut").rglob("checkpoint-4"))
@@ -226,8 +211,8 @@ def test_without_an_assistant_none_is_trained(sources: Path, tmp_path: Path, opt
 
 def variants(*options: str) -> dict[str, Any]:
     parser = argparse.ArgumentParser()
-    dekd.add_arguments(parser)
-    return dekd._variants(parser.parse_args(command(Path(), Path(), *options)[1:]))
+    add_arguments(parser, DeKDSettings)
+    return variants_of(from_arguments(DeKDSettings, parser.parse_args(command(Path(), Path(), *options)[1:])))
 
 
 def test_variants_are_called_by_exact_names() -> None:
@@ -258,18 +243,18 @@ def test_stored_outputs_stand_for_the_teachers(
     options = (*options, "--epochs", "2", "--seeds", "0,7", "--no-plots")
     taught: list[tuple[Any, set[str]]] = []
 
-    class Watched(stages.DistillationTrainer):
+    class Watched(fitting.DistillationTrainer):
         def train(self, *args: Any, **kwargs: Any) -> Any:
             if Path(self.args.output_dir).name == "dekd":
                 taught.append((self.teachers, {name for name in self.train_dataset.column_names if "_" in name}))
             return super().train(*args, **kwargs)
 
-    monkeypatch.setattr(stages, "DistillationTrainer", Watched)
+    monkeypatch.setattr(fitting, "DistillationTrainer", Watched)
     assert main(command(sources, tmp_path / "stored", *options)) == 0
     shown = {"input_ids", "attention_mask", "token_type_ids"}
     assert [(models, names - shown) for models, names in taught] == [({}, columns)] * 2
     with monkeypatch.context() as patch:
-        patch.setattr(stages.Stages, "_taught", lambda self, objective, teacher, *rest: (self.train_data, teacher))
+        patch.setattr(stages.Stages, "_taught", lambda self, training: (self.examples.train, training.teacher))
         assert main(command(sources, tmp_path / "live", *options)) == 0
     assert len(taught[-1][0]) == (1 if "--assistant-layers" in options else 2)
     for seed in (0, 7):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import signal
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,8 +22,9 @@ from fastdistill.recipes import executors
 from fastdistill.recipes.examples import of_text
 from fastdistill.recipes.executors import Local, Ray, Trial
 from fastdistill.recipes.stages import Stages
+from fastdistill.recipes.training import Training
 from tests import tiny
-from tests.recipes.test_stark import command
+from tests.commands import command
 from tests.records import record
 
 ray = pytest.importorskip("ray")
@@ -72,15 +73,20 @@ def test_ray_trains_what_local_does(tmp_path: Path) -> None:
 
     def trials(name: str, **options: Any) -> list[Trial]:
         begun = stages(tmp_path, name)
-        training = {"teacher": teacher, "epochs": 1}
-        return [
-            Trial(begun, "once", student, LogitsKD(), training | {"learning_rate": 0.01, **options}),
-            Trial(begun.seeded(3), "once", student, LogitsKD(), training | {"learning_rate": 0.001}),
-        ]
+        once = Training(
+            name="once",
+            model=student,
+            objective=LogitsKD(),
+            teacher=teacher,
+            epochs=1,
+            learning_rate=0.001,
+            batch_size=16,
+        )
+        return [Trial(begun, replace(once, learning_rate=0.01, **options)), Trial(begun.seeded(3), once)]
 
     executor = Ray(tmp_path / "ray" / "logs")
     expected = Local()(trials("local"))
-    found = executor(trials("ray", callbacks=[DiesOnce(tmp_path / "died")]))
+    found = executor(trials("ray", callbacks=(DiesOnce(tmp_path / "died"),)))
     assert [one.result["resumed"] for one in found] == [True, False]
     for ours, theirs in zip(found, expected, strict=True):
         assert ours.result["accuracy"] == theirs.result["accuracy"]
@@ -100,11 +106,16 @@ def test_a_trial_that_fails_tells_its_error(tmp_path: Path, monkeypatch: pytest.
     """The others are trained."""
     monkeypatch.setattr(executors, "RETRIES", 0)  # a process more takes seconds
     begun = stages(tmp_path, "ray")
-    training = {"epochs": 1, "learning_rate": 0.01}
-    trials = [
-        Trial(begun, name, tiny.bert(layers=1), objective, training | {"teacher": tiny.bert()})
-        for name, objective in (("right", LogitsKD()), ("wrong", Wrong()))
-    ]
+    right = Training(
+        name="right",
+        model=tiny.bert(layers=1),
+        objective=LogitsKD(),
+        teacher=tiny.bert(),
+        epochs=1,
+        learning_rate=0.01,
+        batch_size=16,
+    )
+    trials = [Trial(begun, right), Trial(begun, replace(right, name="wrong", objective=Wrong()))]
     with pytest.raises(ValueError, match="^wrong: there is no such loss"):
         Ray(tmp_path / "ray" / "logs")(trials)
     assert begun.load("right").result["accuracy"] > 0
@@ -113,9 +124,9 @@ def test_a_trial_that_fails_tells_its_error(tmp_path: Path, monkeypatch: pytest.
 def test_stark(tmp_path: Path) -> None:
     tiny.task_folder(tmp_path / "task", train=48)
     tiny.model_folder(tmp_path / "encoder", tiny.bert(layers=3, num_attention_heads=4).bert)
-    more = ("--sparsity", "0.5", "--baselines", "--batch-size-grid", "8,16", "--no-plots")
+    more = ("--student-layers", "1", "--sparsity", "0.5", "--baselines", "--batch-size-grid", "8,16", "--no-plots")
     for executor in ("local", "ray"):
-        assert main(command(tmp_path, tmp_path / executor, *more, "--executor", executor)) == 0
+        assert main(command("stark", tmp_path, tmp_path / executor, *more, "--executor", executor)) == 0
     found, expected = (record(tmp_path / executor) for executor in ("ray", "local"))
     for name, one in expected["results"].items():
         assert found["results"][name]["accuracy"] == one["accuracy"]

@@ -1,12 +1,12 @@
 from __future__ import annotations
 
-import argparse
 import json
 import os
 import shutil
 import signal
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,31 +14,24 @@ import pytest
 import torch
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
+from fastdistill import recipes
 from fastdistill.cli import main
 from fastdistill.models.students import first_layers
-from fastdistill.recipes import folder, stages
-from tests import tiny
+from fastdistill.recipes import KDSettings, fitting, folder
+from fastdistill.recipes.begin import begin
+from tests import commands, tiny
 
 ROOT = Path(__file__).parents[2]
 STAGES = ("teacher", "finetuned", "distilled")
-
-
-@pytest.fixture(scope="module")
-def sources(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("sources")
-    tiny.task_folder(folder / "task", train=96)
-    tiny.task_folder(folder / "scores", regression=True)
-    tiny.model_folder(folder / "encoder", tiny.bert(layers=3).bert)
-    return folder
+ENCODER = {"layers": 3}
+EXAMPLES = 96
+EVERYTHING = ()
 
 
 def command(sources: Path, output: Path, *more: str, task: str = "task", teacher: str = "encoder") -> list[str]:
     """Two epochs of six steps a stage, unless `more` says otherwise."""
-    return [
-        "kd", "--task", str(sources / task), "--teacher", str(sources / teacher), "--student-layers", "1",
-        "--output", str(output), "--epochs", "2", "--teacher-epochs", "2", "--batch-size", "16",
-        "--learning-rate", "0.01", "--teacher-learning-rate", "0.01", *more,
-    ]  # fmt: skip
+    own = ("--student-layers", "1", "--epochs", "2", "--teacher-epochs", "2", "--teacher", str(sources / teacher))
+    return commands.command("kd", sources, output, *own, *more, task=task)
 
 
 def results(output: Path) -> dict[str, Any]:
@@ -55,13 +48,6 @@ def metrics(output: Path) -> dict[str, dict[str, Any]]:
 
 def model(folder: Path) -> Any:
     return AutoModelForSequenceClassification.from_pretrained(folder).eval()
-
-
-@pytest.fixture(scope="module")
-def finished(sources: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    output = tmp_path_factory.mktemp("runs") / "whole"
-    assert main(command(sources, output)) == 0
-    return output
 
 
 def test_a_run_leaves_models_and_results(finished: Path) -> None:
@@ -112,7 +98,7 @@ def test_both_students_begin_as_the_teachers_first_layers(
 ) -> None:
     """And see the same batches in the same order."""
     begun, seen = {}, {}
-    compute = stages.DistillationTrainer.compute_loss
+    compute = fitting.DistillationTrainer.compute_loss
 
     def watched(self: Any, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
         name = Path(self.args.output_dir).name
@@ -120,7 +106,7 @@ def test_both_students_begin_as_the_teachers_first_layers(
         seen.setdefault(name, []).append(inputs["input_ids"].clone())
         return compute(self, model, inputs, *args, **kwargs)
 
-    monkeypatch.setattr(stages.DistillationTrainer, "compute_loss", watched)
+    monkeypatch.setattr(fitting.DistillationTrainer, "compute_loss", watched)
     assert main(command(sources, tmp_path / "run")) == 0
     teacher = first_layers(model(tmp_path / "run" / "teacher"), 1).state_dict()
     for name in ("finetuned", "distilled"):
@@ -153,7 +139,7 @@ def test_a_run_that_was_cut_off_ends_as_one_that_was_not(
         if Path(args.output_dir).name == stage and state.global_step == step:
             raise Cut
 
-    save, evaluate = stages.DistillationTrainer._save_rng_state, stages.DistillationTrainer.evaluate
+    save, evaluate = fitting.DistillationTrainer._save_rng_state, fitting.DistillationTrainer.evaluate
 
     def cut_saving(self: Any, output_dir: str) -> None:
         if Path(self.args.output_dir).name == stage and self.state.global_step == 9:
@@ -167,11 +153,11 @@ def test_a_run_that_was_cut_off_ends_as_one_that_was_not(
 
     with monkeypatch.context() as patch:
         if step == "saving":
-            patch.setattr(stages.DistillationTrainer, "_save_rng_state", cut_saving)
+            patch.setattr(fitting.DistillationTrainer, "_save_rng_state", cut_saving)
         elif step == "evaluating":
-            patch.setattr(stages.DistillationTrainer, "evaluate", cut_evaluating)
+            patch.setattr(fitting.DistillationTrainer, "evaluate", cut_evaluating)
         else:
-            patch.setattr(stages._ProgressBar, "on_step_end", cut)
+            patch.setattr(fitting._ProgressBar, "on_step_end", cut)
         with pytest.raises(Cut):
             main(command(sources, tmp_path))
     assert not (tmp_path / "results.json").exists()
@@ -211,13 +197,13 @@ def test_a_removal_that_was_cut_off_is_no_hindrance(
 KILLED = """
 import os, signal, sys
 from fastdistill.cli import main
-from fastdistill.recipes import stages
+from fastdistill.recipes import fitting
 
 def kill(self, args, state, control, **kwargs):
     if args.output_dir.endswith("distilled") and state.global_step == 8:
         os.kill(os.getpid(), signal.SIGKILL)
 
-stages._ProgressBar.on_step_end = kill
+fitting._ProgressBar.on_step_end = kill
 main(sys.argv[1:])
 """
 
@@ -265,7 +251,7 @@ def test_a_changed_option_repeats_what_depends_on_it(
     change: tuple[str, ...],
     again: set[str],
 ) -> None:
-    monkeypatch.setattr(stages.DistillationTrainer, "train", lambda self, **options: None)
+    monkeypatch.setattr(fitting.DistillationTrainer, "train", lambda self, **options: None)
     output = tmp_path / "run"
     shutil.copytree(finished, output)
     markers = {name: (output / name / "stage.json").read_text() for name in STAGES}
@@ -347,29 +333,54 @@ def test_an_interrupted_run_says_that_it_can_go_on(
     def interrupt(*args: Any, **kwargs: Any) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(stages.DistillationTrainer, "train", interrupt)
+    monkeypatch.setattr(fitting.DistillationTrainer, "train", interrupt)
     assert main(command(sources, tmp_path)) == 130
     assert "the same command goes on" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("width, rates", [(16, (3e-4, 1e-4)), (768, (7.5e-5, 2.5e-5))])
 def test_wide_encoders_learn_slower(sources: Path, tmp_path: Path, width: int, rates: tuple[float, float]) -> None:
-    from fastdistill.recipes import begin, kd
-
     tiny.model_folder(tmp_path, tiny.bert(layers=1, hidden_size=width).bert)
-    parser = argparse.ArgumentParser()
-    kd.add_arguments(parser)
-    task = ["--task", str(sources / "task"), "--teacher", str(tmp_path), "--student-layers", "1", "--output", "o"]
-    options = begin.begin(parser.parse_args(task)).options
-    assert (options.learning_rate, options.teacher_learning_rate) == pytest.approx(rates)
-    given = begin.begin(parser.parse_args([*task, "--learning-rate", "0.1"])).options
-    assert (given.learning_rate, given.teacher_learning_rate) == pytest.approx((0.1, rates[1]))
+    asked = KDSettings(task=str(sources / "task"), teacher=str(tmp_path), student_layers=1, output="o")
+    found = begin(asked)
+    assert (found.learning_rate, found.teacher_learning_rate) == pytest.approx(rates)
+    found = begin(replace(asked, learning_rate=0.1))
+    assert (found.learning_rate, found.teacher_learning_rate) == pytest.approx((0.1, rates[1]))
+    assert asked.learning_rate is None
 
 
-def test_options_are_kept_as_they_were_given() -> None:
-    from fastdistill.recipes import kd
+def test_more_is_compared(sources: Path, tmp_path: Path) -> None:
+    """Every seed in a folder of its own; plain distillation at its default is the method itself, and trained once."""
+    more = ("--seeds", "0,7", "--baselines", "--chain", "3,2,1", "--epochs", "1")
+    assert main(command(sources, tmp_path, *more)) == 0
+    found = results(tmp_path)["results"]
+    assert list(found) == ["teacher", "assistant-2", "finetuned", "takd", "distilled", "kd"]
+    assert found["kd"] == found["distilled"]
+    assert all(len(found[name]["values"]) == 2 for name in ("finetuned", "takd", "distilled"))
+    for seed in (0, 7):
+        assert {path.name for path in (tmp_path / f"seed-{seed}").iterdir()} == {"finetuned", "takd", "distilled"}
+    assert main(command(sources, tmp_path / "hot", "--baselines", "--kd-temperature", "5", "--epochs", "1")) == 0
+    assert {"kd", "distilled"} < {path.name for path in (tmp_path / "hot").iterdir()}
 
-    parser = argparse.ArgumentParser()
-    kd.add_arguments(parser)
-    given = parser.parse_args(["--task", "t", "--teacher", "m", "--student-layers", "2", "--output", "o"])
-    assert (given.batch_size, given.student_layers, given.output, given.temperature) == (32, 2, Path("o"), None)
+
+def test_from_python(sources: Path, finished: Path, tmp_path: Path) -> None:
+    """What the command does."""
+    asked = KDSettings(
+        task=str(sources / "task"),
+        teacher=str(sources / "encoder"),
+        student_layers=1,
+        output=tmp_path / "run",
+        epochs=2,
+        teacher_epochs=2,
+        batch_size=16,
+        learning_rate=0.01,
+        teacher_learning_rate=0.01,
+    )
+    report = recipes.kd(asked)
+    assert metrics(tmp_path / "run") == metrics(finished)
+    assert report.record["settings"] == {**results(finished)["settings"], "output": tmp_path / "run"}
+    for name in STAGES:
+        assert report.results[name]["accuracy"] == metrics(finished)[name]["accuracy"]
+        assert f"{100 * report.results[name]['accuracy']:.1f}" in next(r for r in str(report).split("\n") if name in r)
+    assert report.file == tmp_path / "run" / "results.json"
+    assert report.plots == ()

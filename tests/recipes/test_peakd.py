@@ -11,28 +11,18 @@ import torch
 
 import fastdistill
 from fastdistill.cli import main
-from fastdistill.recipes import stages
-from fastdistill.recipes.ptp import PTP_LABELS, ptp_labels
-from tests import tiny
+from fastdistill.recipes import fitting
+from fastdistill.recipes.methods.ptp import PTP_LABELS, ptp_labels
+from tests import commands, tiny
 from tests.records import record, untimed
 
-
-@pytest.fixture(scope="module")
-def sources(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("sources")
-    tiny.task_folder(folder / "task", train=48)
-    tiny.task_folder(folder / "scores", regression=True)
-    tiny.model_folder(folder / "encoder", tiny.bert(layers=4).bert)
-    return folder
+ENCODER = {"layers": 4}
 
 
 def command(sources: Path, output: Path, *more: str, task: str = "task") -> list[str]:
     """One epoch of three steps a stage, unless `more` says otherwise."""
-    return [
-        "peakd", "--task", str(sources / task), "--teacher", str(sources / "encoder"), "--student-layers", "2",
-        "--output", str(output), "--epochs", "1", "--teacher-epochs", "1", "--batch-size", "16",
-        "--learning-rate", "0.01", "--teacher-learning-rate", "0.01", "--checkpoints", "1", *more,
-    ]  # fmt: skip
+    own = ("--student-layers", "2", "--checkpoints", "1")
+    return commands.command("peakd", sources, output, *own, *more, task=task)
 
 
 def measured(output: Path) -> Any:
@@ -43,13 +33,6 @@ EVERYTHING = (
     "--without", "sps", "--without", "ptp,swap", "--seeds", "0,7", "--threshold", "0.7,0.6",
 )  # fmt: skip
 STUDENTS = {"peakd": 4, "peakd-without-sps": 2, "peakd-without-swap-ptp": 4}
-
-
-@pytest.fixture(scope="module")
-def finished(sources: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    output = tmp_path_factory.mktemp("runs") / "whole"
-    assert main(command(sources, output, *EVERYTHING)) == 0
-    return output
 
 
 def test_a_run_trains_all_that_was_asked_for(finished: Path) -> None:
@@ -83,14 +66,14 @@ def test_where_students_begin(sources: Path, tmp_path: Path, monkeypatch: pytest
     begun: dict[str, Any] = {}
     seen: dict[str, Any] = {}
 
-    class Watched(stages.DistillationTrainer):
+    class Watched(fitting.DistillationTrainer):
         def train(self, *args: Any, **kwargs: Any) -> Any:
             name = Path(self.args.output_dir).name
             begun[name] = {key: value.clone() for key, value in self.model.state_dict().items()}
             seen[name] = self.train_dataset["labels"][:], self.objective
             return super().train(*args, **kwargs)
 
-    monkeypatch.setattr(stages, "DistillationTrainer", Watched)
+    monkeypatch.setattr(fitting, "DistillationTrainer", Watched)
     more = ("--without", "ptp", "--threshold", "1", "--beta", "5", "--alpha", "0.4")
     assert main(command(sources, tmp_path / "run", *more)) == 0
     assert record(tmp_path / "run")["ptp"]["labels"]["train"]["confidently correct"] == 0  # a class with no example
@@ -112,12 +95,12 @@ def test_where_students_begin(sources: Path, tmp_path: Path, monkeypatch: pytest
 def test_stored_hidden_states_teach_the_same(sources: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     teachers: dict[str, Any] = {}
 
-    class Watched(stages.DistillationTrainer):
+    class Watched(fitting.DistillationTrainer):
         def train(self, *args: Any, **kwargs: Any) -> Any:
             teachers[str(self.args.output_dir)] = self.teacher_model
             return super().train(*args, **kwargs)
 
-    monkeypatch.setattr(stages, "DistillationTrainer", Watched)
+    monkeypatch.setattr(fitting, "DistillationTrainer", Watched)
     assert main(command(sources, tmp_path / "run")) == 0
     shutil.copytree(tmp_path / "run", tmp_path / "stored")
     shutil.rmtree(tmp_path / "stored" / "seed-0" / "peakd")
@@ -146,7 +129,7 @@ def test_a_run_that_was_cut_off_ends_as_one_that_was_not(
                 raise Cut
 
         with monkeypatch.context() as patch:
-            patch.setattr(stages._ProgressBar, "on_step_end", cut)
+            patch.setattr(fitting._ProgressBar, "on_step_end", cut)
             with pytest.raises(Cut):
                 main(command(sources, output, *EVERYTHING))
         assert list(output.glob(f"seed-7/{stage}/checkpoint-2"))

@@ -7,7 +7,7 @@ import torch
 
 import fastdistill
 from fastdistill.models.architectures import ARCHITECTURES
-from fastdistill.recipes.ptp import PTP_LABELS, count_ptp_labels, ptp_labels, ptp_student, with_encoder_of
+from fastdistill.recipes.methods.ptp import PTP_LABELS, count_ptp_labels, ptp_labels, ptp_student, with_encoder_of
 from tests import tiny
 from tests.encoders import classifier, inputs
 

@@ -18,30 +18,18 @@ import torch
 import fastdistill
 from fastdistill.cli import main
 from fastdistill.models.architectures import blocks, encoder_weights
-from fastdistill.recipes import stages
-from tests import tiny
+from fastdistill.recipes import fitting
+from tests import commands
 from tests.records import record, untimed
 
 ROOT = Path(__file__).parents[2]
-
-
-@pytest.fixture(scope="module")
-def sources(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("sources")
-    tiny.task_folder(folder / "task", train=48)
-    tiny.task_folder(folder / "scores", train=48, regression=True)
-    tiny.model_folder(folder / "encoder", tiny.bert(layers=3, num_attention_heads=4).bert)
-    return folder
+ENCODER = {"layers": 3, "num_attention_heads": 4}
 
 
 def command(sources: Path, output: Path, *more: str, task: str = "task", student: str = "layers") -> list[str]:
     """One epoch of three steps a stage, unless `more` says otherwise."""
-    students = {"layers": ["--student-layers", "1"], "sparsity": ["--student-sparsity", "0.7"]}
-    return [
-        "stark", "--task", str(sources / task), "--teacher", str(sources / "encoder"), *students[student],
-        "--output", str(output), "--epochs", "1", "--teacher-epochs", "1", "--batch-size", "16",
-        "--learning-rate", "0.01", "--teacher-learning-rate", "0.01", *more,
-    ]  # fmt: skip
+    students = {"layers": ("--student-layers", "1"), "sparsity": ("--student-sparsity", "0.7")}
+    return commands.command("stark", sources, output, *students[student], *more, task=task)
 
 
 def measured(output: Path) -> Any:
@@ -52,13 +40,6 @@ EVERYTHING = (
     "--sparsity", "0.25,0.5", "--selection", "knowledge,random,auto", "--baselines", "--chain", "3,2,1",
     "--seeds", "0,7",
 )  # fmt: skip
-
-
-@pytest.fixture(scope="module")
-def finished(sources: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    output = tmp_path_factory.mktemp("runs") / "whole"
-    assert main(command(sources, output, *EVERYTHING)) == 0
-    return output
 
 
 def test_a_run_trains_all_that_was_asked_for(finished: Path) -> None:
@@ -113,7 +94,7 @@ def test_students_begin_alike(sources: Path, tmp_path: Path, monkeypatch: pytest
     """And see the same batches, with logits that their teacher gave once."""
     begun: dict[str, Any] = {}
     seen: dict[str, list[Any]] = {}
-    compute = stages.DistillationTrainer.compute_loss
+    compute = fitting.DistillationTrainer.compute_loss
 
     def watched(self: Any, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
         name = Path(self.args.output_dir).name
@@ -122,7 +103,7 @@ def test_students_begin_alike(sources: Path, tmp_path: Path, monkeypatch: pytest
             seen.setdefault(name, []).append(dict(inputs))
         return compute(self, model, inputs, *args, **kwargs)
 
-    monkeypatch.setattr(stages.DistillationTrainer, "compute_loss", watched)
+    monkeypatch.setattr(fitting.DistillationTrainer, "compute_loss", watched)
     assert main(command(sources, tmp_path / "run", "--sparsity", "0.5", "--no-plots")) == 0
     torch.testing.assert_close(begun["trial"], begun["stark-0.5"], rtol=0, atol=0)
     teachers = {"trial": tmp_path / "run" / "teacher", "stark-0.5": tmp_path / "run" / "seed-0" / "teacher-stark-0.5"}

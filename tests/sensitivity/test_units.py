@@ -13,27 +13,7 @@ import fastdistill
 from fastdistill import CKD, MSE, PKD, LogitsKD, WeightedSum
 from fastdistill.objectives.logits import TaskLoss
 from fastdistill.sensitivity import units
-from tests import tiny
-
-
-def batches(sizes: tuple[int, ...] = (4, 3), classes: int = 2, length: int = 7) -> list[dict[str, Tensor]]:
-    generator = torch.Generator().manual_seed(0)
-    made = []
-    for size in sizes:
-        ids = torch.randint(5, 65, (size, length), generator=generator)
-        mask = (torch.arange(length) < torch.randint(2, length + 1, (size, 1), generator=generator)).long()
-        labels = (
-            torch.rand(size, generator=generator).double()
-            if classes == 1
-            else torch.randint(classes, (size,), generator=generator)
-        )
-        made.append({"input_ids": ids, "attention_mask": mask, "labels": labels})
-    return made
-
-
-def models(classes: int = 2) -> tuple[Any, Any]:
-    teacher = tiny.bert(0, layers=2, num_labels=classes).double()
-    return teacher, tiny.bert(1, layers=1, num_labels=classes).double()
+from tests.tiny import batches, pair
 
 
 def one_by_one(teacher: Any, data: Any, student: Any, objective: Any, reduce: str) -> list[list[Tensor]]:
@@ -72,7 +52,7 @@ OBJECTIVES = {
 @pytest.mark.parametrize("objective", OBJECTIVES)
 @pytest.mark.parametrize("classes", [2, 3])
 def test_scores_are_those_of_a_loop_over_examples(classes: int, objective: str, reduce: Any) -> None:
-    teacher, student = models(classes)
+    teacher, student = pair(classes)
     data = batches(classes=classes)
     chosen = OBJECTIVES[objective]
     found = fastdistill.score(teacher, data, student, objective=chosen, reduce=reduce, progress=False)
@@ -84,7 +64,7 @@ def test_scores_are_those_of_a_loop_over_examples(classes: int, objective: str, 
 
 
 def test_regression() -> None:
-    teacher, student = models(1)
+    teacher, student = pair(1)
     data = batches(classes=1)
     found = fastdistill.score(teacher, data, student, progress=False)
     expected = one_by_one(teacher, data, student, MSE(label_weight=0.0), "example")
@@ -104,7 +84,7 @@ def test_how_many_backward_passes_there_are(
 ) -> None:
     if objective is SUM and classes == 1:
         pytest.skip("a sum for classes")
-    teacher, student = models(classes)
+    teacher, student = pair(classes)
     calls = []
     grad = torch.autograd.grad
     monkeypatch.setattr(
@@ -115,7 +95,7 @@ def test_how_many_backward_passes_there_are(
 
 
 def test_the_models_are_left_as_they_were() -> None:
-    teacher, student = models()
+    teacher, student = pair()
     teacher.train(), student.train()
     teacher.classifier.weight.requires_grad_(False)
     flags = [p.requires_grad for p in teacher.parameters()]
@@ -126,14 +106,14 @@ def test_the_models_are_left_as_they_were() -> None:
 
 
 def test_a_model_that_has_neither_heads_nor_neurons() -> None:
-    teacher, student = models()
+    teacher, student = pair()
     none = fastdistill.prune(teacher, fastdistill.score(teacher, batches(), progress=False).expressiveness, 1.0)
     found = fastdistill.score(none, batches(), student, progress=False).knowledgeable()
     assert [len(layer) for layer in (*found.heads, *found.neurons)] == [0] * 4
 
 
 def test_without_a_student() -> None:
-    teacher, student = models()
+    teacher, student = pair()
     alone = fastdistill.score(teacher, batches(), progress=False)
     both = fastdistill.score(teacher, batches(), student, progress=False)
     assert alone.friendliness is None
@@ -145,7 +125,7 @@ def test_without_a_student() -> None:
 
 
 def test_knowledgeable_scores_are_interpolated() -> None:
-    teacher, student = models()
+    teacher, student = pair()
     found = fastdistill.score(teacher, batches(), student, progress=False)
     assert found.friendliness is not None
     mixed = found.knowledgeable(tradeoff=0.25)
@@ -158,7 +138,7 @@ def test_knowledgeable_scores_are_interpolated() -> None:
 
 @pytest.mark.parametrize("kd", [LogitsKD(temperature=2.0), PKD("last")])
 def test_unlabelled_examples_do_not_count(kd: Any) -> None:
-    teacher, student = models()
+    teacher, student = pair()
     (batch,) = batches((5,))
     some = {name: value[:3] for name, value in batch.items()}
     batch["labels"] = torch.cat([batch["labels"][:3], torch.tensor([-100, -100])])
@@ -171,7 +151,7 @@ def test_unlabelled_examples_do_not_count(kd: Any) -> None:
 
 def test_scoring_goes_on_where_it_was_cut_off(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(units, "SAVE_EVERY", 2)
-    teacher, student = models()
+    teacher, student = pair()
     data, file = batches((2,) * 7), tmp_path / "score.safetensors"
     expected = fastdistill.score(teacher, data, student, progress=False)
 
@@ -216,7 +196,7 @@ def test_scoring_goes_on_where_it_was_cut_off(tmp_path: Path, monkeypatch: pytes
 def _rank(rank: int, folder: str) -> None:
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29641"}
     torch.distributed.init_process_group("gloo", rank=rank, world_size=2, init_method=f"file://{folder}/store")
-    teacher, student = models()
+    teacher, student = pair()
     found = fastdistill.score(teacher, batches((4, 3))[rank : rank + 1], student, progress=False)
     found.knowledgeable().save(f"{folder}/{rank}.safetensors")
     torch.distributed.destroy_process_group()
@@ -224,7 +204,7 @@ def _rank(rank: int, folder: str) -> None:
 
 def test_processes_sum_what_they_find(tmp_path: Path) -> None:
     torch.multiprocessing.start_processes(_rank, (str(tmp_path),), nprocs=2, start_method="spawn")  # type: ignore[no-untyped-call]
-    teacher, student = models()
+    teacher, student = pair()
     expected = fastdistill.score(teacher, batches((4, 3)), student, progress=False).knowledgeable()
     for rank in range(2):
         found = fastdistill.Scores.load(tmp_path / f"{rank}.safetensors")
@@ -233,7 +213,7 @@ def test_processes_sum_what_they_find(tmp_path: Path) -> None:
 
 
 def test_what_cannot_be_scored() -> None:
-    teacher, student = models()
+    teacher, student = pair()
     with pytest.raises(ValueError, match="reduce is 'mean'"):
         fastdistill.score(teacher, batches(), student, reduce="mean")  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="student is the teacher itself"):

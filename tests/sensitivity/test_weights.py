@@ -11,7 +11,7 @@ from fastdistill.models.architectures import encoder_weights
 from fastdistill.objectives.logits import TaskLoss
 from fastdistill.sensitivity.weights import WeightScores, mask_weights, random_weight_scores, score_weights
 from tests import tiny
-from tests.sensitivity.test_units import batches, models
+from tests.tiny import batches, pair
 
 NAMES = ("attention.self.query", "attention.self.key", "attention.self.value", "attention.output.dense")
 
@@ -24,7 +24,7 @@ def test_the_encoders_matrices_are_scored() -> None:
 
 @pytest.mark.parametrize("objective", [None, LogitsKD(temperature=3.0)])
 def test_scores_are_weights_times_gradients(objective: Any) -> None:
-    teacher, student = models()
+    teacher, student = pair()
     teacher.train()
     data = batches((4, 3))
     found = score_weights(teacher, data, student, objective=objective, progress=False)
@@ -46,7 +46,7 @@ def test_scores_are_weights_times_gradients(objective: Any) -> None:
 
 
 def test_weights_that_an_objective_does_not_reach_have_no_sensitivity_to_it() -> None:
-    teacher, student = models()
+    teacher, student = pair()
     found = score_weights(teacher, batches(), student, objective=PKD("last"), progress=False)
     assert found.friendliness is not None
     reached = {name: bool(matrix.any()) for name, matrix in found.friendliness.matrices.items()}
@@ -89,7 +89,7 @@ def test_saved_normalised_and_interpolated(tmp_path: Path) -> None:
 
 
 def test_what_cannot_be_scored_or_masked() -> None:
-    teacher, student = models()
+    teacher, student = pair()
     with pytest.raises(ValueError, match="objective is given but student is None"):
         score_weights(teacher, batches(), objective=LogitsKD())
     with pytest.raises(ValueError, match="loader gave no labelled example"):

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 from transformers.modeling_outputs import SequenceClassifierOutput
 
-from fastdistill.teachers.outputs import TeacherOutputs, ask, gather, stored_outputs
+from fastdistill.teachers.outputs import TeacherOutputs, gather, rows_of, run, stored_outputs
 from tests import tiny
 
 LENGTHS = [9, 4, 12, 2, 6]
@@ -81,11 +81,10 @@ def test_what_is_no_text_is_not_cut() -> None:
 def test_the_whole_batch_is_run_once() -> None:
     teacher, inputs = Watched(), features()
     outputs = TeacherOutputs(teacher, inputs)
-    assert outputs.logits is outputs["logits"] is outputs[0]
-    assert len(outputs.hidden_states) == 4
+    assert outputs.run() is run(outputs) is run({"a": outputs})["a"]
+    assert len(outputs.run().hidden_states) == 4
     assert teacher.seen == [(5, 12)]
-    with pytest.raises(AttributeError, match="nonsense"):
-        _ = outputs.nonsense
+    assert run(outputs.run()) is outputs.run()  # what has been run stays what it is
 
 
 def test_a_failing_teacher_says_why() -> None:
@@ -93,7 +92,7 @@ def test_a_failing_teacher_says_why() -> None:
         return None.logits  # type: ignore[attr-defined]
 
     with pytest.raises(AttributeError):
-        _ = TeacherOutputs(model, {}).logits
+        TeacherOutputs(model, {}).run()
 
 
 def test_stored_outputs_stand_for_the_model() -> None:
@@ -112,7 +111,7 @@ def test_stored_outputs_stand_for_the_model() -> None:
 
 def test_outputs_that_are_there_are_taken_from() -> None:
     outputs = SequenceClassifierOutput(logits=torch.arange(6.0).reshape(3, 2), hidden_states=(torch.rand(3, 4, 5),))
-    found = ask(outputs, torch.tensor([2, 0]))
+    found = rows_of(outputs, torch.tensor([2, 0]))
     expected: Tensor = outputs.logits[[2, 0]]
     torch.testing.assert_close(found.logits, expected)
     torch.testing.assert_close(found.hidden_states[0], outputs.hidden_states[0][[2, 0]])

@@ -20,7 +20,7 @@ from torch.distributed.fsdp import FSDPModule
 from fastdistill import DistillationTrainer, LogitsKD
 from fastdistill.models.first_token import first_token_only
 from tests import tiny
-from tests.recipes.test_parallel import ONE, TWO, assert_alike_runs, assert_alike_weights, launched, make_sources, run
+from tests.parallel import ONE, TWO, assert_alike_runs, assert_alike_weights, launched, make_sources, run
 
 RESUMED = "resumed"
 

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from transformers import HfArgumentParser, TrainerCallback, TrainingArguments, ViTConfig, ViTForImageClassification
 
 from fastdistill import MSE, DistillationConfig, DistillationTrainer, LogitsKD, WeightedSum
-from fastdistill.objectives.base import Objective
+from fastdistill.objectives.base import Needs, Objective
 from fastdistill.objectives.logits import TaskLoss
 from fastdistill.training.sampling import LengthGroupedSampler
 from tests import tiny
@@ -103,8 +103,8 @@ class LastState(Objective):
     seen: list[tuple[int, int]]
 
     @property
-    def needs_hidden_states(self) -> bool:
-        return True
+    def needs(self) -> Needs:
+        return Needs(hidden_states=True)
 
     def parts(self, student: Any, teacher: Any, labels: Tensor | None) -> tuple[Tensor, dict[str, Tensor]]:
         self.seen.append((len(student.hidden_states), len(teacher.hidden_states)))
@@ -310,7 +310,7 @@ def test_accumulated_gradients_are_those_of_the_whole_batch(
 def test_without_labels_nothing_is_learned(tmp_path: Path, objective: Objective) -> None:
     data = tiny.dataset(16)
     data = data.remove_columns("labels").add_column("labels", [-100] * 16)
-    options = {} if objective.needs_teacher else {"teacher_model": None}
+    options = {} if objective.needs.teacher else {"teacher_model": None}
     t = one_epoch(tmp_path, data, 4, 2, objective=objective, **options)
     torch.testing.assert_close(t.model.state_dict(), tiny.bert(1, dropout=0.0).state_dict(), **EXACT)
     assert {value for entry in t.state.log_history[:-1] for k, value in entry.items() if k in ("loss", "kd", "ce")} == {
