@@ -19,6 +19,7 @@ from transformers import Trainer, TrainingArguments
 from transformers.modeling_outputs import SequenceClassifierOutput
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
+from fastdistill.files import writing
 from fastdistill.models.architectures import ARCHITECTURES, encoder_layers
 from fastdistill.models.sharing import CONFIG_KEY
 from fastdistill.objectives.base import LossFunction, Objective, as_needed, as_objective
@@ -230,10 +231,15 @@ class DistillationTrainer(Trainer):
         if self.args.should_save:  # what is left of one that was cut off or damaged would be taken for this one's
             shutil.rmtree(checkpoint, ignore_errors=True)
         self.accelerator.wait_for_everyone()
-        super()._save_checkpoint(model, trial)
-        self.accelerator.wait_for_everyone()
-        if self.args.should_save:
-            seal(checkpoint)
+        try:
+            with writing(checkpoint):
+                super()._save_checkpoint(model, trial)
+                self.accelerator.wait_for_everyone()
+                if self.args.should_save:
+                    seal(checkpoint)
+        except OSError:
+            shutil.rmtree(checkpoint, ignore_errors=True)  # a full disk needs the room
+            raise
 
     # NaN from a teacher: noted on the device, and looked at when Trainer logs or saves
 
