@@ -5,10 +5,12 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import shutil
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
+from rich.filesize import decimal
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
@@ -20,14 +22,37 @@ DIGEST = "sha256"
 
 
 @contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """Within it a disk that is full, or takes no more for another reason, is an OSError that names the path, whichever
+    library writes: safetensors and PyTorch raise errors of their own."""
+    try:
+        yield
+    except (OSError, SafetensorError, RuntimeError) as error:
+        if isinstance(error, RuntimeError) and not any(name in str(error) for name in _WRITERS):
+            raise
+        free = decimal(shutil.disk_usage(path.parent).free)
+        told = " ".join(str(error).split())
+        raise OSError(f"{path} could not be written, with {free} free on its disk: {told}") from error
+
+
+_WRITERS = ("inline_container", "PytorchStreamWriter", "file write failed")
+"""What a RuntimeError of torch.save says."""
+
+
+@contextmanager
 def replacing(path: Path) -> Iterator[Path]:
     """Gives a path to write to, which at the end takes the place of `path`: that is at any moment, and after any crash,
-    the old file or the new one. What a cut-off writing has left is written over by the next."""
+    the old file or the new one. What a killed writing has left is written over by the next."""
     temporary = path.with_name(f".{path.name}.part")
-    yield temporary
-    sync(temporary)
-    os.replace(temporary, path)
-    sync(path.parent)
+    try:
+        with writing(path):
+            yield temporary
+            sync(temporary)
+            os.replace(temporary, path)
+            sync(path.parent)
+    except BaseException:
+        temporary.unlink(missing_ok=True)  # a full disk needs the room
+        raise
 
 
 def sync(path: Path) -> None:

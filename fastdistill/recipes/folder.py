@@ -13,7 +13,7 @@ from rich.console import Console
 from transformers import PreTrainedModel
 
 from fastdistill.digest import digest
-from fastdistill.files import damage, digests, load_tensors
+from fastdistill.files import damage, digests, load_tensors, writing
 from fastdistill.models.loading import from_pretrained
 from fastdistill.recipes.report import write_json
 from fastdistill.training.checkpoints import last_whole
@@ -84,7 +84,8 @@ class Folder:
     ) -> None:
         """Save what the stage made, and then say that it is done."""
         if PartialState().is_main_process:
-            save()
+            with writing(self.path):
+                save()
             files = digests(self.path, self._files())
             self._write({"came_from": came_from, "result": result, "log": log, "files": files})
             self._remove_checkpoints()

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import socket
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from datetime import datetime
-from functools import wraps
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -43,15 +43,15 @@ def claimed(output: Path, recipe: str, *, overwrite: bool = False) -> Iterator[N
         yield
 
 
-def claims_output(recipe: Callable[[Asked], Report]) -> Callable[[Asked], Report]:
-    """The recipe, done within `claimed`."""
+def of_one_run(recipe: Callable[[Asked], Report]) -> Callable[[Asked], Report]:
+    """The recipe, but within its folder, `claimed`."""
 
-    @wraps(recipe)
-    def claiming(settings: Asked) -> Report:
+    @functools.wraps(recipe)
+    def run(settings: Asked) -> Report:
         with claimed(settings.folder, settings.command, overwrite=settings.overwrite):
             return recipe(settings)
 
-    return claiming
+    return run
 
 
 def _claim(output: Path, recipe: str, overwrite: bool, held: ExitStack) -> str:

@@ -27,6 +27,7 @@ from transformers import PreTrainedModel
 from transformers.utils.generic import find_labels
 
 from fastdistill.digest import digest, model_digest, row_pieces, tensor_pieces
+from fastdistill.files import sync, writing
 from fastdistill.models.first_token import first_token_only
 from fastdistill.models.hooks import refuse_hooked
 from fastdistill.objectives.pkd import hidden_states as all_states
@@ -169,11 +170,13 @@ class _Part:
         self.file.parent.mkdir(parents=True, exist_ok=True)
         unfinished = self.file.with_name(f".{self.file.name}.{secrets.token_hex(8)}")
         try:
-            with unfinished.open("wb") as file:
+            with writing(self.file), unfinished.open("wb") as file:
                 file.write(content)
                 file.write(digest([content]).encode())
             with suppress(FileNotFoundError):  # another run has the file whole, and has removed this one
+                sync(unfinished)
                 os.replace(unfinished, self.file)
+                sync(self.file.parent)
         finally:
             unfinished.unlink(missing_ok=True)
         if not self.read():

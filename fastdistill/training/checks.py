@@ -13,6 +13,7 @@ from torch import nn
 
 from fastdistill.models.fit import check_finite, check_fit
 from fastdistill.models.loading import from_pretrained, is_reshaped
+from fastdistill.models.reading import load_config, reading
 from fastdistill.objectives.base import ATTENTION_MASK, Objective
 from fastdistill.objectives.logits import MSE, LogitsKD
 from fastdistill.teachers.outputs import HIDDEN_STATES, LOGITS
@@ -119,15 +120,16 @@ def load_teacher(argument: str, teacher: TeacherModel, student: nn.Module) -> nn
             f"{argument} is {str(teacher)!r}, but what to load it as beside a {type(student).__name__} is "
             "not known; expected a model object"
         )
-    if is_reshaped(transformers.AutoConfig.from_pretrained(teacher, trust_remote_code=False)):
+    if is_reshaped(load_config(teacher)):
         return from_pretrained(teacher)
-    model, loading = auto.from_pretrained(
-        teacher,
-        ignore_mismatched_sizes=True,  # `check_fit` says which do not fit
-        use_safetensors=True,
-        trust_remote_code=False,
-        output_loading_info=True,
-    )
+    with reading(teacher):
+        model, loading = auto.from_pretrained(
+            teacher,
+            ignore_mismatched_sizes=True,  # `check_fit` says which do not fit
+            use_safetensors=True,
+            trust_remote_code=False,
+            output_loading_info=True,
+        )
     if missing := sorted(loading["missing_keys"]):
         raise ValueError(
             f"{argument} {str(teacher)!r} has no weights for {', '.join(missing)}; expected a model trained for {head}"

@@ -19,6 +19,7 @@ from transformers import Trainer, TrainingArguments
 from transformers.modeling_outputs import SequenceClassifierOutput
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
+from fastdistill.files import writing
 from fastdistill.models.architectures import ARCHITECTURES, encoder_layers
 from fastdistill.models.sharing import CONFIG_KEY
 from fastdistill.objectives.base import LossFunction, Objective, as_needed, as_objective
@@ -213,11 +214,11 @@ class DistillationTrainer(Trainer):
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
         """As Trainer's. Of the checkpoints, True takes the latest that is as it was written; a line tells of each that
         is not. Raises ValueError for a damaged one that is named, and where all are."""
-        output = Path(str(self.args.output_dir))
-        if resume_from_checkpoint is True and any(map(is_sealed, checkpoints(output))):
-            resume_from_checkpoint = last_whole(output)
+        folder = Path(self.args.output_dir or "")
+        if resume_from_checkpoint is True and any(map(is_sealed, checkpoints(folder))):
+            resume_from_checkpoint = last_whole(folder)
             if resume_from_checkpoint is None:
-                raise ValueError(f"all checkpoints in {output} are damaged; expected one that is whole")
+                raise ValueError(f"all checkpoints in {folder} are damaged; expected one that is whole")
         elif isinstance(resume_from_checkpoint, str):
             checkpoint = Path(resume_from_checkpoint)
             if is_sealed(checkpoint) and (wrong := fault(checkpoint)):
@@ -230,10 +231,15 @@ class DistillationTrainer(Trainer):
         if self.args.should_save:  # what is left of one that was cut off or damaged would be taken for this one's
             shutil.rmtree(checkpoint, ignore_errors=True)
         self.accelerator.wait_for_everyone()
-        super()._save_checkpoint(model, trial)
-        self.accelerator.wait_for_everyone()
-        if self.args.should_save:
-            seal(checkpoint)
+        try:
+            with writing(checkpoint):
+                super()._save_checkpoint(model, trial)
+                self.accelerator.wait_for_everyone()
+                if self.args.should_save:
+                    seal(checkpoint)
+        except OSError:
+            shutil.rmtree(checkpoint, ignore_errors=True)  # a full disk needs the room
+            raise
 
     # NaN from a teacher: noted on the device, and looked at when Trainer logs or saves
 

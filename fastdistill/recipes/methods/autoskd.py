@@ -25,7 +25,7 @@ from fastdistill.recipes import plots
 from fastdistill.recipes.comparison import Comparison, Learner
 from fastdistill.recipes.folder import UNFINISHED
 from fastdistill.recipes.methods.teams import Team, team_of
-from fastdistill.recipes.output import claims_output
+from fastdistill.recipes.output import of_one_run
 from fastdistill.recipes.report import Report, finish, percent, summary
 from fastdistill.recipes.settings import AutoSKDSettings
 from fastdistill.recipes.stages import Stages
@@ -39,7 +39,7 @@ Tried = dict[str, list[dict[str, dict[str, Any]]]]
 """By kind ("autoskd", "random") and seed, the distributions that were tried, each with what its student reached."""
 
 
-@claims_output
+@of_one_run
 def autoskd(settings: AutoSKDSettings) -> Report:
     """Do the recipe, and write results.json and the plots.
 

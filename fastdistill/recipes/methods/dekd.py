@@ -17,7 +17,7 @@ from fastdistill.objectives.dekd import DeKD
 from fastdistill.recipes import plots
 from fastdistill.recipes.begin import begin
 from fastdistill.recipes.comparison import Comparison, Learner, chain_of, compare
-from fastdistill.recipes.output import claims_output
+from fastdistill.recipes.output import of_one_run
 from fastdistill.recipes.report import Report, finish
 from fastdistill.recipes.settings import DeKDSettings
 from fastdistill.recipes.settings.dekd import Part
@@ -35,7 +35,7 @@ WITHOUT: dict[Part, dict[str, Any]] = {
 """What leaves a part out."""
 
 
-@claims_output
+@of_one_run
 def dekd(settings: DeKDSettings) -> Report:
     """Do the recipe, and write results.json and the plots.
 

@@ -11,12 +11,12 @@ from fastdistill.objectives.logits import MSE, LogitsKD, TaskLoss
 from fastdistill.ops.kd_ce_loss import Divergence
 from fastdistill.recipes.begin import begin
 from fastdistill.recipes.comparison import Learner, chain_of, compare
-from fastdistill.recipes.output import claims_output
+from fastdistill.recipes.output import of_one_run
 from fastdistill.recipes.report import Report, finish
 from fastdistill.recipes.settings import KDSettings, StarkSettings
 
 
-@claims_output
+@of_one_run
 def kd(settings: KDSettings) -> Report:
     """Do the recipe and write results.json.
 

@@ -26,7 +26,7 @@ from fastdistill.recipes.methods.ptp import (
     ptp_student,
     with_encoder_of,
 )
-from fastdistill.recipes.output import claims_output
+from fastdistill.recipes.output import of_one_run
 from fastdistill.recipes.report import Report, finish, summary
 from fastdistill.recipes.settings import PeaKDSettings
 from fastdistill.recipes.settings.peakd import Part
@@ -38,7 +38,7 @@ PARTS: tuple[Part, ...] = ("sps", "swap", "ptp")
 """In the order in which names have them."""
 
 
-@claims_output
+@of_one_run
 def peakd(settings: PeaKDSettings) -> Report:
     """Do the recipe and write results.json.
 

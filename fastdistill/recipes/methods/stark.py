@@ -29,7 +29,7 @@ from fastdistill.recipes.begin import Beginning, begin
 from fastdistill.recipes.comparison import Comparison, Learner, Point, chain_of, compare
 from fastdistill.recipes.measuring import Scoring
 from fastdistill.recipes.methods.kd import logits_objective
-from fastdistill.recipes.output import claims_output
+from fastdistill.recipes.output import of_one_run
 from fastdistill.recipes.report import Report, finish, percent, summary
 from fastdistill.recipes.settings import StarkSettings
 from fastdistill.recipes.settings.stark import Selection
@@ -47,7 +47,7 @@ DIVERGENCE: Divergence = "soft_ce"
 Result = Mapping[str, Any]
 
 
-@claims_output
+@of_one_run
 def stark(settings: StarkSettings) -> Report:
     """Do the recipe, and write results.json and the plots.
 
