@@ -10,7 +10,7 @@ from fastdistill.ops.library import define
 scale_rows = define(
     "scale_rows(Tensor grad, Tensor upstream) -> Tensor",
     reference.scale_rows,
-    lambda grad, upstream: torch.empty_like(grad),
+    lambda grad, upstream: torch.empty_like(grad, memory_format=torch.contiguous_format),
     triton="kd_ce_loss",
 )
 scale_rows_ = define(
