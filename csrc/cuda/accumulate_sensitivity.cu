@@ -1,10 +1,10 @@
-// accumulate_sensitivity_ on CUDA: one launch for hundreds of tensors. Their addresses travel in the kernel's
-// parameters; a block takes one tile of one tensor. Formula: fastdistill/ops/accumulate_sensitivity.py.
+// accumulate_sensitivity_ on CUDA: one launch for hundreds of tensors. Their addresses, from
+// csrc/accumulate_sensitivity.cpp, travel in the kernel's parameters, so that a CUDA graph keeps them; a block takes one
+// tile of one tensor. Formula: fastdistill/ops/accumulate_sensitivity.py.
 #include <torch/csrc/inductor/aoti_torch/c/shim.h>
 #include <torch/csrc/stable/accelerator.h>
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/macros.h>
-#include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 #include <torch/headeronly/core/ScalarType.h>
 #include <torch/headeronly/util/BFloat16.h>
@@ -15,12 +15,7 @@
 
 #include <algorithm>
 #include <cstdint>
-#include <map>
-#include <numeric>
-#include <optional>
 #include <type_traits>
-#include <utility>
-#include <vector>
 
 namespace fastdistill {
 namespace {
@@ -29,8 +24,8 @@ using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
 constexpr int kThreads = 256;
-constexpr int kPacks = 4; // loads that a thread has under way per tensor
-constexpr int kTensors = 512; // per launch, a power of two: 18 KB of parameters (CUDA 12.1, compute capability 7.0)
+constexpr int kPacks = 2; // loads that a thread has under way per tensor
+constexpr int kTensors = 256; // per launch, a power of two: 9 KB of parameters (CUDA 12.1, compute capability 7.0)
 
 struct NoWeight {};
 
@@ -117,43 +112,19 @@ __global__ void __launch_bounds__(kThreads) add_tiles(const __grid_constant__ Wo
   add_packs<1>(totals + done, grads + done, weights + done, size - done);
 }
 
-// The tensors of one index, their elements in the same order in memory: as they came, or copies.
-struct Item {
-  Tensor total, grad;
-  std::optional<Tensor> weight;
-};
-
-bool is_dense(const Tensor& x) {
-  std::vector<int64_t> dims(x.dim());
-  std::iota(dims.begin(), dims.end(), 0);
-  std::sort(dims.begin(), dims.end(), [&](int64_t a, int64_t b) { return x.stride(a) < x.stride(b); });
-  int64_t expected = 1;
-  for (const int64_t dim : dims) {
-    if (x.size(dim) != 1 && x.stride(dim) != expected)
-      return false;
-    expected *= x.size(dim);
-  }
-  return true;
-}
-
-bool same_order(const Tensor& total, const Tensor& other) {
-  return (total.is_contiguous() && other.is_contiguous()) ||
-      (total.strides().equals(other.strides()) && is_dense(total));
-}
-
 template <typename T, typename G, typename W>
-void launch(const std::vector<Item>& items, cudaStream_t stream) {
+void launch(const int64_t* rows, int64_t count, cudaStream_t stream) {
   Work work;
   int tiles = 0;
-  for (const Item& item : items) {
+  for (int64_t row = 0; row < count; ++row, rows += 4) {
     const int i = work.count++;
-    work.total[i] = item.total.mutable_data_ptr();
-    work.grad[i] = item.grad.const_data_ptr();
-    work.weight[i] = item.weight ? item.weight->const_data_ptr() : nullptr;
-    work.size[i] = item.total.numel();
+    work.total[i] = reinterpret_cast<void*>(rows[0]);
+    work.grad[i] = reinterpret_cast<const void*>(rows[1]);
+    work.weight[i] = reinterpret_cast<const void*>(rows[2]);
+    work.size[i] = rows[3];
     work.first_tile[i] = tiles;
     tiles += (work.size[i] + kTile<T> - 1) / kTile<T>;
-    if (work.count == kTensors || &item == &items.back()) {
+    if (work.count == kTensors || row == count - 1) {
       add_tiles<T, G, W><<<tiles, kThreads, 0, stream>>>(work);
       STD_CUDA_KERNEL_LAUNCH_CHECK();
       work.count = tiles = 0;
@@ -163,8 +134,8 @@ void launch(const std::vector<Item>& items, cudaStream_t stream) {
 
 // Calls body with a zero of the C++ type.
 template <typename Body>
-auto with_type(ScalarType type, const Body& body) {
-  switch (type) {
+void with_type(int64_t type, const Body& body) {
+  switch (static_cast<ScalarType>(type)) {
     case ScalarType::Float:
       return body(float{});
     case ScalarType::Double:
@@ -174,64 +145,43 @@ auto with_type(ScalarType type, const Body& body) {
     case ScalarType::Half:
       return body(torch::headeronly::Half{});
     default:
-      STD_TORCH_CHECK(false, "accumulate_sensitivity_ has no kernel for ", torch::headeronly::toString(type));
+      STD_TORCH_CHECK(false, "accumulate_sensitivity_ has no kernel for dtype ", type);
   }
 }
 
-using Launch = void (*)(const std::vector<Item>&, cudaStream_t);
-
 template <typename T>
-Launch launch_for_totals(const Item& item) {
-  return with_type(item.grad.scalar_type(), [&]<typename G>(G) -> Launch {
-    if (!item.weight)
-      return launch<T, G, NoWeight>;
-    return with_type(item.weight->scalar_type(), []<typename W>(W) -> Launch { return launch<T, G, W>; });
+void launch_for(int64_t grad, int64_t weight, const int64_t* rows, int64_t count, cudaStream_t stream) {
+  with_type(grad, [&]<typename G>(G) {
+    if (weight < 0)
+      launch<T, G, NoWeight>(rows, count, stream);
+    else
+      with_type(weight, [&]<typename W>(W) { launch<T, G, W>(rows, count, stream); });
   });
 }
 
-Launch launch_for(const Item& item) {
-  const ScalarType type = item.total.scalar_type();
-  STD_TORCH_CHECK(type == ScalarType::Float || type == ScalarType::Double, "totals must be float32 or float64");
-  return type == ScalarType::Float ? launch_for_totals<float>(item) : launch_for_totals<double>(item);
-}
-
-void accumulate_sensitivity_(
-    const std::vector<Tensor>& totals,
-    const std::vector<Tensor>& grads,
-    const std::optional<std::vector<Tensor>>& weights) {
-  std::map<Launch, std::vector<Item>> groups; // one for every combination of dtypes: usually there is one
-  std::vector<std::pair<Tensor, Tensor>> copied; // totals as they came, and their contiguous copies
-  for (size_t i = 0; i < totals.size(); ++i) {
-    if (totals[i].numel() == 0)
-      continue;
-    Item item{totals[i], grads[i], weights ? std::optional((*weights)[i]) : std::nullopt};
-    if (!same_order(item.total, item.grad) || (item.weight && !same_order(item.total, *item.weight))) {
-      item.total = torch::stable::contiguous(item.total);
-      item.grad = torch::stable::contiguous(item.grad);
-      if (item.weight)
-        item.weight = torch::stable::contiguous(*item.weight);
-      if (!totals[i].is_contiguous())
-        copied.emplace_back(totals[i], item.total);
-    }
-    groups[launch_for(item)].push_back(std::move(item));
-  }
-  if (groups.empty())
-    return;
-
-  const auto device = totals[0].get_device_index();
+// A row of the table for each tensor: addresses of total, gradient and weight, and the number of elements, not 0. The
+// dtypes are ScalarType's numbers, of weights that there are not -1.
+void add_products(const Tensor& table, int64_t total, int64_t grad, int64_t weight, int64_t device) {
   const torch::stable::accelerator::DeviceGuard guard(device);
-  void* stream = nullptr;
-  TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(device, &stream));
-  for (const auto& [launch, items] : groups)
-    launch(items, static_cast<cudaStream_t>(stream));
-  for (auto& [total, copy] : copied)
-    torch::stable::copy_(total, copy);
+  void* current = nullptr;
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(device, &current));
+  const auto stream = static_cast<cudaStream_t>(current);
+  const auto* rows = static_cast<const int64_t*>(table.const_data_ptr());
+  STD_TORCH_CHECK(total == int64_t(ScalarType::Float) || total == int64_t(ScalarType::Double), "totals of dtype ", total);
+  if (total == int64_t(ScalarType::Float))
+    launch_for<float>(grad, weight, rows, table.size(0), stream);
+  else
+    launch_for<double>(grad, weight, rows, table.size(0), stream);
 }
 
 } // namespace
 
-STABLE_TORCH_LIBRARY_IMPL(fastdistill, CUDA, m) {
-  m.impl("accumulate_sensitivity_", TORCH_BOX(&accumulate_sensitivity_));
+STABLE_TORCH_LIBRARY_FRAGMENT(fastdistill, m) {
+  m.def("_add_products(Tensor table, int total, int grad, int weight, int device) -> ()");
+}
+
+STABLE_TORCH_LIBRARY_IMPL(fastdistill, CPU, m) { // where the table is
+  m.impl("_add_products", TORCH_BOX(&add_products));
 }
 
 } // namespace fastdistill

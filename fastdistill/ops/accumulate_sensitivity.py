@@ -7,9 +7,10 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
-from fastdistill import reference
+from fastdistill.ops import reference
 from fastdistill.ops.checks import FLOATING, check_same_device, check_tensor
 from fastdistill.ops.library import define
+from fastdistill.ops.native import NATIVE
 
 TOTALS = (torch.float32, torch.float64)
 
@@ -46,6 +47,9 @@ def accumulate_sensitivity_(
             another total, a gradient or a weight does. Totals must not overlap other tensors in any other way either:
             that goes unnoticed, and leaves the order of the additions open. Under torch.compile no overlap is noticed.
     """
+    if NATIVE.cpu is not None and not torch.compiler.is_compiling():
+        if NATIVE.cpu.try_accumulate_sensitivity_(totals, grads, weights):  # with every check below, but for messages
+            return
     columns: dict[str, Sequence[Tensor | None]] = {"totals": totals, "grads": grads}
     if weights is not None:
         columns["weights"] = weights
@@ -69,7 +73,7 @@ def accumulate_sensitivity_(
 
 
 def _check_column(name: str, column: Sequence[Tensor | None], totals: Sequence[Tensor]) -> None:
-    """Each tensor against the total of its index. Written for hundreds of tensors: a message costs only when needed."""
+    """Each tensor against the total of its index."""
     dtypes, strided = TOTALS if name == "totals" else FLOATING, torch.strided
     device = totals[0].device if totals and isinstance(totals[0], Tensor) else None
     for i, (tensor, total) in enumerate(zip(column, totals, strict=True)):
@@ -91,13 +95,21 @@ def _check_written(totals: Sequence[Tensor]) -> None:
     for i, total in enumerate(totals):
         if total.requires_grad:
             raise ValueError(f"totals[{i}] requires a gradient; expected a running sum, as of torch.zeros_like")
-        if not total.is_contiguous() and any(
-            stride == 0 and size > 1 for stride, size in zip(total.stride(), total.shape, strict=True)
-        ):
+        if not total.is_contiguous() and _may_overlap(total):
             raise ValueError(
                 f"totals[{i}] has strides {total.stride()} for shape {tuple(total.shape)}; "
                 "expected every element in memory of its own (see Tensor.clone)"
             )
+
+
+def _may_overlap(x: Tensor) -> bool:
+    """Whether a dimension's step is no longer than all that the dimensions of shorter steps span."""
+    span = 0
+    for stride, size in sorted((stride, size) for stride, size in zip(x.stride(), x.shape, strict=True) if size > 1):
+        if stride <= span:
+            return True
+        span += stride * (size - 1)
+    return False
 
 
 def _check_memory(columns: Mapping[str, Sequence[Tensor | None]]) -> None:
@@ -122,3 +134,5 @@ _op = define(
     reference.accumulate_sensitivity_,
     lambda totals, grads, weights: None,
 )
+if NATIVE.cpu is not None and NATIVE.cuda:
+    NATIVE.cpu.serve_accumulate_sensitivity_on_cuda()

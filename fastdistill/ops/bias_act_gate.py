@@ -7,8 +7,9 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from fastdistill import reference
+from fastdistill.ops import reference
 from fastdistill.ops.library import define, define_autograd
+from fastdistill.ops.native import NATIVE
 
 Activation = Literal["gelu", "gelu_tanh", "relu", "silu"]
 ACTIVATIONS = ("gelu", "gelu_tanh", "relu", "silu")
@@ -18,11 +19,15 @@ def _unwanted(h: Tensor) -> Tensor:
     return h.new_empty(0)
 
 
+# With CUDA C++ built, its kernels serve everything: Triton's launcher takes longer on the host than an encoder's products
+# on the GPU. Where no nvcc was there at install, Triton's do.
+_TRITON = None if NATIVE.cuda else "gated_ffn"
+
 bias_act_gate = define(
     "bias_act_gate(Tensor h, Tensor? bias, Tensor? gate, str activation) -> Tensor",
     reference.bias_act_gate,
     lambda h, bias, gate, activation: torch.empty_like(h, memory_format=torch.contiguous_format),
-    triton="gated_ffn",
+    triton=_TRITON,
 )
 bias_act_gate.__doc__ = r"""``gate * act(h + bias)`` for h ``[..., I]``, bias ``[I]`` and gate ``[I]`` or, with h
 ``[B, ..., I]``, ``[B, I]``; bias and gate may be None. Without checks: :func:`fastdistill.gated_ffn` makes them.
@@ -48,7 +53,7 @@ _backward_op = define(
         bias.new_empty(bias.shape) if want_bias else _unwanted(h),
         gate.new_empty(gate.shape) if want_gate else _unwanted(h),
     ),
-    triton="gated_ffn",
+    triton=_TRITON,
 )
 
 

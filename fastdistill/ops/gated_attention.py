@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastdistill import reference
+from fastdistill.ops import reference
 from fastdistill.ops.checks import (
     FLOATING,
     LARGEST,

@@ -7,7 +7,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from fastdistill import reference
+from fastdistill.ops import reference
 from fastdistill.ops.checks import (
     FLOATING,
     INTEGER,
@@ -24,6 +24,7 @@ from fastdistill.ops.checks import (
     is_floating,
 )
 from fastdistill.ops.library import define, define_autograd
+from fastdistill.ops.native import NATIVE
 from fastdistill.ops.scale_rows import scale_rows
 
 Divergence = Literal["forward_kl", "soft_ce", "reverse_kl"]
@@ -218,7 +219,7 @@ _op = define(
     "str reduction, bool student_grad, bool teacher_grad) -> (Tensor loss, Tensor grad_student, Tensor grad_teacher)",
     reference.kd_ce_loss,
     _fake,
-    triton="kd_ce_loss",
+    triton=None if NATIVE.cuda else "kd_ce_loss",
 )
 
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from fastdistill import accumulate_sensitivity_
-from fastdistill.native import NATIVE
+from fastdistill.ops.native import NATIVE
 
 pytestmark = [
     pytest.mark.gpu,
@@ -53,8 +53,8 @@ def launches(*columns: list[Tensor]) -> int:
 
 
 def test_one_launch_for_hundreds_of_tensors() -> None:
-    assert launches(*make([1 + 37 * i % 9000 for i in range(512)])) == 1
-    assert launches(*make([5] * 1100)) == 3
+    assert launches(*make([1 + 37 * i % 9000 for i in range(256)])) == 1
+    assert launches(*make([5] * 600)) == 3
     mixed = [a + b for a, b in zip(make([5, 6]), make([7, 8], torch.float16), strict=True)]
     assert launches(*mixed) == 2
 
@@ -119,6 +119,7 @@ def test_replays_in_a_cuda_graph() -> None:
         for weight in columns[2]:
             weight.mul_(2)
         wanted = expected(*columns)
+        accumulate_sensitivity_(*make([1000, 5, 70_001]))  # elsewhere: a graph keeps the addresses it was captured with
         graph.replay()
         assert_equal(columns[0], wanted)
 

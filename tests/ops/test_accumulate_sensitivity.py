@@ -10,9 +10,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 import fastdistill
-from fastdistill import reference
-from fastdistill.native import NATIVE
-from fastdistill.ops import accumulate_sensitivity_
+from fastdistill.ops import accumulate_sensitivity_, reference
+from fastdistill.ops.native import NATIVE
 from tests.accuracy import assert_accurate
 
 FLOATING = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
@@ -279,6 +278,10 @@ ERRORS: list[tuple[str, tuple[Any, ...], type[Exception], str]] = [
     ("total requires a gradient", ([a.clone().requires_grad_()], [b]), ValueError, r"totals\[0\] requires a gradient"),
     ("expanded total", ([torch.zeros(3).expand(4, 3)], [b]), ValueError,
      r"totals\[0\] has strides \(0, 1\) for shape \(4, 3\)"),
+    ("overlapping total", ([torch.zeros(5).as_strided((3, 3), (1, 1))], [torch.ones(3, 3)]), ValueError,
+     r"totals\[0\] has strides \(1, 1\) for shape \(3, 3\); expected every element in memory of its own"),
+    ("windows as a total", ([torch.zeros(9).unfold(0, 4, 2)], [torch.ones(3, 4)]), ValueError,
+     r"totals\[0\] has strides \(2, 1\) for shape \(3, 4\)"),
     ("same total twice", ([a, a.view(4, 3)], [b, c]), ValueError,
      r"totals\[0\] and totals\[1\] are in the same memory"),
     ("total is a grad", ([a, b], [c, b]), ValueError, r"totals\[1\] and grads\[1\] are in the same memory"),

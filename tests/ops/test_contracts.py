@@ -11,9 +11,9 @@ import torch
 from torch import Tensor
 
 import fastdistill
-from fastdistill import native
 from fastdistill.ops import ActiveNeurons
 from fastdistill.ops.library import OPS
+from fastdistill.ops.native import NATIVE
 
 LAYOUTS = ("contiguous", "transposed", "expanded", "sliced")
 
@@ -235,7 +235,7 @@ def test_torch_func_derivatives_are_refused(name: str, transform: str) -> None:
         "jacrev": lambda: torch.func.jacrev(scalar)(x),
         "vmap of grad": lambda: torch.vmap(torch.func.grad(scalar))(x[None]),
     }
-    said = r"cannot be differentiated by torch.func.*expected torch.autograd.grad" if native.NATIVE.cpu else "functorch"
+    said = r"cannot be differentiated by torch.func.*expected torch.autograd.grad" if NATIVE.cpu else "functorch"
     with pytest.raises(RuntimeError, match=said):
         derive[transform]()
 

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from fastdistill import gated_ffn, reference
-from fastdistill.ops import ActiveNeurons
+from fastdistill import gated_ffn
+from fastdistill.ops import ActiveNeurons, reference
 from fastdistill.ops.bias_act_gate import bias_act_gate
 from tests import eager
 from tests.accuracy import assert_accurate

@@ -10,7 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from fastdistill import kd_ce_loss, reference
+from fastdistill import kd_ce_loss
+from fastdistill.ops import reference
 from tests import eager
 from tests.accuracy import assert_accurate
 
