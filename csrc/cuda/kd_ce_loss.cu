@@ -25,6 +25,7 @@
 #include <optional>
 #include <string>
 #include <tuple>
+#include <vector>
 
 namespace fastdistill {
 namespace {
@@ -47,6 +48,27 @@ __device__ double block_sum(double x) {
   if (threadIdx.x >= kWarp)
     return 0;
   return lanes_sum<kWarp>(threadIdx.x < blockDim.x / kWarp ? of_warp[threadIdx.x] : 0);
+}
+
+constexpr int kMaxCluster = 8;
+
+// The sum over the first threads of a cluster's blocks, to the first of them, in the same order. All threads come, and
+// have before come to arrive_in_cluster.
+__device__ double cluster_sum(double x) {
+#if __CUDA_ARCH__ >= 900
+  const int blocks = cluster_size();
+  if (blocks > 1) {
+    __shared__ double of_block[kMaxCluster];
+    wait_for_arrivals(); // a block's memory is there once it runs
+    if (threadIdx.x == 0)
+      store_there(address_in(shared_address(of_block + cluster_rank()), 0), x);
+    sync_cluster();
+    x = 0;
+    for (int block = 0; block < blocks; ++block)
+      x += of_block[block];
+  }
+#endif
+  return x;
 }
 
 // How many rows count, to all threads of a block.
@@ -98,6 +120,10 @@ template <typename A, int kLanes, int kSize, int kBlock>
 __global__ void __launch_bounds__(kBlock, 1) few_classes(const __grid_constant__ Problem<A> problem) {
   constexpr A kInfinity = std::numeric_limits<A>::infinity();
   constexpr int kTeams = kBlock / kLanes;
+#if __CUDA_ARCH__ >= 900
+  if (cluster_size() > 1)
+    arrive_in_cluster();
+#endif
   const double divisor = problem.mean ? rows_that_count(problem) : 1;
   const int lane = threadIdx.x % kLanes;
   const auto at = [&](int i) { return i * kLanes + lane; };
@@ -155,8 +181,8 @@ __global__ void __launch_bounds__(kBlock, 1) few_classes(const __grid_constant__
           row_of(problem.teacher_grad, problem.teacher_type, row, problem.classes), problem.teacher_type, teacher, end, at);
   }
   if (!problem.losses) {
-    total = block_sum(total);
-    if (threadIdx.x == 0)
+    total = cluster_sum(block_sum(total));
+    if (threadIdx.x == 0 && (problem.totals || blockIdx.x == 0))
       leave_total(problem, total, divisor, blockIdx.x, gridDim.x);
   }
 }
@@ -717,7 +743,7 @@ __global__ void __launch_bounds__(kThreads) add_up(const double* totals, int blo
 
 // Launches ---------------------------------------------------------------------------------------------------------
 
-constexpr int64_t kOneBlock = 49152; // up to as many logits a side, one block is faster than many and a second launch
+constexpr int64_t kOneBlock = 49152; // up to as many logits a side for each block, one cluster needs no second launch
 constexpr int64_t kCountedByAll = 4096; // labels that every block counts for itself
 constexpr int kCountBlocks = 128;
 
@@ -750,11 +776,23 @@ struct Device {
   }
 };
 
+// A contiguous tensor on a CUDA device; torch::stable::new_empty takes several times as long.
+Tensor empty(torch::headeronly::IntHeaderOnlyArrayRef shape, ScalarType type, int device) {
+  std::vector<int64_t> strides(shape.size());
+  int64_t stride = 1;
+  for (size_t i = shape.size(); i-- > 0; stride *= std::max<int64_t>(shape[i], 1))
+    strides[i] = stride;
+  const auto code = torch::stable::detail::to<int32_t>(torch::stable::detail::from(type));
+  AtenTensorHandle handle = nullptr;
+  TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(
+      shape.size(), shape.data(), strides.data(), code, aoti_torch_device_type_cuda(), device, &handle));
+  return Tensor(handle);
+}
+
 // How a launch goes, and what its blocks leave behind.
 struct Launch {
   cudaStream_t stream;
   const Device& device;
-  const Tensor& like; // on the device
   std::optional<Tensor> scratch = std::nullopt; // what a problem points to while its kernels are launched
 
   // Room for what so many blocks leave of a sum, unless there is one block.
@@ -762,8 +800,8 @@ struct Launch {
   void expect(Problem<A>& problem, int64_t blocks) {
     if (problem.losses || blocks == 1)
       return;
-    const int64_t size[] = {blocks + 1};
-    scratch = torch::stable::new_empty(like, {size, 1}, ScalarType::Double);
+    const int64_t size = blocks + 1;
+    scratch = empty({&size, 1}, ScalarType::Double, device.index);
     problem.totals = static_cast<double*>(scratch->mutable_data_ptr());
   }
 };
@@ -776,13 +814,33 @@ int tuned(const char* name, int value) {
   return value;
 }
 
+// A launch of clusters; attribute must outlive the result.
+cudaLaunchConfig_t config_of(const Launch& launch, int blocks, int threads, int cluster, cudaLaunchAttribute& attribute) {
+  attribute.id = cudaLaunchAttributeClusterDimension;
+  attribute.val.clusterDim = {static_cast<unsigned>(cluster), 1, 1};
+  cudaLaunchConfig_t config = {};
+  config.gridDim = blocks;
+  config.blockDim = threads;
+  config.stream = launch.stream;
+  config.attrs = &attribute;
+  config.numAttrs = launch.device.streams ? 1 : 0;
+  return config;
+}
+
 template <typename A, int kLanes, int kSize, int kBlock>
 int launch_few(Problem<A>& problem, Launch& launch) {
   const int64_t needed = (problem.rows * kLanes + kBlock - 1) / kBlock;
-  const bool one = !problem.losses && problem.rows * problem.classes <= kOneBlock;
-  const int64_t blocks = one ? 1 : std::min<int64_t>(needed, launch.device.multiprocessors * (2048 / kBlock));
-  launch.expect(problem, blocks);
-  few_classes<A, kLanes, kSize, kBlock><<<blocks, kBlock, 0, launch.stream>>>(problem);
+  int cluster = 1;
+  while (!problem.losses && launch.device.streams && cluster < kMaxCluster && cluster < needed)
+    cluster *= 2;
+  const bool one = !problem.losses && problem.rows * problem.classes <= kOneBlock * cluster;
+  const int64_t most = launch.device.multiprocessors * (2048 / kBlock);
+  const int blocks = one ? cluster : std::min<int64_t>(needed, most);
+  if (!one)
+    launch.expect(problem, blocks);
+  cudaLaunchAttribute attribute;
+  const auto config = config_of(launch, blocks, kBlock, one ? cluster : 1, attribute);
+  STD_CUDA_CHECK(cudaLaunchKernelEx(&config, few_classes<A, kLanes, kSize, kBlock>, problem));
   return blocks;
 }
 
@@ -809,7 +867,7 @@ StreamPlan plan_stream(const Device& device, int64_t row_bytes, int sides) {
   int at_once = row_bytes <= kUnderWay / 3 ? 3 : row_bytes <= kUnderWay / 2 ? 2 : 1;
   at_once = tuned("KD_AT_ONCE", at_once);
   plan.cluster = 1;
-  while (plan.cluster < 8 && row_bytes > kUnderWay * plan.cluster)
+  while (plan.cluster < kMaxCluster && row_bytes > kUnderWay * plan.cluster)
     plan.cluster *= 2;
   plan.cluster = tuned("KD_CLUSTER", plan.cluster);
   Ring& ring = plan.ring;
@@ -830,15 +888,8 @@ int launch_stream(Problem<float>& problem, Launch& launch) {
   constexpr int kSides = kDivergence == Divergence::kNone ? 1 : 2;
   const StreamPlan plan = plan_stream(launch.device, int64_t{problem.classes} * sizeof(T) * kSides, kSides);
   cudaLaunchAttribute attribute;
-  attribute.id = cudaLaunchAttributeClusterDimension;
-  attribute.val.clusterDim = {static_cast<unsigned>(plan.cluster), 1, 1};
-  cudaLaunchConfig_t config = {};
-  config.gridDim = plan.cluster;
-  config.blockDim = plan.ring.consumers + kWarp;
+  auto config = config_of(launch, plan.cluster, plan.ring.consumers + kWarp, plan.cluster, attribute);
   config.dynamicSmemBytes = plan.memory;
-  config.stream = launch.stream;
-  config.attrs = &attribute;
-  config.numAttrs = 1;
 
   int clusters = 0; // that a device holds at once
   {
@@ -1027,12 +1078,12 @@ void run(
   const torch::stable::accelerator::DeviceGuard guard(device);
   void* stream = nullptr;
   TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(device, &stream));
-  Launch launch{static_cast<cudaStream_t>(stream), Device::at(device), student};
+  Launch launch{static_cast<cudaStream_t>(stream), Device::at(device)};
   std::optional<Tensor> counts;
   if (problem.mean && labels && problem.rows > kCountedByAll) {
     problem.count_blocks = std::min<int64_t>((problem.rows + kThreads - 1) / kThreads, kCountBlocks);
-    const int64_t size[] = {problem.count_blocks};
-    counts = torch::stable::new_empty(student, {size, 1}, ScalarType::Int);
+    const int64_t size = problem.count_blocks;
+    counts = empty({&size, 1}, ScalarType::Int, device);
     int* const to = static_cast<int*>(counts->mutable_data_ptr());
     count_labels<<<problem.count_blocks, kThreads, 0, launch.stream>>>(problem, to);
     problem.counts = to;
@@ -1067,14 +1118,15 @@ std::tuple<Tensor, Tensor, Tensor> kd_ce_loss(
     row_labels = torch::stable::contiguous(*labels);
   const bool wide = student.scalar_type() == ScalarType::Double || teacher.scalar_type() == ScalarType::Double;
   const auto shape = student_logits.sizes();
+  const auto device = student.get_device_index();
   const auto gradient = [&](const Tensor& logits, bool wanted) {
-    return wanted ? torch::stable::new_empty(logits, shape) : torch::stable::new_empty(logits, {0});
+    const int64_t none = 0;
+    return wanted ? empty(shape, logits.scalar_type(), device) : empty({&none, 1}, logits.scalar_type(), device);
   };
   const Tensor grad_student = gradient(student, student_grad), grad_teacher = gradient(teacher, teacher_grad);
   const bool reduced = reduction != "none";
   const auto dims = reduced ? size_t{0} : shape.size() - 1;
-  const Tensor loss =
-      torch::stable::new_empty(student, {shape.data(), dims}, wide ? ScalarType::Double : ScalarType::Float);
+  const Tensor loss = empty({shape.data(), dims}, wide ? ScalarType::Double : ScalarType::Float, device);
   if (student.numel() == 0) {
     if (reduced)
       torch::stable::fill_(loss, reduction == "mean" ? std::numeric_limits<double>::quiet_NaN() : 0);
