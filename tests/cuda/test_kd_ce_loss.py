@@ -270,7 +270,7 @@ def test_more_elements_than_an_int_counts() -> None:
     labels = torch.arange(rows, device="cuda")
     _, grad, _ = op(student, teacher, labels, *options(reduction="sum"), True, False)
     _, expected, _ = op(student[-2:], teacher[-2:], labels[-2:], *options(reduction="sum"), True, False)
-    assert torch.equal(grad[-2:], expected)
+    torch.testing.assert_close(grad[-2:], expected)  # a row's reference is the row's before it: not bit for bit
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
