@@ -133,8 +133,11 @@ struct Row {
   __device__ Pack<T> pack(int i) const {
     return reinterpret_cast<const Pack<T>*>(logits + before)[i];
   }
+  __device__ int end_class(int i) const {
+    return i < before ? i : i + packs * kSize;
+  }
   __device__ T end(int i) const {
-    return logits[i < before ? i : i + packs * kSize];
+    return logits[end_class(i)];
   }
 };
 
@@ -431,57 +434,85 @@ struct Problem {
   T* grads;
 };
 
-// The lowest class except one whose logit has the value; more than any class if there is none.
-template <int kTeam, typename T>
-__device__ int find(const T* logits, int classes, Wide<T> value, int except) {
-  int lowest = std::numeric_limits<int>::max();
-  for (int i = threadIdx.x % kTeam; i < classes; i += kTeam) {
-    if (static_cast<Wide<T>>(logits[i]) == value && i != except) {
-      lowest = i;
-      break;
-    }
-  }
+template <int kTeam>
+__device__ int lowest_of_team(int x) {
   if constexpr (kTeam <= kWarp) {
-    return over_lanes<kTeam>(lowest, [](int a, int b) { return min(a, b); });
+    return over_lanes<kTeam>(x, [](int a, int b) { return min(a, b); });
   } else {
-    __shared__ int lowest_in_block;
+    __shared__ int lowest;
     if (threadIdx.x == 0)
-      lowest_in_block = lowest;
+      lowest = x;
     __syncthreads();
-    atomicMin(&lowest_in_block, lowest);
+    atomicMin(&lowest, x);
     __syncthreads();
-    lowest = lowest_in_block;
+    x = lowest;
     __syncthreads();
-    return lowest;
+    return x;
   }
 }
 
+// Every class as one of the others first; then the largest, and in the margin's also the second largest: of equals those
+// of the lowest classes, which are known once all have been seen.
 template <Kind KIND, int kTeam, typename T>
 __device__ void write_gradient(
     const Problem<T>& problem, const T* logits, int64_t row, bool exists, const Sums<Wide<T>>& sums, Wide<T> total,
     Wide<T> exp_second) {
   using A = Wide<T>;
-  int largest = 0, second = 0;
-  if constexpr (KIND != Kind::kEntropy)
-    largest = find<kTeam>(logits, problem.classes, sums.largest, -1);
-  if constexpr (KIND == Kind::kMargin)
-    second = find<kTeam>(logits, problem.classes, sums.second, largest);
-  if (!exists)
-    return;
-  const A scale = problem.upstream[row] / (problem.at_uniform * total);
-  for (int i = threadIdx.x % kTeam; i < problem.classes; i += kTeam) {
-    const A gap = bounded(static_cast<A>(logits[i]) - sums.largest), e = exp_of<sizeof(T) == 2>(gap);
-    A grad;
-    if constexpr (KIND == Kind::kEntropy) {
-      grad = e * (sums.weighted / total - gap) * scale;
-    } else if constexpr (KIND == Kind::kLeastConfidence) {
-      grad = (i == largest ? -sums.others : e) / total * scale;
-    } else {
-      grad = (i == largest ? -sums.others - exp_second : e * (1 - exp_second)) / total * scale;
-      if (i == second)
-        grad += exp_second * scale;
+  constexpr int kNowhere = std::numeric_limits<int>::max();
+  const int classes = exists ? problem.classes : 0, member = threadIdx.x % kTeam;
+  const A scale = exists ? problem.upstream[row] / (problem.at_uniform * total) : A(0), mean = sums.weighted / total;
+  T* const grads = problem.grads + row * problem.classes;
+  int largest = kNowhere, next = kNowhere, second = kNowhere; // next to the largest, one that equals it
+  const auto gradient_of_other = [&](A logit) {
+    const A gap = bounded(logit - sums.largest), e = exp_of<sizeof(T) == 2>(gap);
+    if constexpr (KIND == Kind::kEntropy)
+      return e * (mean - gap) * scale;
+    else if constexpr (KIND == Kind::kLeastConfidence)
+      return e / total * scale;
+    else
+      return e * (1 - exp_second) / total * scale;
+  };
+  const auto gradient = [&](T value, int i) {
+    const A logit = static_cast<A>(value);
+    if (KIND != Kind::kEntropy && logit == sums.largest) {
+      next = min(next, max(largest, i));
+      largest = min(largest, i);
+    } else if (KIND == Kind::kMargin && logit == sums.second) {
+      second = min(second, i);
     }
-    problem.grads[row * problem.classes + i] = static_cast<T>(grad);
+    return static_cast<T>(gradient_of_other(logit));
+  };
+  bool done = false;
+  if constexpr (kTeam > 1) {
+    const Row<T> from(logits, classes), to(grads, classes);
+    done = from.before == to.before;
+    if (done) {
+      for (int p = member; p < from.packs; p += kTeam) {
+        Pack<T> pack = from.pack(p);
+#pragma unroll
+        for (int i = 0; i < Row<T>::kSize; ++i)
+          pack.values[i] = gradient(pack.values[i], from.before + p * Row<T>::kSize + i);
+        reinterpret_cast<Pack<T>*>(grads + from.before)[p] = pack;
+      }
+      if (member < from.ends)
+        grads[from.end_class(member)] = gradient(from.end(member), from.end_class(member));
+    }
+  }
+  if (!done)
+    for (int i = member; i < classes; i += kTeam)
+      grads[i] = gradient(logits[i], i);
+
+  if constexpr (KIND != Kind::kEntropy) {
+    const int largest_of_row = lowest_of_team<kTeam>(largest);
+    if constexpr (KIND == Kind::kMargin)
+      second = lowest_of_team<kTeam>(sums.second < sums.largest ? second : largest == largest_of_row ? next : largest);
+    __syncthreads(); // the team's writes before these
+    if (member == 0) {
+      if (largest_of_row < classes)
+        grads[largest_of_row] = static_cast<T>((-sums.others - exp_second) / total * scale);
+      if (second < classes)
+        grads[second] = static_cast<T>(gradient_of_other(sums.second) + exp_second * scale);
+    }
   }
 }
 
