@@ -38,6 +38,7 @@ constexpr int kWarp = 32;
 constexpr int kPacks = 4; // loads of 16 bytes that a thread has under way
 constexpr unsigned kAll = 0xffffffff;
 constexpr int kFewClasses = 16, kWarpClasses = 2048; // up to as many, a thread and a warp are a row's team
+constexpr int kManyRows = 16384; // from as many on, they keep all multiprocessors busy
 constexpr float kLog2E = 1.44269504f, kLn2 = 0.693147181f;
 
 // What is computed in.
@@ -145,15 +146,16 @@ struct Row {
 template <Kind KIND, typename T>
 __device__ Sums<Wide<T>> sum_packs(const Row<T>& row, int first, int step, int end) {
   using A = Wide<T>;
+  constexpr int kLoads = sizeof(T) == 2 ? 1 : kPacks; // seldom used for 16-bit logits
   Sums<A> sums = of_nothing<A>();
-  for (; first < row.packs; first += step * kPacks) {
-    Pack<T> loaded[kPacks];
+  for (; first < row.packs; first += step * kLoads) {
+    Pack<T> loaded[kLoads];
 #pragma unroll
-    for (int p = 0; p < kPacks; ++p)
+    for (int p = 0; p < kLoads; ++p)
       if (first + p * step < row.packs)
         loaded[p] = row.pack(first + p * step);
 #pragma unroll
-    for (int p = 0; p < kPacks; ++p) {
+    for (int p = 0; p < kLoads; ++p) {
       if (first + p * step < row.packs) {
         A chunk[Row<T>::kSize];
 #pragma unroll
@@ -428,11 +430,22 @@ struct Problem {
   const T* logits;
   int64_t rows, stride; // elements from a row to the next
   int classes;
+  int rows_of_warp; // one after the other, where a warp is a row's team
   Wide<T> at_uniform;
   Wide<T>* values; // where values are wanted,
   const Wide<T>* upstream; // and where gradients are
   T* grads;
 };
+
+template <typename A>
+__device__ A total_of(const Sums<A>& sums) {
+  return sums.others + 1 + (sums.largest - sums.largest); // NaN if that is infinite
+}
+
+template <Kind KIND, typename A>
+__device__ A exp_second_of(const Sums<A>& sums) {
+  return KIND == Kind::kMargin ? exp(sums.second - sums.largest) : A(0);
+}
 
 template <int kTeam>
 __device__ int lowest_of_team(int x) {
@@ -455,9 +468,9 @@ __device__ int lowest_of_team(int x) {
 // of the lowest classes, which are known once all have been seen.
 template <Kind KIND, int kTeam, typename T>
 __device__ void write_gradient(
-    const Problem<T>& problem, const T* logits, int64_t row, bool exists, const Sums<Wide<T>>& sums, Wide<T> total,
-    Wide<T> exp_second) {
+    const Problem<T>& problem, const T* logits, int64_t row, bool exists, const Sums<Wide<T>>& sums) {
   using A = Wide<T>;
+  const A total = total_of(sums), exp_second = exp_second_of<KIND>(sums);
   constexpr int kNowhere = std::numeric_limits<int>::max();
   const int classes = exists ? problem.classes : 0, member = threadIdx.x % kTeam;
   const A scale = exists ? problem.upstream[row] / (problem.at_uniform * total) : A(0), mean = sums.weighted / total;
@@ -516,38 +529,50 @@ __device__ void write_gradient(
   }
 }
 
-template <Kind KIND, int kTeam, typename T>
+template <Kind KIND, typename A>
+__device__ A value_of(const Sums<A>& sums, A at_uniform) {
+  A value;
+  if constexpr (KIND == Kind::kEntropy)
+    value = log1p(sums.others) - sums.weighted / total_of(sums);
+  else
+    value = (sums.others + exp_second_of<KIND>(sums)) / total_of(sums);
+  return value / at_uniform;
+}
+
+// Values, or else gradients.
+template <Kind KIND, int kTeam, bool kGradient, typename T>
 __global__ void __launch_bounds__(kThreads, kTeam > 1 && sizeof(T) < 8 ? 4 : 2) measure_rows(const Problem<T> problem) {
-  using A = Wide<T>;
-  const int64_t row = (static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x) / kTeam;
-  const bool exists = row < problem.rows; // where not, the team reads the first row, for whole warps to work together
-  const T* const logits = problem.logits + (exists ? row : 0) * problem.stride;
-  const Sums<A> sums = sum_row<KIND, kTeam>(logits, problem.classes);
-  const A total = sums.others + 1 + (sums.largest - sums.largest); // NaN if that is infinite
-  const A exp_second = KIND == Kind::kMargin ? exp(sums.second - sums.largest) : A(0);
-  if (!problem.values) {
-    write_gradient<KIND, kTeam>(problem, logits, row, exists, sums, total, exp_second);
-  } else if (exists && threadIdx.x % kTeam == 0) {
-    A value;
-    if constexpr (KIND == Kind::kEntropy)
-      value = log1p(sums.others) - sums.weighted / total;
-    else
-      value = (sums.others + exp_second) / total;
-    problem.values[row] = value / problem.at_uniform;
+  const int64_t team = (static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x) / kTeam;
+  const int rows_of_team = kTeam == kWarp ? problem.rows_of_warp : 1, member = threadIdx.x % kTeam;
+  Sums<Wide<T>> kept; // of the member-th row
+  for (int i = 0; i < rows_of_team; ++i) {
+    const int64_t row = team * rows_of_team + i;
+    const bool exists = row < problem.rows; // where not, the first row is read, for whole warps to work together
+    const T* const logits = problem.logits + (exists ? row : 0) * problem.stride;
+    const Sums<Wide<T>> sums = sum_row<KIND, kTeam>(logits, problem.classes);
+    if constexpr (kGradient)
+      write_gradient<KIND, kTeam>(problem, logits, row, exists, sums);
+    else if (member == i)
+      kept = sums;
   }
+  const int64_t row = team * rows_of_team + member;
+  if (!kGradient && member < rows_of_team && row < problem.rows)
+    problem.values[row] = value_of<KIND>(kept, problem.at_uniform);
 }
 
 template <Kind KIND, int kTeam, typename T>
 void launch(const Problem<T>& problem, cudaStream_t stream) {
-  const int64_t blocks = (problem.rows * kTeam + kThreads - 1) / kThreads;
+  const int64_t rows_of_block = kThreads / kTeam * (kTeam == kWarp ? problem.rows_of_warp : 1);
+  const int64_t blocks = (problem.rows + rows_of_block - 1) / rows_of_block;
   STD_TORCH_CHECK(blocks <= std::numeric_limits<int>::max(), "logits has ", problem.rows, " rows; that is too many");
-  measure_rows<KIND, kTeam><<<blocks, kThreads, 0, stream>>>(problem);
+  const auto kernel = problem.values ? measure_rows<KIND, kTeam, false, T> : measure_rows<KIND, kTeam, true, T>;
+  kernel<<<blocks, kThreads, 0, stream>>>(problem);
   STD_CUDA_KERNEL_LAUNCH_CHECK();
 }
 
 template <Kind KIND, typename T>
 void run(const Tensor& logits, bool normalize, const Tensor* value, const Tensor* upstream, const Tensor* grad) {
-  const int64_t classes = logits.size(-1);
+  const int64_t classes = logits.size(-1), rows = logits.numel() / classes;
   STD_TORCH_CHECK(classes <= std::numeric_limits<int>::max() / 2, "logits has ", classes, " classes; that is too many");
   double at_uniform = 1;
   if (normalize && KIND == Kind::kEntropy)
@@ -556,14 +581,15 @@ void run(const Tensor& logits, bool normalize, const Tensor* value, const Tensor
     at_uniform = 1 - 1.0 / classes;
   const Problem<T> problem{
       .logits = static_cast<const T*>(logits.const_data_ptr()),
-      .rows = logits.numel() / classes,
+      .rows = rows,
       .stride = logits.dim() == 2 ? logits.stride(0) : classes,
       .classes = static_cast<int>(classes),
+      .rows_of_warp = rows >= kManyRows ? 4 : 1, // their values are then computed at once
       .at_uniform = static_cast<Wide<T>>(at_uniform),
       .values = value ? static_cast<Wide<T>*>(value->mutable_data_ptr()) : nullptr,
       .upstream = upstream ? static_cast<const Wide<T>*>(upstream->const_data_ptr()) : nullptr,
       .grads = grad ? static_cast<T*>(grad->mutable_data_ptr()) : nullptr};
-  if (problem.rows == 0)
+  if (rows == 0)
     return;
 
   const auto device = logits.get_device_index();
