@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 NATIVE := $(shell find csrc -type f)
 export FASTDISTILL_ISA ?= native
 
-.PHONY: demo test bench lint gpu build clean
+.PHONY: demo test bench lint gpu gpu-sanitize build clean
 
 demo: $(VENV)/ready
 	$(BIN)/fastdistill stark --task docstrings --teacher minilm --student-layers 2 --sparsity 0.2,0.4,0.6 --epochs 2 --output runs/demo
@@ -22,13 +22,20 @@ lint: $(VENV)/ready
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 
-# Builds, tests and measures on the GPU of this machine; installs nothing from outside.
-gpu:
+# Builds, tests and measures on the GPU of this machine; installs nothing from outside. ONLY=kd_ce_loss: of one op;
+# OUTPUT: folder of the results; STAGES=benchmarks: without tests and recipes.
+gpu: build/gpu
+	python3 -m benchmarks.gpu $(if $(ONLY),--only $(ONLY)) $(if $(OUTPUT),--output $(OUTPUT)) \
+		$(if $(STAGES),--stages $(STAGES))
+
+# tests/cuda under compute-sanitizer, where there is one.
+gpu-sanitize: build/gpu
+	python3 -m benchmarks.sanitize $(if $(ONLY),--only $(ONLY))
+
+build/gpu: pyproject.toml setup.py $(NATIVE)
 	python3 -m pip install -q --no-index --no-deps --no-build-isolation -e .
-	python3 -m pytest tests/kernels tests/ops tests/cuda
-	mkdir -p runs
-	python3 -m pytest benchmarks --benchmark-only --benchmark-json=runs/benchmarks.json
-	python3 -m benchmarks.report runs/benchmarks.json
+	mkdir -p build
+	touch $@
 
 # Rebuilds what changed, where it stands.
 build: $(VENV)/ready

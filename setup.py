@@ -12,7 +12,7 @@ import platform
 import warnings
 from pathlib import Path
 
-from setuptools import setup
+from setuptools import find_packages, setup
 
 ROOT = Path(__file__).parent
 ISA_FLAGS = {
@@ -20,6 +20,11 @@ ISA_FLAGS = {
     "AVX2": ["-mavx2", "-mfma", "-mf16c"],
     "AVX512": ["-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mfma", "-mf16c"],
 }
+CUDA_ARCHITECTURES = [
+    "-gencode=arch=compute_80,code=sm_80",
+    "-gencode=arch=compute_90,code=sm_90",
+    "-gencode=arch=compute_90,code=compute_90",  # for what comes after
+]
 
 
 def wanted_isas() -> list[str]:
@@ -42,7 +47,7 @@ def extensions() -> list:
     import torch
     from torch.utils.cpp_extension import CUDA_HOME, CppExtension, CUDAExtension
 
-    cpu_sources = sources("*.cpp", "", "autograd", "cpu")
+    cpu_sources = sources("*.cpp", "", "autograd", "cpu", "triton")
     modules = [
         CppExtension(
             f"fastdistill._C_{isa.lower()}",
@@ -58,12 +63,17 @@ def extensions() -> list:
     ]  # fmt: skip
     cuda_sources = sources("*.cu", "cuda")
     if torch.version.cuda and CUDA_HOME and cuda_sources:
+        # by default for what can be bought, not for the GPU that happens to be here, if any
+        architectures = [] if os.environ.get("TORCH_CUDA_ARCH_LIST") else CUDA_ARCHITECTURES
         stable = ["-DUSE_CUDA", "-DTORCH_TARGET_VERSION=0x020b000000000000"]  # one binary for torch >= 2.11
         modules.append(
             CUDAExtension(
                 "fastdistill._cuda",
                 cuda_sources,
-                extra_compile_args={"cxx": ["-O3", "-std=c++20", *stable], "nvcc": ["-O3", "-std=c++20", *stable]},
+                extra_compile_args={
+                    "cxx": ["-O3", "-std=c++20", *stable],
+                    "nvcc": ["-O3", "-std=c++20", "--threads=2", *architectures, *stable],
+                },
             )
         )
     return modules
@@ -110,7 +120,7 @@ except ImportError as error:
     native = {}
 
 setup(
-    packages=["fastdistill", "fastdistill.ops", "fastdistill.recipes", "fastdistill.kernels"],
+    packages=[*find_packages(include=["fastdistill*"]), "fastdistill.kernels"],
     package_dir={"fastdistill": "fastdistill", "fastdistill.kernels": "kernels"},
     package_data={"fastdistill": ["py.typed"]},
     **native,

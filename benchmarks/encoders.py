@@ -1,4 +1,4 @@
-"""Encoders of MiniLM's shape, and batches of real padding, for benchmarks."""
+"""Encoders of MiniLM's or BERT-base's shape, and batches of real padding, for benchmarks."""
 
 from __future__ import annotations
 
@@ -8,17 +8,29 @@ from typing import Any
 import torch
 from transformers import BertConfig, BertForSequenceClassification
 
-from benchmarks.harness import DEVICE
+import fastdistill  # noqa: F401 (registers its attention)
+from benchmarks.harness import DEVICE, TINY
+
+WIDTHS = {"MiniLM": 24 if TINY else 384, "BERT-base": 24 if TINY else 768}
 
 
 @functools.cache
-def encoder(layers: int = 6, classes: int = 2) -> Any:
-    """MiniLM's 384 wide layers with 12 heads and 1536 neurons, weights at random."""
+def encoder(
+    layers: int = 6,
+    classes: int = 2,
+    *,
+    like: str = "MiniLM",
+    dtype: torch.dtype = torch.float32,
+    attention: str = "sdpa",
+) -> Any:
+    """MiniLM's 384 or BERT-base's 768 wide layers with 12 heads and four times as many neurons, weights at random."""
     torch.manual_seed(layers)
+    width = WIDTHS[like]
     config = BertConfig(
-        hidden_size=384, num_hidden_layers=layers, num_attention_heads=12, intermediate_size=1536, num_labels=classes
-    )
-    return BertForSequenceClassification(config).to(DEVICE).eval()
+        hidden_size=width, num_hidden_layers=layers, num_attention_heads=12, intermediate_size=4 * width,
+        num_labels=classes, attn_implementation=attention,
+    )  # fmt: skip
+    return BertForSequenceClassification(config).to(DEVICE, dtype).eval()
 
 
 @functools.cache

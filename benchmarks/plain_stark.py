@@ -84,7 +84,7 @@ def masked(teacher: Any, scores: Any, sparsity: float) -> Any:
     """The same function as the pruned teacher, of the dense one's size: the usual way."""
     sparse = copy.deepcopy(teacher)
     kept = scores.kept(sparsity)
-    for block, heads, neurons in zip(fastdistill.architectures.blocks(sparse), *kept, strict=True):
+    for block, heads, neurons in zip(fastdistill.models.architectures.blocks(sparse), *kept, strict=True):
         gates = [torch.zeros(block.heads), torch.zeros(block.neurons)]
         gates[0][heads], gates[1][neurons] = 1, 1
         with torch.no_grad():

@@ -51,10 +51,10 @@ def trained() -> dict[int, Path]:
     output = Path(tempfile.mkdtemp())
     train = Stages.train
 
-    def only_the_team(self: Any, name: str, *args: Any, **options: Any) -> Any:
-        if name != "teacher" and not name.startswith("team-"):
+    def only_the_team(self: Any, training: Any) -> Any:
+        if training.name != "teacher" and not training.name.startswith("team-"):
             raise KeyboardInterrupt
-        return train(self, name, *args, **options)
+        return train(self, training)
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Stages, "train", only_the_team)
@@ -71,7 +71,7 @@ def ours(seed: int, output: Path) -> float:
 
 def plain(seed: int, output: Path) -> float:
     from fastdistill import load_task, tokenize
-    from fastdistill.students import load_tokenizer
+    from fastdistill.models.loading import load_tokenizer
 
     data = load_task(TASK, max_train_examples=int(EXAMPLES), max_eval_examples=EVALUATED, seed=0)
     tokenizer = load_tokenizer("minilm")

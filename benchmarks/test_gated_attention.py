@@ -1,6 +1,5 @@
-"""Attention with a share of its heads closed, forward and backward, against what users write: attention times gates.
-
-With a gradient to the gates (heads are scored) and without (heads are masked).
+"""Attention with a share of its heads closed, against what users write: attention times gates. Forward alone, and
+forward and backward with a gradient to the gates (heads are scored) and without (heads are masked).
 """
 
 from __future__ import annotations
@@ -15,20 +14,22 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
-from benchmarks.harness import DEVICE, OURS, measure
+from benchmarks.harness import DEVICE, OURS, measure, sizes
 from fastdistill import gated_attention
 
-# batch, heads, tokens, channels of a head
-SIZES = {
-    "cpu": [(32, 12, 32, 32), (32, 12, 128, 32)],
-    "cuda": [(32, 12, 128, 32), (64, 12, 512, 64), (8, 32, 4096, 128)],
-}[DEVICE]
+Size = tuple[int, int, int, int]  # batch, heads, tokens, channels of a head
+SIZES = sizes(
+    tiny=[(1, 4, 8, 16)],
+    cpu=[(32, 12, 32, 32), (32, 12, 128, 32)],
+    cuda=[(32, 12, 128, 64), (64, 12, 512, 64), (16, 16, 2048, 64), (16, 16, 1024, 128), (8, 32, 4096, 128)],
+)
 DTYPE = torch.bfloat16 if DEVICE == "cuda" else torch.float32
-Attention = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
+Attention = Callable[..., Tensor]
 
 
-def eager(query: Tensor, key: Tensor, value: Tensor, gate: Tensor) -> Tensor:
-    return F.scaled_dot_product_attention(query, key, value) * gate[:, None, None].to(query.dtype)
+def eager(query: Tensor, key: Tensor, value: Tensor, gate: Tensor | None, attn_mask: Tensor | None = None) -> Tensor:
+    output = F.scaled_dot_product_attention(query, key, value, attn_mask)
+    return output if gate is None else output * gate[..., None, None].to(query.dtype)
 
 
 def flex(gate: Tensor, tokens: int) -> Attention:
@@ -48,44 +49,118 @@ def by(backend: SDPBackend) -> Attention:
 
 
 CUDA_ONLY = {"flash": SDPBackend.FLASH_ATTENTION, "cuDNN": SDPBackend.CUDNN_ATTENTION}
+PLAIN: dict[str, Callable[[], Attention]] = {
+    "eager": lambda: eager,
+    "torch.compile": lambda: torch.compile(eager, dynamic=False),
+    OURS: lambda: gated_attention,
+}
 IMPLEMENTATIONS: dict[str, Callable[[Tensor, int], Attention]] = {
     "eager": lambda gate, tokens: eager,
-    "torch.compile": lambda gate, tokens: torch.compile(eager, dynamic=False),
+    "torch.compile": lambda gate, tokens: PLAIN["torch.compile"](),
     "FlexAttention": flex,
     **{name: lambda gate, tokens, backend=backend: by(backend) for name, backend in CUDA_ONLY.items()},
     OURS: lambda gate, tokens: gated_attention,
 }
+AT_CLOSED = {"FlexAttention": (0.0, 0.5), "torch.compile": (0.0,), "flash": (0.0,)}
+"""On a GPU: all but FlexAttention compute closed heads, too, so that their time is that of open ones."""
+
+
+def skip(implementation: str, closed: float, gate_grad: bool) -> None:
+    if DEVICE == "cpu" and implementation in ("FlexAttention", *CUDA_ONLY):
+        pytest.skip("no backward on CPU" if implementation == "FlexAttention" else "of CUDA alone")
+    if gate_grad and implementation == "FlexAttention":
+        pytest.skip("no gradient to gates")
+    if DEVICE == "cuda" and closed not in AT_CLOSED.get(implementation, (closed,)):
+        pytest.skip("as with none closed")
+
+
+def make(size: Size) -> list[Tensor]:
+    torch.manual_seed(0)
+    torch.compiler.reset()
+    batch, heads, tokens, channels = size
+    return [torch.randn(batch, tokens, heads, channels, device=DEVICE, dtype=DTYPE).transpose(1, 2) for _ in range(3)]
+
+
+def with_closed(heads: int, closed: float) -> Tensor:
+    gate = torch.ones(heads, device=DEVICE)
+    gate[torch.randperm(heads)[: round(closed * heads)]] = 0
+    return gate
+
+
+def run(
+    benchmark: Any, function: Callable[[], Any], size: Size, what: str, about: str, implementation: str, work: float
+) -> None:
+    """``work``: how many times the two products of the forward pass must be done."""
+    batch, heads, tokens, channels = size
+    measure(
+        benchmark,
+        function,
+        op=f"gated_attention{what}",
+        case="×".join(map(str, size)) + about,
+        implementation=implementation,
+        dtype=DTYPE,
+        flops=4 * batch * heads * tokens**2 * channels * work,
+        small=tokens <= 128,
+    )
 
 
 @pytest.mark.parametrize("closed", [0.0, 0.25, 0.5, 0.75])
 @pytest.mark.parametrize("gate_grad", [False, True], ids=["masked", "scored"])
 @pytest.mark.parametrize("size", SIZES, ids=lambda size: "x".join(map(str, size)))
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
-def test_gated_attention(
-    benchmark: Any, implementation: str, size: tuple[int, int, int, int], gate_grad: bool, closed: float
-) -> None:
-    if DEVICE == "cpu" and implementation in ("FlexAttention", *CUDA_ONLY):
-        pytest.skip("no backward on CPU" if implementation == "FlexAttention" else "of CUDA alone")
-    if gate_grad and implementation == "FlexAttention":
-        pytest.skip("no gradient to gates")
-    torch.manual_seed(0)
-    torch.compiler.reset()
-    batch, heads, tokens, channels = size
-    inputs = [
-        torch.randn(batch, tokens, heads, channels, device=DEVICE, dtype=DTYPE).transpose(1, 2).requires_grad_()
-        for _ in range(3)
-    ]
-    gate = torch.ones(heads, device=DEVICE)
-    gate[torch.randperm(heads)[: round(closed * heads)]] = 0
-    gate.requires_grad_(gate_grad)
-    attend = IMPLEMENTATIONS[implementation](gate, tokens)
-    upstream = torch.randn_like(inputs[0])
+def test_gated_attention(benchmark: Any, implementation: str, size: Size, gate_grad: bool, closed: float) -> None:
+    skip(implementation, closed, gate_grad)
+    inputs = [x.requires_grad_() for x in make(size)]
+    gate = with_closed(size[1], closed).requires_grad_(gate_grad)
+    attend = IMPLEMENTATIONS[implementation](gate, size[2])
+    grad_output = torch.randn_like(inputs[0])
     wanted = [*inputs, gate] if gate_grad else inputs
-    measure(
+    run(
         benchmark,
-        lambda: torch.autograd.grad(attend(*inputs, gate), wanted, upstream),
-        op=f"gated_attention{', gradient to gates' if gate_grad else ''}",
-        case=f"{'×'.join(map(str, size))}, {closed:.0%} closed",
-        implementation=implementation,
-        dtype=DTYPE,
+        lambda: torch.autograd.grad(attend(*inputs, gate), wanted, grad_output),
+        size,
+        ", gradient to gates" if gate_grad else "",
+        f", {closed:.0%} closed",
+        implementation,
+        work=3.5 * (1 if gate_grad else 1 - closed),
     )
+
+
+@pytest.mark.parametrize("closed", [0.0, 0.5])
+@pytest.mark.parametrize("size", SIZES, ids=lambda size: "x".join(map(str, size)))
+@pytest.mark.parametrize("implementation", [name for name in IMPLEMENTATIONS if name != "FlexAttention"])
+def test_forward(benchmark: Any, implementation: str, size: Size, closed: float) -> None:
+    skip(implementation, closed, False)
+    inputs, gate = make(size), with_closed(size[1], closed)
+    attend = IMPLEMENTATIONS[implementation](gate, size[2])
+    about = f", {closed:.0%} closed"
+    run(benchmark, lambda: attend(*inputs, gate), size, " forward", about, implementation, work=1 - closed)
+
+
+@pytest.mark.parametrize("size", SIZES[:2], ids=lambda size: "x".join(map(str, size)))
+@pytest.mark.parametrize("implementation", PLAIN)
+def test_no_gate(benchmark: Any, implementation: str, size: Size) -> None:
+    inputs, attend = [x.requires_grad_() for x in make(size)], PLAIN[implementation]()
+    grad_output = torch.randn_like(inputs[0])
+
+    def step() -> Any:
+        return torch.autograd.grad(attend(*inputs, None), inputs, grad_output)
+
+    run(benchmark, step, size, ", no gate", "", implementation, work=3.5)
+
+
+@pytest.mark.parametrize("size", SIZES[:2], ids=lambda size: "x".join(map(str, size)))
+@pytest.mark.parametrize("implementation", PLAIN)
+def test_gates_by_example_and_padding(benchmark: Any, implementation: str, size: Size) -> None:
+    """As a teacher's heads are scored: each example has gates, whose gradient is wanted, and padding."""
+    inputs, attend = [x.requires_grad_() for x in make(size)], PLAIN[implementation]()
+    batch, heads, tokens, _ = size
+    gate = torch.ones(batch, heads, device=DEVICE).requires_grad_()
+    lengths = torch.randint(tokens // 2, tokens + 1, (batch, 1), device=DEVICE)
+    mask = (torch.arange(tokens, device=DEVICE) < lengths)[:, None, None]
+    grad_output = torch.randn_like(inputs[0])
+
+    def step() -> Any:
+        return torch.autograd.grad(attend(*inputs, gate, attn_mask=mask), [*inputs, gate], grad_output)
+
+    run(benchmark, step, size, ", gates by example, padding", "", implementation, work=3.5)

@@ -1,4 +1,7 @@
-"""gated_ffn against linear, activation, multiplication, linear: with neurons off, and gate gradients per example."""
+"""gated_ffn against linear, activation, multiplication, linear: with neurons off, and gate gradients per example.
+
+Compacted is the same without gates and of weights that have only the neurons that are on: the least there is to do.
+"""
 
 from __future__ import annotations
 
@@ -10,13 +13,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from benchmarks.harness import DEVICE, OURS, measure
+from benchmarks.harness import DEVICE, OURS, measure, sizes
 from fastdistill import gated_ffn
+from fastdistill.ops import ActiveNeurons
 
-SHAPES = {
-    "cpu": [(32, 32, 384, 1536), (32, 128, 384, 1536)],
-    "cuda": [(32, 128, 768, 3072), (64, 512, 1024, 4096)],
-}[DEVICE]  # examples, tokens, width, neurons
+# examples, tokens, width, neurons
+SHAPES = sizes(
+    tiny=[(2, 4, 16, 64)],
+    cpu=[(32, 32, 384, 1536), (32, 128, 384, 1536)],
+    cuda=[(32, 128, 768, 3072), (64, 512, 1024, 4096)],
+)
 DTYPE = torch.bfloat16 if DEVICE == "cuda" else torch.float32
 Block = Callable[..., Tensor]
 
@@ -29,6 +35,10 @@ def eager(x: Tensor, w_in: Tensor, b_in: Tensor, w_out: Tensor, b_out: Tensor, g
 def compiled() -> Block:
     torch.compiler.reset()
     return torch.compile(eager, dynamic=False)
+
+
+def plain(x: Tensor, w_in: Tensor, b_in: Tensor, w_out: Tensor, b_out: Tensor) -> Tensor:
+    return F.linear(F.gelu(F.linear(x, w_in, b_in)), w_out, b_out)
 
 
 IMPLEMENTATIONS: dict[str, Callable[[], Block]] = {
@@ -45,22 +55,43 @@ def make(examples: int, tokens: int, width: int, neurons: int) -> list[Tensor]:
     return [tensor.to(DTYPE) for tensor in (x, w_in / width**0.5, b_in, w_out / neurons**0.5, b_out)]
 
 
-@pytest.mark.parametrize("shape", SHAPES, ids=str)
-@pytest.mark.parametrize("off", [0.0, 0.25, 0.5, 0.75])
-@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
-def test_training(benchmark: Any, implementation: str, off: float, shape: tuple[int, ...]) -> None:
-    """Forward and backward to x and all weights under a fixed mask."""
-    leaves = [tensor.requires_grad_() for tensor in make(*shape)]
-    gate = (torch.rand(shape[-1], device=DEVICE) >= off).to(DTYPE)
-    block = IMPLEMENTATIONS[implementation]()
-    upstream = torch.randn_like(leaves[0])
+def run(benchmark: Any, function: Callable[[], Any], shape: tuple[int, ...], implementation: str, **what: Any) -> None:
     measure(
         benchmark,
-        lambda: torch.autograd.grad(block(*leaves, gate), leaves, upstream),
-        op="gated_ffn and gradients",
-        case=f"{'×'.join(map(str, shape))}, {off:.0%} off",
+        function,
         implementation=implementation,
         dtype=DTYPE,
+        small=shape[0] * shape[1] <= 4096,
+        **what,
+    )
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("off", [0.0, 0.25, 0.5, 0.75])
+@pytest.mark.parametrize("implementation", ["compacted", *IMPLEMENTATIONS])
+def test_training(benchmark: Any, implementation: str, off: float, shape: tuple[int, ...]) -> None:
+    """Forward and backward to x and all weights under a fixed mask, whose neurons ours finds once."""
+    if DEVICE == "cuda" and off and implementation in ("eager", "torch.compile"):
+        pytest.skip("as with none off")
+    x, w_in, b_in, w_out, b_out = make(*shape)
+    off_now = torch.randperm(shape[-1], device=DEVICE)[: round(off * shape[-1])]
+    gate = torch.ones(shape[-1], device=DEVICE, dtype=DTYPE).index_fill_(0, off_now, 0)
+    compacted = implementation == "compacted"
+    if compacted:
+        on = gate.nonzero().squeeze(-1)
+        w_in, b_in, w_out = w_in[on], b_in[on], w_out[:, on].contiguous()
+    leaves = [tensor.requires_grad_() for tensor in (x, w_in, b_in, w_out, b_out)]
+    block = plain if compacted else IMPLEMENTATIONS[implementation]()
+    gates: tuple[Any, ...] = () if compacted else (ActiveNeurons(gate) if implementation == OURS and off else gate,)
+    grad_output = torch.randn_like(x)
+    run(
+        benchmark,
+        lambda: torch.autograd.grad(block(*leaves, *gates), leaves, grad_output),
+        shape,
+        implementation,
+        op="gated_ffn and gradients",
+        case=f"{'×'.join(map(str, shape))}, {off:.0%} off",
+        flops=12 * shape[0] * shape[1] * shape[2] * shape[3] * (1 - off),
     )
 
 
@@ -71,12 +102,12 @@ def test_gate_gradients(benchmark: Any, implementation: str, shape: tuple[int, .
     x, *weights = make(*shape)
     gate = torch.ones(shape[0], shape[-1], device=DEVICE, dtype=DTYPE).requires_grad_()
     block = IMPLEMENTATIONS[implementation]()
-    upstream = torch.randn_like(x.requires_grad_())
-    measure(
+    grad_output = torch.randn_like(x.requires_grad_())
+    run(
         benchmark,
-        lambda: torch.autograd.grad(block(x, *weights, gate), (x, gate), upstream),
+        lambda: torch.autograd.grad(block(x, *weights, gate), (x, gate), grad_output),
+        shape,
+        implementation,
         op="gated_ffn: gate gradients per example",
         case="×".join(map(str, shape)),
-        implementation=implementation,
-        dtype=DTYPE,
     )

@@ -1,4 +1,4 @@
-"""kd_ce_loss, forward and gradient to the student's logits, against what it replaces."""
+"""kd_ce_loss, forward and gradients to the logits, against what it replaces."""
 
 from __future__ import annotations
 
@@ -10,15 +10,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from benchmarks.harness import DEVICE, OURS, measure
+from benchmarks.harness import DEVICE, OURS, measure, sizes
 from fastdistill import kd_ce_loss
 
-SIZES = {
-    "cpu": [(32, 2), (4096, 3), (1024, 30522), (512, 128256)],
-    "cuda": [(32, 2), (4096, 3), (8192, 32000), (8192, 128256)],
-}[DEVICE]
+LARGE = sizes(tiny=[(8, 100)], cpu=[(1024, 30522), (512, 128256)], cuda=[(8192, 32000), (8192, 128256), (32768, 8192)])
+SMALL = sizes(tiny=[(32, 2)], cpu=[(32, 2), (4096, 3)], cuda=[(32, 2), (4096, 3), (32, 1000)])
 DTYPE = torch.bfloat16 if DEVICE == "cuda" else torch.float32
 TEMPERATURE = 2.0
+
+Inputs = tuple[Tensor, Tensor, Tensor]
+Loss = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 
 def eager(student: Tensor, teacher: Tensor, labels: Tensor) -> Tensor:
@@ -31,8 +32,22 @@ def eager(student: Tensor, teacher: Tensor, labels: Tensor) -> Tensor:
     return kd * TEMPERATURE**2 + F.cross_entropy(student, labels)
 
 
+def eager_by_row(student: Tensor, teacher: Tensor, labels: Tensor) -> Tensor:
+    kd = F.kl_div(
+        F.log_softmax(student / TEMPERATURE, -1),
+        F.log_softmax(teacher / TEMPERATURE, -1),
+        log_target=True,
+        reduction="none",
+    )
+    return kd.sum(-1) * TEMPERATURE**2 + F.cross_entropy(student, labels, reduction="none")
+
+
 def ours(student: Tensor, teacher: Tensor, labels: Tensor) -> Tensor:
     return kd_ce_loss(student, teacher, labels, temperature=TEMPERATURE)
+
+
+def ours_by_row(student: Tensor, teacher: Tensor, labels: Tensor) -> Tensor:
+    return kd_ce_loss(student, teacher, labels, temperature=TEMPERATURE, reduction="none")
 
 
 def liger(student: Tensor, teacher: Tensor, labels: Tensor) -> Tensor:
@@ -54,7 +69,12 @@ def flash_linear_attention(student: Tensor, teacher: Tensor, labels: Tensor) -> 
     return kd * TEMPERATURE**2 + FusedCrossEntropyLoss()(student, labels)
 
 
-def through_autograd(loss: Callable[..., Tensor], inputs: tuple[Tensor, ...]) -> Callable[[], Any]:
+def compiled(loss: Loss) -> Loss:
+    torch.compiler.reset()
+    return torch.compile(loss, dynamic=False)
+
+
+def gradient(loss: Loss, inputs: Inputs) -> Callable[[], Any]:
     return lambda: torch.autograd.grad(loss(*inputs), inputs[0])
 
 
@@ -65,35 +85,91 @@ def op_alone(student: Tensor, teacher: Tensor, labels: Tensor) -> Callable[[], A
     return lambda: op(student, teacher, labels, *options)
 
 
-IMPLEMENTATIONS: dict[str, Callable[[tuple[Tensor, ...]], Callable[[], Any]]] = {
-    "eager": lambda inputs: through_autograd(eager, inputs),
-    "torch.compile": lambda inputs: through_autograd(torch.compile(eager, dynamic=False), inputs),
-    "Liger-Kernel": lambda inputs: through_autograd(liger, inputs),
-    "flash-linear-attention": lambda inputs: through_autograd(flash_linear_attention, inputs),
-    OURS: lambda inputs: through_autograd(ours, inputs),
+IMPLEMENTATIONS: dict[str, Callable[[Inputs], Callable[[], Any]]] = {
+    "eager": lambda inputs: gradient(eager, inputs),
+    "torch.compile": lambda inputs: gradient(compiled(eager), inputs),
+    "Liger-Kernel": lambda inputs: gradient(liger, inputs),
+    "flash-linear-attention": lambda inputs: gradient(flash_linear_attention, inputs),
+    OURS: lambda inputs: gradient(ours, inputs),
     f"{OURS} (op alone)": lambda inputs: op_alone(*inputs),
 }
 NEEDS = {"Liger-Kernel": "liger_kernel", "flash-linear-attention": "fla"}
+MEANS: dict[str, Callable[[], Loss]] = {
+    "eager": lambda: eager,
+    "torch.compile": lambda: compiled(eager),
+    OURS: lambda: ours,
+}
+BY_ROW: dict[str, Callable[[], Loss]] = {
+    "eager": lambda: eager_by_row,
+    "torch.compile": lambda: compiled(eager_by_row),
+    OURS: lambda: ours_by_row,
+}
 
 
-@pytest.mark.parametrize("rows,classes", SIZES)
+def make(rows: int, classes: int) -> Inputs:
+    torch.manual_seed(0)
+    student, teacher = (torch.randn(rows, classes, device=DEVICE, dtype=DTYPE) for _ in range(2))
+    return student.requires_grad_(), teacher, torch.randint(classes, (rows,), device=DEVICE)
+
+
+def run(benchmark: Any, function: Callable[[], Any], inputs: Inputs, op: str, implementation: str, moved: int) -> None:
+    """``moved``: how many times the logits' size must be read or written."""
+    measure(
+        benchmark,
+        function,
+        op=op,
+        case="×".join(map(str, inputs[0].shape)),
+        implementation=implementation,
+        dtype=DTYPE,
+        bytes_moved=moved * inputs[0].nbytes,
+    )
+
+
+@pytest.mark.parametrize("rows,classes", [*SMALL, *LARGE])
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 def test_kd_ce_loss(benchmark: Any, implementation: str, rows: int, classes: int) -> None:
     if implementation in NEEDS:
         pytest.importorskip(NEEDS[implementation])
         if DEVICE == "cpu":
             pytest.skip("runs on CUDA only")
-    torch.manual_seed(0)
     torch.compiler.reset()
-    student = torch.randn(rows, classes, device=DEVICE, dtype=DTYPE).requires_grad_()
-    teacher = torch.randn(rows, classes, device=DEVICE, dtype=DTYPE)
-    labels = torch.randint(classes, (rows,), device=DEVICE)
-    measure(
+    inputs = make(rows, classes)
+    run(benchmark, IMPLEMENTATIONS[implementation](inputs), inputs, "kd_ce_loss", implementation, 3)
+
+
+@pytest.mark.parametrize("rows,classes", SMALL)
+@pytest.mark.parametrize("implementation", MEANS)
+def test_forward(benchmark: Any, implementation: str, rows: int, classes: int) -> None:
+    """As in evaluation: nothing wants a gradient."""
+    loss, inputs = MEANS[implementation](), make(rows, classes)
+    inputs[0].requires_grad_(False)
+    run(benchmark, lambda: loss(*inputs), inputs, "kd_ce_loss, no gradient", implementation, 2)
+
+
+@pytest.mark.parametrize("rows,classes", LARGE)
+@pytest.mark.parametrize("implementation", BY_ROW)
+def test_by_row(benchmark: Any, implementation: str, rows: int, classes: int) -> None:
+    loss, inputs = BY_ROW[implementation](), make(rows, classes)
+    upstream = torch.rand_like(loss(*inputs))
+
+    def step() -> Any:
+        return torch.autograd.grad(loss(*inputs), inputs[0], upstream)
+
+    run(benchmark, step, inputs, 'kd_ce_loss, reduction="none"', implementation, 3)
+
+
+@pytest.mark.parametrize("rows,classes", LARGE)
+@pytest.mark.parametrize("implementation", MEANS)
+def test_both_gradients(benchmark: Any, implementation: str, rows: int, classes: int) -> None:
+    """To the teacher's logits, too."""
+    loss, inputs = MEANS[implementation](), make(rows, classes)
+    inputs[1].requires_grad_()
+    both = inputs[:2]
+    run(
         benchmark,
-        IMPLEMENTATIONS[implementation]((student, teacher, labels)),
-        op="kd_ce_loss",
-        case=f"{rows}×{classes}",
-        implementation=implementation,
-        dtype=DTYPE,
-        bytes_moved=3 * student.nbytes if implementation.startswith(OURS) else 0,
+        lambda: torch.autograd.grad(loss(*inputs), both),
+        inputs,
+        "kd_ce_loss, both gradients",
+        implementation,
+        4,
     )

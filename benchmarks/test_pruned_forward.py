@@ -14,8 +14,8 @@ from torch import nn
 import fastdistill
 from benchmarks.encoders import batch, encoder
 from benchmarks.harness import DEVICE, OURS, measure
-from fastdistill.architectures import blocks
-from fastdistill.scores import random_scores
+from fastdistill.models.architectures import blocks
+from fastdistill.models.scores import random_scores
 
 
 @functools.cache

@@ -37,7 +37,7 @@ def run_teachers() -> dict[str, TeacherOutputs]:
 
 @functools.cache
 def stored() -> dict[str, SequenceClassifierOutput]:
-    return {name: SequenceClassifierOutput(logits=said.logits) for name, said in run_teachers().items()}
+    return {name: SequenceClassifierOutput(logits=said.run().logits) for name, said in run_teachers().items()}
 
 
 def steps(answers: Callable[[], Any], objectives: list[Any]) -> Callable[[], None]:

@@ -1,4 +1,5 @@
-"""Scoring the heads and neurons of a 6-layer teacher with a 2-layer student, one batch: `fastdistill.score` by example;
+"""Scoring the heads and neurons of a 6-layer teacher of MiniLM's width with a 2-layer student (on a GPU, of BERT-base
+with a 4-layer one), one batch: `fastdistill.score` by example;
 two backward passes through gates and weights, by batch, as the code published with STARK does it; and the definition,
 two backward passes for each single example."""
 
@@ -13,7 +14,7 @@ from torch import Tensor
 
 import fastdistill
 from benchmarks.encoders import batch, encoder
-from benchmarks.harness import OURS, measure
+from benchmarks.harness import DEVICE, OURS, measure, sizes
 
 
 def losses(student: Any, teacher: Any, labels: Tensor) -> tuple[Tensor, Tensor]:
@@ -54,13 +55,36 @@ def ours(teacher: Any, student: Any, data: dict[str, Tensor]) -> Any:
 IMPLEMENTATIONS = {"two backwards": two_backwards, "loop over examples": loop_over_examples, OURS: ours}
 
 
+# like, teacher's and student's layers, tokens, classes, dtype
+CASES = sizes(
+    tiny=[("MiniLM", 2, 1, 8, 2, torch.float32)],
+    cpu=[("MiniLM", 6, 2, tokens, classes, torch.float32) for tokens in (32, 128) for classes in (2, 3)],
+    cuda=[("BERT-base", 12, 4, 128, 2, dtype) for dtype in (torch.float32, torch.bfloat16)],
+)
+
+
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
-@pytest.mark.parametrize("classes", [2, 3])
-@pytest.mark.parametrize("tokens", [32, 128])
-def test_score(benchmark: Any, implementation: str, tokens: int, classes: int) -> None:
-    if implementation == "loop over examples" and classes == 3:
-        pytest.skip("as long as with two classes")
-    teacher, student, data = encoder(6, classes), encoder(2, classes), batch(32, tokens, classes)
-    run = IMPLEMENTATIONS[implementation]
-    case = f"32x{tokens}, {classes} classes"
-    measure(benchmark, lambda: run(teacher, student, data), op="score", case=case, implementation=implementation)
+@pytest.mark.parametrize("like,layers,student_layers,tokens,classes,dtype", CASES)
+def test_score(
+    benchmark: Any,
+    implementation: str,
+    like: str,
+    layers: int,
+    student_layers: int,
+    tokens: int,
+    classes: int,
+    dtype: torch.dtype,
+) -> None:
+    if implementation == "loop over examples" and (classes == 3 or DEVICE == "cuda"):
+        pytest.skip("as long as with two classes" if classes == 3 else "takes seconds")
+    teacher, student = (encoder(k, classes, like=like, dtype=dtype) for k in (layers, student_layers))
+    data, run = batch(32, tokens, classes), IMPLEMENTATIONS[implementation]
+    case = f"32x{tokens}, {classes} classes" if like == "MiniLM" else f"{like} 32x{tokens} {str(dtype)[6:]}"
+    measure(
+        benchmark,
+        lambda: run(teacher, student, data),
+        op="score",
+        case=case,
+        implementation=implementation,
+        dtype=dtype,
+    )

@@ -45,10 +45,10 @@ def fine_tuned() -> Path:
     output = Path(tempfile.mkdtemp())
     train = Stages.train
 
-    def only_the_teacher(self: Any, name: str, *args: Any, **options: Any) -> Any:
-        if name != "teacher":
+    def only_the_teacher(self: Any, training: Any) -> Any:
+        if training.name != "teacher":
             raise KeyboardInterrupt
-        return train(self, name, *args, **options)
+        return train(self, training)
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Stages, "train", only_the_teacher)
@@ -65,7 +65,7 @@ def ours(seed: int, output: Path) -> float:
 
 def plain(seed: int, output: Path) -> float:
     from fastdistill import load_task, tokenize
-    from fastdistill.students import load_tokenizer
+    from fastdistill.models.loading import load_tokenizer
 
     data, tokenizer = load_task(TASK, max_train_examples=int(EXAMPLES), seed=0), load_tokenizer("minilm")
     train, validation = (tokenize(split, tokenizer, data.task) for split in (data.train, data.validation))

@@ -17,8 +17,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from benchmarks.encoders import batch, encoder
 from benchmarks.harness import DEVICE, OURS, measure
-from fastdistill.first_token import first_token_only
-from fastdistill.theta import Batch, theta_gradient
+from fastdistill.autoskd.theta import Batch, theta_gradient
+from fastdistill.models.first_token import first_token_only
 
 BATCH, TOKENS, CLASSES = 32, 32, 2
 LOOK_AHEAD = 0.1  # its size costs nothing; the second derivative is then there to be seen

@@ -6,73 +6,98 @@
 from __future__ import annotations
 
 import importlib
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from fastdistill import attention, ops
+if TYPE_CHECKING:
+    from fastdistill import ops as ops
+    from fastdistill.data.load import load_task as load_task
+    from fastdistill.data.load import tokenize as tokenize
+    from fastdistill.models.first_token import first_token_only as first_token_only
+    from fastdistill.models.gates import gate as gate
+    from fastdistill.models.loading import from_pretrained as from_pretrained
+    from fastdistill.models.pruning import prune as prune
+    from fastdistill.models.scores import Scores as Scores
+    from fastdistill.models.students import first_layers as first_layers
+    from fastdistill.models.students import parameter_pruned as parameter_pruned
+    from fastdistill.models.students import shuffled_sharing as shuffled_sharing
+    from fastdistill.objectives.base import WeightedSum as WeightedSum
+    from fastdistill.objectives.ckd import CKD as CKD
+    from fastdistill.objectives.dekd import DeKD as DeKD
+    from fastdistill.objectives.logits import MSE as MSE
+    from fastdistill.objectives.logits import LogitsKD as LogitsKD
+    from fastdistill.objectives.pkd import PKD as PKD
+    from fastdistill.objectives.team import MTBERT as MTBERT
+    from fastdistill.objectives.team import AvgKD as AvgKD
+    from fastdistill.objectives.team import SampledTeacher as SampledTeacher
+    from fastdistill.ops.accumulate_sensitivity import accumulate_sensitivity_ as accumulate_sensitivity_
+    from fastdistill.ops.doctor import doctor as doctor
+    from fastdistill.ops.gated_attention import gated_attention as gated_attention
+    from fastdistill.ops.gated_ffn import gated_ffn as gated_ffn
+    from fastdistill.ops.kd_ce_loss import kd_ce_loss as kd_ce_loss
+    from fastdistill.ops.select_uncertain import select_uncertain as select_uncertain
+    from fastdistill.ops.uncertainty import hidden_entropy as hidden_entropy
+    from fastdistill.ops.uncertainty import uncertainty as uncertainty
+    from fastdistill.sensitivity.units import score as score
+    from fastdistill.sensitivity.weights import mask_weights as mask_weights
+    from fastdistill.sensitivity.weights import score_weights as score_weights
+    from fastdistill.teachers.outputs import TeacherOutputs as TeacherOutputs
+    from fastdistill.teachers.store import store as store
+    from fastdistill.teachers.team import TeacherTeam as TeacherTeam
+    from fastdistill.training.each_epoch import SelectEachEpoch as SelectEachEpoch
+    from fastdistill.training.trainer import DistillationConfig as DistillationConfig
+    from fastdistill.training.trainer import DistillationTrainer as DistillationTrainer
 
 __version__ = "0.1.0"
 
-# Imported when first used: they bring transformers and datasets with them.
+# Imported when first used: they bring PyTorch, transformers and datasets with them.
 _LAZY = {
-    "AvgKD": "multi_teacher",
-    "CKD": "contextual",
-    "DeKD": "dekd",
-    "DistillationConfig": "trainer",
-    "DistillationTrainer": "trainer",
-    "LogitsKD": "objectives",
-    "MSE": "objectives",
-    "MTBERT": "multi_teacher",
-    "PKD": "alignment",
-    "SampledTeacher": "multi_teacher",
-    "Scores": "scores",
-    "SelectEachEpoch": "selection",
-    "TeacherOutputs": "teachers",
-    "TeacherTeam": "team",
-    "WeightedSum": "objectives",
-    "first_layers": "students",
-    "first_token_only": "first_token",
-    "from_pretrained": "pruning",
-    "gate": "gates",
-    "load_task": "data",
-    "mask_weights": "weights",
-    "parameter_pruned": "students",
-    "prune": "pruning",
-    "score": "scoring",
-    "score_weights": "weights",
-    "shuffled_sharing": "students",
-    "store": "stored",
-    "tokenize": "data",
-    "doctor": "diagnosis",
+    "AvgKD": "objectives.team",
+    "CKD": "objectives.ckd",
+    "DeKD": "objectives.dekd",
+    "DistillationConfig": "training.trainer",
+    "DistillationTrainer": "training.trainer",
+    "LogitsKD": "objectives.logits",
+    "MSE": "objectives.logits",
+    "MTBERT": "objectives.team",
+    "PKD": "objectives.pkd",
+    "SampledTeacher": "objectives.team",
+    "Scores": "models.scores",
+    "SelectEachEpoch": "training.each_epoch",
+    "TeacherOutputs": "teachers.outputs",
+    "TeacherTeam": "teachers.team",
+    "WeightedSum": "objectives.base",
+    "accumulate_sensitivity_": "ops.accumulate_sensitivity",
+    "doctor": "ops.doctor",
+    "first_layers": "models.students",
+    "first_token_only": "models.first_token",
+    "from_pretrained": "models.loading",
+    "gate": "models.gates",
+    "gated_attention": "ops.gated_attention",
+    "gated_ffn": "ops.gated_ffn",
+    "hidden_entropy": "ops.uncertainty",
+    "kd_ce_loss": "ops.kd_ce_loss",
+    "load_task": "data.load",
+    "mask_weights": "sensitivity.weights",
+    "parameter_pruned": "models.students",
+    "prune": "models.pruning",
+    "score": "sensitivity.units",
+    "score_weights": "sensitivity.weights",
+    "select_uncertain": "ops.select_uncertain",
+    "shuffled_sharing": "models.students",
+    "store": "teachers.store",
+    "tokenize": "data.load",
+    "uncertainty": "ops.uncertainty",
 }
-__all__ = [
-    "__version__",
-    "accumulate_sensitivity_",
-    "gated_attention",
-    "gated_ffn",
-    "hidden_entropy",
-    "kd_ce_loss",
-    "ops",
-    "select_uncertain",
-    "uncertainty",
-    *_LAZY,
-]
-
-accumulate_sensitivity_ = ops.accumulate_sensitivity_
-gated_attention = ops.gated_attention
-gated_ffn = ops.gated_ffn
-hidden_entropy = ops.hidden_entropy
-kd_ce_loss = ops.kd_ce_loss
-select_uncertain = ops.select_uncertain
-uncertainty = ops.uncertainty
-
-
-attention.register()
+__all__ = ["__version__", "ops", *_LAZY]
 
 
 def __getattr__(name: str) -> Any:
+    if name == "ops":
+        return importlib.import_module("fastdistill.ops")
     if name not in _LAZY:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(importlib.import_module(f"fastdistill.{_LAZY[name]}"), name)
+    value = globals()[name] = getattr(importlib.import_module(f"fastdistill.{_LAZY[name]}"), name)
+    return value
 
 
 def __dir__() -> list[str]:

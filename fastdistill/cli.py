@@ -3,19 +3,12 @@
 from __future__ import annotations
 
 import argparse
-import importlib
 import sys
 from collections.abc import Sequence
 
-# recipe -> what it does; a recipe is a module of fastdistill.recipes with add_arguments(parser) and
-# run(options)
-RECIPES = {
-    "kd": "fine-tune a teacher and distil it into its own first layers, beside a student that has no teacher",
-    "stark": "prune a teacher of what its student finds unfriendly, and distil the sparse teacher (STARK)",
-    "dekd": "distil what a student is unsure of, from a teacher and its assistant, aligning informative layers (DeKD)",
-    "autoskd": "distil from a team of teachers, one sampled a step, as likely as is learned to be best (AutoSKDBERT)",
-    "peakd": "distil into layers that are applied twice, after a pretraining with the teacher's predictions (Pea-KD)",
-}
+from fastdistill import recipes
+from fastdistill.recipes.settings import RECIPES, RecipeSettings
+from fastdistill.recipes.settings.arguments import add_arguments, from_arguments
 
 
 class _Parser(argparse.ArgumentParser):
@@ -26,39 +19,38 @@ class _Parser(argparse.ArgumentParser):
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command; returns its exit status: 0, 2 for something wrong with what was asked, 130 if interrupted."""
-    arguments = sys.argv[1:] if arguments is None else list(arguments)
     parser = _Parser(prog="fastdistill", description="Distil transformers with compiled kernels.")
     commands = parser.add_subparsers(dest="command", metavar="command", required=True)
     commands.add_parser("doctor", help="which backend serves each operator here, and why the others do not")
-    for name, does in RECIPES.items():
+    for name, settings in RECIPES.items():
+        does = settings.does
         recipe_parser = commands.add_parser(name, help=does, description=f"{does[0].upper()}{does[1:]}.")
-        if name in arguments[:1]:  # only the recipe that is asked for is imported
-            recipe_parser.add_argument("--traceback", action="store_true", help="show where an error comes from")
-            importlib.import_module(f"fastdistill.recipes.{name}").add_arguments(recipe_parser)
-    options = parser.parse_args(arguments)
-    return _doctor() if options.command == "doctor" else _run(options)
+        recipe_parser.add_argument("--traceback", action="store_true", help="show where an error comes from")
+        add_arguments(recipe_parser, settings)
+    asked = parser.parse_args(arguments)
+    return _doctor() if asked.command == "doctor" else _run(RECIPES[asked.command], asked)
 
 
 def _doctor() -> int:
-    from fastdistill.diagnosis import doctor
+    from fastdistill.ops.doctor import doctor  # brings PyTorch, for which --help does not wait
 
     print(doctor())
     return 0
 
 
-def _run(options: argparse.Namespace) -> int:
+def _run(settings: type[RecipeSettings], asked: argparse.Namespace) -> int:
     import transformers
 
     transformers.logging.set_verbosity_error()  # type: ignore[no-untyped-call]
     transformers.logging.disable_progress_bar()  # type: ignore[no-untyped-call] # of loading weights only
     try:
-        importlib.import_module(f"fastdistill.recipes.{options.command}").run(options)
+        getattr(recipes, asked.command)(from_arguments(settings, asked)).show()
     except (ValueError, OSError, ImportError) as error:  # what was asked cannot be: say it in a line
-        if options.traceback:
+        if asked.traceback:
             raise
-        print(f"fastdistill {options.command}: error: {' '.join(str(error).split())}", file=sys.stderr)
+        print(f"fastdistill {asked.command}: error: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print(f"\nfastdistill {options.command}: interrupted; the same command goes on from here", file=sys.stderr)
+        print(f"\nfastdistill {asked.command}: interrupted; the same command goes on from here", file=sys.stderr)
         return 130
     return 0

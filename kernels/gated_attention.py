@@ -1,55 +1,67 @@
 """Attention whose heads are gated, forward and backward, in Triton: flash attention (Dao 2023, algorithms 1 and 2).
 
 A program has a block of queries (or, for the gradients to key and value, of keys) of one head of one example, and goes
-over the other side a block at a time. Of a head whose gate is 0 a program reads the gate, writes zeros and leaves,
-unless the gate needs a gradient; so nothing depends on the gates' values outside the device. The gates' gradient is the
-total of the sums of upstream * output over channels, which a backward of attention computes in any case: each program
-writes its share, and PyTorch adds them, always in the same order.
+over the other side a block at a time; where a head's keys fit one tile, one program computes all its gradients. Of a
+head whose gate is 0 a program reads the gate, writes zeros and leaves, unless the gate needs a gradient; so nothing
+depends on the gates' values outside the device. The gates' gradient is the total of the sums of grad_output * output
+over channels, which a backward of attention computes in any case: each program writes its share, and PyTorch adds them,
+always in the same order.
 
 Scores are kept times UNIT: log2(e), for exp2, or 1 beside a floating mask, of which the least finite value is not to
 become infinite. `row` and `column` number queries and keys and are two-dimensional, so that a tile may have queries
 down and keys across, or the reverse; the backward to key and value does that, so that its weights are the left operand
 of its products as they stand.
+
+csrc/triton/gated_attention.cpp prepares what the kernels are given: `launch` is called once a specialisation.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
+from typing import Any
 
 import torch
-import torch.nn.functional as F
 import triton
 import triton.language as tl
-from fastdistill.kernels.kd_ce_loss import _multiple
+from fastdistill.kernels.common import _multiple
 from torch import Tensor
-
-from fastdistill import reference
 
 LOG2_E = tl.constexpr(math.log2(math.e))
 MAX_SIZE = 128  # of a head
-MAX_KEYS = 64  # in a tile
 ALIGNMENT = tl.constexpr(8)  # elements that one instruction copies, or two
+TILED = tl.constexpr(16)  # divides the strides of a mask that has a row for each query
 
-# Queries and keys in a tile, warps, pipeline stages, registers a thread (None: ptxas chooses; it would rather spill a
-# little than not fit one program more on a multiprocessor): for heads of up to 64 channels and for wider ones. About
-# the largest that sm_80 and sm_90 hold in registers, and sm_86 in shared memory. Extras are dropout and a mask that is
-# floating or has a row for each query.
-TILES: dict[str, dict[str, tuple[tuple[int, int, int, int, int | None], ...]]] = {
+# Queries and keys in a tile, warps, pipeline stages, registers a thread (None: ptxas chooses): for heads of up to 64
+# channels and for wider ones. Extras are dropout and a mask that is floating or has a row for each query. Those for
+# sm_90, whose multiprocessors hold more, are the fastest of 30 measured (docs/gpu.md); the others about the largest
+# that sm_80 holds in registers, and sm_86 in shared memory.
+Tile = tuple[int, int, int, int, int | None]
+TILES: dict[str, dict[str, tuple[Tile, Tile]]] = {
     "forward": {
+        "half, sm_90": ((128, 64, 8, 4, None), (128, 128, 8, 3, None)),
         "half": ((128, 64, 8, 3, None), (64, 64, 8, 2, 255)),
         "half with extras": ((64, 32, 4, 2, 255), (64, 32, 8, 2, 255)),
         "single": ((16, 32, 4, 2, 255), (16, 32, 4, 2, 255)),
     },
     "query": {
+        "half, sm_90": ((128, 64, 8, 3, None), (128, 64, 8, 3, None)),
         "half": ((64, 64, 4, 2, None), (64, 32, 4, 2, None)),
         "half with extras": ((64, 32, 4, 2, 255), (64, 32, 4, 2, 255)),
         "single": ((16, 32, 4, 2, 255), (16, 16, 8, 2, 255)),
     },
     "key_value": {
+        "half, sm_90": ((32, 64, 4, 3, None), (32, 128, 8, 3, None)),
         "half": ((32, 64, 4, 2, None), (64, 64, 8, 2, None)),
         "half with extras": ((16, 32, 4, 2, 255), (16, 32, 4, 2, 255)),
         "single": ((32, 16, 4, 2, 255), (16, 16, 8, 2, 255)),
     },
+    "whole": {  # of half precision only: others keep no whole head in registers
+        "half, sm_90": ((64, 128, 8, 2, None), (64, 64, 8, 2, None)),
+        "half": ((16, 128, 8, 1, None), (16, 64, 8, 1, None)),
+        "half with extras": ((16, 128, 8, 1, None), (16, 64, 8, 1, None)),
+    },
+    "dots": dict.fromkeys(("half, sm_90", "half", "half with extras", "single"), ((64, 64, 4, 1, 255),) * 2),
 }
 
 
@@ -82,6 +94,14 @@ def _store(pointer, values, row, rows, stride, SIZE: tl.constexpr, BLOCK_SIZE: t
 
 
 @triton.jit
+def _mask_at(pointer, example, head, example_stride, head_stride, MASK_ROWS: tl.constexpr):
+    if MASK_ROWS:
+        return pointer + example * _multiple(example_stride, TILED) + head * _multiple(head_stride, TILED)
+    else:
+        return pointer + example * example_stride + head * head_stride
+
+
+@triton.jit
 def _masked(scores, row, column, mask_ptr, mask_row, mask_column, queries, keys, MASK: tl.constexpr,
             MASK_ROWS: tl.constexpr, CAUSAL: tl.constexpr, EVEN_KEYS: tl.constexpr):  # fmt: skip
     """The scores, -inf where a query may not attend to a key or there is no such key."""
@@ -89,11 +109,12 @@ def _masked(scores, row, column, mask_ptr, mask_row, mask_column, queries, keys,
         if not EVEN_KEYS:
             scores = tl.where(column < keys, scores, -float("inf"))
     else:
-        pointers = mask_ptr + column.to(tl.int64) * mask_column
-        exists = column < keys
         if MASK_ROWS:  # of whole tiles
-            pointers = pointers + row.to(tl.int64) * mask_row
+            pointers = mask_ptr + column.to(tl.int64) + row.to(tl.int64) * _multiple(mask_row, TILED)
             exists = row < queries
+        else:
+            pointers = mask_ptr + column.to(tl.int64) * mask_column
+            exists = column < keys
         if MASK == "bool":
             scores = tl.where(tl.load(pointers, mask=exists, other=0) != 0, scores, -float("inf"))
         else:
@@ -124,26 +145,33 @@ def _gate(gate_ptr, example, head, stride_example, stride_head, GATED: tl.conste
         return 1.0
 
 
-@triton.jit
+# What no kernel is compiled anew for: strides, sizes, numbers.
+NUMBERS = [
+    *(f"{tensor}_{dim}"
+      for tensor in ("grad_output", "query", "key", "value", "output", "grad", "grad_query", "grad_key", "gate", "mask")
+      for dim in ("example", "head", "row", "column")),
+    "heads", "queries", "keys", "scale", "dropout_p",
+]  # fmt: skip
+
+
+@triton.jit(do_not_specialize=NUMBERS)
 def _forward_kernel(
     query_ptr, key_ptr, value_ptr,
-    gate_ptr, mask_ptr, seed_ptr,  # not read unless GATED, MASK, DROPOUT
     output_ptr,
     ungated_ptr,  # like output; not written unless GATE_GRAD
     logsumexp_ptr,  # [B, H, queries], contiguous
-    query_example, query_head, query_row,  # strides
-    key_example, key_head, key_row,
-    value_example, value_head, value_row,
-    output_example, output_head, output_row,
-    gate_example, gate_head,
-    mask_example, mask_head, mask_row, mask_column,
-    heads, queries, keys,
-    scale,
-    dropout_p,
-    SIZE: tl.constexpr, BLOCK_SIZE: tl.constexpr,
-    GATED: tl.constexpr, GATE_GRAD: tl.constexpr, MASK: tl.constexpr, MASK_ROWS: tl.constexpr, CAUSAL: tl.constexpr,
-    DROPOUT: tl.constexpr, UNIT: tl.constexpr, EVEN_KEYS: tl.constexpr, PRECISION: tl.constexpr,
-    QUERIES: tl.constexpr, KEYS: tl.constexpr,
+    gate_ptr, mask_ptr, seed_ptr,  # not read unless GATED, MASK, DROPOUT
+    query_example: tl.int64, query_head: tl.int64, query_row: tl.int64,
+    key_example: tl.int64, key_head: tl.int64, key_row: tl.int64,
+    value_example: tl.int64, value_head: tl.int64, value_row: tl.int64,
+    output_example: tl.int64, output_head: tl.int64, output_row: tl.int64,
+    gate_example: tl.int64, gate_head: tl.int64,
+    mask_example: tl.int64, mask_head: tl.int64, mask_row: tl.int64, mask_column: tl.int64,
+    heads: tl.int32, queries: tl.int32, keys: tl.int32,
+    scale: tl.float32, dropout_p: tl.float32,
+    SIZE: tl.constexpr, BLOCK_SIZE: tl.constexpr, GATED: tl.constexpr, GATE_GRAD: tl.constexpr, MASK: tl.constexpr,
+    MASK_ROWS: tl.constexpr, CAUSAL: tl.constexpr, DROPOUT: tl.constexpr, UNIT: tl.constexpr, EVEN_KEYS: tl.constexpr,
+    PRECISION: tl.constexpr, QUERIES: tl.constexpr, KEYS: tl.constexpr,
 ):  # fmt: skip
     blocks = tl.cdiv(queries, QUERIES)
     block = tl.program_id(0) % blocks
@@ -163,7 +191,7 @@ def _forward_kernel(
     query_ptr = _at(query_ptr, example, head, query_example, query_head)
     key_ptr = _at(key_ptr, example, head, key_example, key_head)
     value_ptr = _at(value_ptr, example, head, value_example, value_head)
-    mask_ptr += example * mask_example + head * mask_head
+    mask_ptr = _mask_at(mask_ptr, example, head, mask_example, mask_head, MASK_ROWS)
     query = _load(query_ptr, row, queries, query_row, SIZE, BLOCK_SIZE)
     largest = tl.full([QUERIES], -float("inf"), tl.float32)
     total = tl.zeros([QUERIES], tl.float32)
@@ -199,18 +227,22 @@ def _forward_kernel(
     _store(output_ptr, output * gate, row, queries, output_row, SIZE, BLOCK_SIZE)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=NUMBERS)
 def _dots_kernel(
-    upstream_ptr,
+    grad_output_ptr,
     output_ptr,  # without gates where GATE_GRAD
+    dots_ptr,  # out [B, H, queries], contiguous: sums over channels of grad_output * gated output
+    shares_ptr,  # out [B, H, blocks], contiguous: the blocks' sums of grad_output * output, if GATE_GRAD
     gate_ptr,
-    dots_ptr,  # out [B, H, queries], contiguous: sums over channels of upstream * gated output
-    shares_ptr,  # out [B, H, blocks], contiguous: the blocks' sums of upstream * output; not written unless GATE_GRAD
-    upstream_example, upstream_head, upstream_row,
-    output_example, output_head, output_row,
-    gate_example, gate_head,
-    heads, queries,
-    SIZE: tl.constexpr, BLOCK_SIZE: tl.constexpr, GATED: tl.constexpr, GATE_GRAD: tl.constexpr, QUERIES: tl.constexpr,
+    grad_output_example: tl.int64, grad_output_head: tl.int64, grad_output_row: tl.int64,
+    output_example: tl.int64, output_head: tl.int64, output_row: tl.int64,
+    gate_example: tl.int64, gate_head: tl.int64,
+    mask_example: tl.int64, mask_head: tl.int64, mask_row: tl.int64, mask_column: tl.int64,
+    heads: tl.int32, queries: tl.int32, keys: tl.int32,
+    scale: tl.float32, dropout_p: tl.float32,
+    SIZE: tl.constexpr, BLOCK_SIZE: tl.constexpr, GATED: tl.constexpr, GATE_GRAD: tl.constexpr, MASK: tl.constexpr,
+    MASK_ROWS: tl.constexpr, CAUSAL: tl.constexpr, DROPOUT: tl.constexpr, UNIT: tl.constexpr, EVEN_KEYS: tl.constexpr,
+    PRECISION: tl.constexpr, QUERIES: tl.constexpr, KEYS: tl.constexpr,
 ):  # fmt: skip
     blocks = tl.cdiv(queries, QUERIES)
     block = tl.program_id(0) % blocks
@@ -221,36 +253,34 @@ def _dots_kernel(
         if gate == 0:
             return
     row = block * QUERIES + tl.arange(0, QUERIES)
-    upstream_ptr = _at(upstream_ptr, example, head, upstream_example, upstream_head)
+    grad_output_ptr = _at(grad_output_ptr, example, head, grad_output_example, grad_output_head)
     output_ptr = _at(output_ptr, example, head, output_example, output_head)
-    upstream = _load(upstream_ptr, row, queries, upstream_row, SIZE, BLOCK_SIZE).to(tl.float32)
+    grad_output = _load(grad_output_ptr, row, queries, grad_output_row, SIZE, BLOCK_SIZE).to(tl.float32)
     output = _load(output_ptr, row, queries, output_row, SIZE, BLOCK_SIZE).to(tl.float32)
-    dots = tl.sum(upstream * output, 1)
+    dots = tl.sum(grad_output * output, 1)
     if GATE_GRAD:
         tl.store(shares_ptr + tl.program_id(0), tl.sum(dots, 0))
         dots *= gate
     tl.store(dots_ptr + pair.to(tl.int64) * queries + row, dots, mask=row < queries)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=NUMBERS)
 def _query_kernel(
-    upstream_ptr, query_ptr, key_ptr, value_ptr,
-    gate_ptr, mask_ptr, seed_ptr, logsumexp_ptr, dots_ptr,
-    grad_ptr,
-    upstream_example, upstream_head, upstream_row,
-    query_example, query_head, query_row,
-    key_example, key_head, key_row,
-    value_example, value_head, value_row,
-    grad_example, grad_head, grad_row,
-    gate_example, gate_head,
-    mask_example, mask_head, mask_row, mask_column,
-    heads, queries, keys,
-    scale,
-    dropout_p,
-    SIZE: tl.constexpr, BLOCK_SIZE: tl.constexpr,
-    GATED: tl.constexpr, MASK: tl.constexpr, MASK_ROWS: tl.constexpr, CAUSAL: tl.constexpr,
-    DROPOUT: tl.constexpr, UNIT: tl.constexpr, EVEN_KEYS: tl.constexpr, PRECISION: tl.constexpr,
-    QUERIES: tl.constexpr, KEYS: tl.constexpr,
+    grad_output_ptr, query_ptr, key_ptr, value_ptr,
+    grad_ptr,  # out
+    logsumexp_ptr, dots_ptr, gate_ptr, mask_ptr, seed_ptr,
+    grad_output_example: tl.int64, grad_output_head: tl.int64, grad_output_row: tl.int64,
+    query_example: tl.int64, query_head: tl.int64, query_row: tl.int64,
+    key_example: tl.int64, key_head: tl.int64, key_row: tl.int64,
+    value_example: tl.int64, value_head: tl.int64, value_row: tl.int64,
+    grad_example: tl.int64, grad_head: tl.int64, grad_row: tl.int64,
+    gate_example: tl.int64, gate_head: tl.int64,
+    mask_example: tl.int64, mask_head: tl.int64, mask_row: tl.int64, mask_column: tl.int64,
+    heads: tl.int32, queries: tl.int32, keys: tl.int32,
+    scale: tl.float32, dropout_p: tl.float32,
+    SIZE: tl.constexpr, BLOCK_SIZE: tl.constexpr, GATED: tl.constexpr, GATE_GRAD: tl.constexpr, MASK: tl.constexpr,
+    MASK_ROWS: tl.constexpr, CAUSAL: tl.constexpr, DROPOUT: tl.constexpr, UNIT: tl.constexpr, EVEN_KEYS: tl.constexpr,
+    PRECISION: tl.constexpr, QUERIES: tl.constexpr, KEYS: tl.constexpr,
 ):  # fmt: skip
     """The gradient to a block of queries."""
     blocks = tl.cdiv(queries, QUERIES)
@@ -266,15 +296,15 @@ def _query_kernel(
             _store(grad_ptr, nothing, row, queries, grad_row, SIZE, BLOCK_SIZE)
             return
 
-    upstream_ptr = _at(upstream_ptr, example, head, upstream_example, upstream_head)
+    grad_output_ptr = _at(grad_output_ptr, example, head, grad_output_example, grad_output_head)
     query_ptr = _at(query_ptr, example, head, query_example, query_head)
     key_ptr = _at(key_ptr, example, head, key_example, key_head)
     value_ptr = _at(value_ptr, example, head, value_example, value_head)
-    mask_ptr += example * mask_example + head * mask_head
+    mask_ptr = _mask_at(mask_ptr, example, head, mask_example, mask_head, MASK_ROWS)
     rows = pair.to(tl.int64) * queries + row
     logsumexp = tl.load(logsumexp_ptr + rows, mask=row < queries, other=0) * UNIT
     dots = tl.load(dots_ptr + rows, mask=row < queries, other=0)
-    upstream = _load(upstream_ptr, row, queries, upstream_row, SIZE, BLOCK_SIZE)
+    grad_output = _load(grad_output_ptr, row, queries, grad_output_row, SIZE, BLOCK_SIZE)
     query = _load(query_ptr, row, queries, query_row, SIZE, BLOCK_SIZE)
     grad = tl.zeros([QUERIES, BLOCK_SIZE], tl.float32)
     end = keys
@@ -288,7 +318,7 @@ def _query_kernel(
         scores = _masked(scores, row[:, None], column[None, :], mask_ptr, mask_row, mask_column, queries, keys, MASK,
                          MASK_ROWS, CAUSAL, EVEN_KEYS)  # fmt: skip
         weights = _exp(scores - logsumexp[:, None], UNIT)
-        slopes = tl.dot(upstream, tl.trans(value), input_precision=PRECISION) * (gate / (1 - dropout_p))
+        slopes = tl.dot(grad_output, tl.trans(value), input_precision=PRECISION) * (gate / (1 - dropout_p))
         if DROPOUT:
             kept = _kept(row[:, None], column[None, :], pair, tl.load(seed_ptr), dropout_p)
             slopes = tl.where(kept, slopes, 0)
@@ -297,25 +327,23 @@ def _query_kernel(
     _store(grad_ptr, grad * scale, row, queries, grad_row, SIZE, BLOCK_SIZE)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=NUMBERS)
 def _key_value_kernel(
-    upstream_ptr, query_ptr, key_ptr, value_ptr,
-    gate_ptr, mask_ptr, seed_ptr, logsumexp_ptr, dots_ptr,
-    grad_key_ptr, grad_value_ptr,  # of the same strides
-    upstream_example, upstream_head, upstream_row,
-    query_example, query_head, query_row,
-    key_example, key_head, key_row,
-    value_example, value_head, value_row,
-    grad_example, grad_head, grad_row,
-    gate_example, gate_head,
-    mask_example, mask_head, mask_row, mask_column,
-    heads, queries, keys,
-    scale,
-    dropout_p,
-    SIZE: tl.constexpr, BLOCK_SIZE: tl.constexpr,
-    GATED: tl.constexpr, MASK: tl.constexpr, MASK_ROWS: tl.constexpr, CAUSAL: tl.constexpr,
-    DROPOUT: tl.constexpr, UNIT: tl.constexpr, EVEN_KEYS: tl.constexpr, PRECISION: tl.constexpr,
-    QUERIES: tl.constexpr, KEYS: tl.constexpr,
+    grad_output_ptr, query_ptr, key_ptr, value_ptr,
+    grad_key_ptr, grad_value_ptr,  # out, of the same strides
+    logsumexp_ptr, dots_ptr, gate_ptr, mask_ptr, seed_ptr,
+    grad_output_example: tl.int64, grad_output_head: tl.int64, grad_output_row: tl.int64,
+    query_example: tl.int64, query_head: tl.int64, query_row: tl.int64,
+    key_example: tl.int64, key_head: tl.int64, key_row: tl.int64,
+    value_example: tl.int64, value_head: tl.int64, value_row: tl.int64,
+    grad_example: tl.int64, grad_head: tl.int64, grad_row: tl.int64,
+    gate_example: tl.int64, gate_head: tl.int64,
+    mask_example: tl.int64, mask_head: tl.int64, mask_row: tl.int64, mask_column: tl.int64,
+    heads: tl.int32, queries: tl.int32, keys: tl.int32,
+    scale: tl.float32, dropout_p: tl.float32,
+    SIZE: tl.constexpr, BLOCK_SIZE: tl.constexpr, GATED: tl.constexpr, GATE_GRAD: tl.constexpr, MASK: tl.constexpr,
+    MASK_ROWS: tl.constexpr, CAUSAL: tl.constexpr, DROPOUT: tl.constexpr, UNIT: tl.constexpr, EVEN_KEYS: tl.constexpr,
+    PRECISION: tl.constexpr, QUERIES: tl.constexpr, KEYS: tl.constexpr,
 ):  # fmt: skip
     """The gradients to a block of keys and values. Tiles have keys down and queries across."""
     blocks = tl.cdiv(keys, KEYS)
@@ -333,11 +361,11 @@ def _key_value_kernel(
             _store(grad_value_ptr, nothing, column, keys, grad_row, SIZE, BLOCK_SIZE)
             return
 
-    upstream_ptr = _at(upstream_ptr, example, head, upstream_example, upstream_head)
+    grad_output_ptr = _at(grad_output_ptr, example, head, grad_output_example, grad_output_head)
     query_ptr = _at(query_ptr, example, head, query_example, query_head)
     key_ptr = _at(key_ptr, example, head, key_example, key_head)
     value_ptr = _at(value_ptr, example, head, value_example, value_head)
-    mask_ptr += example * mask_example + head * mask_head
+    mask_ptr = _mask_at(mask_ptr, example, head, mask_example, mask_head, MASK_ROWS)
     logsumexp_ptr += pair.to(tl.int64) * queries
     dots_ptr += pair.to(tl.int64) * queries
     key = _load(key_ptr, column, keys, key_row, SIZE, BLOCK_SIZE)
@@ -350,7 +378,7 @@ def _key_value_kernel(
     for start in range(begin, queries, QUERIES):
         row = start + tl.arange(0, QUERIES)
         query = _load(query_ptr, row, queries, query_row, SIZE, BLOCK_SIZE)
-        upstream = _load(upstream_ptr, row, queries, upstream_row, SIZE, BLOCK_SIZE)
+        grad_output = _load(grad_output_ptr, row, queries, grad_output_row, SIZE, BLOCK_SIZE)
         # a row beyond the last has weights 0
         logsumexp = tl.load(logsumexp_ptr + row, mask=row < queries, other=float("inf")) * UNIT
         dots = tl.load(dots_ptr + row, mask=row < queries, other=0)
@@ -358,13 +386,13 @@ def _key_value_kernel(
         scores = _masked(scores, row[None, :], column[:, None], mask_ptr, mask_row, mask_column, queries, keys, MASK,
                          MASK_ROWS, CAUSAL, EVEN_KEYS)  # fmt: skip
         weights = _exp(scores - logsumexp[None, :], UNIT)
-        slopes = tl.dot(value, tl.trans(upstream), input_precision=PRECISION) * (gate / (1 - dropout_p))
+        slopes = tl.dot(value, tl.trans(grad_output), input_precision=PRECISION) * (gate / (1 - dropout_p))
         dropped = weights
         if DROPOUT:
             kept = _kept(row[None, :], column[:, None], pair, tl.load(seed_ptr), dropout_p)
             slopes = tl.where(kept, slopes, 0)
             dropped = tl.where(kept, weights, 0)
-        grad_value = tl.dot(dropped.to(upstream.dtype), upstream, grad_value, input_precision=PRECISION)
+        grad_value = tl.dot(dropped.to(grad_output.dtype), grad_output, grad_value, input_precision=PRECISION)
         slopes = weights * (slopes - dots[None, :])
         grad_key = tl.dot(slopes.to(query.dtype), query, grad_key, input_precision=PRECISION)
     grad_key *= scale
@@ -373,7 +401,103 @@ def _key_value_kernel(
     _store(grad_value_ptr, grad_value, column, keys, grad_row, SIZE, BLOCK_SIZE)
 
 
-# Launchers ------------------------------------------------------------------------------------------------------------
+@triton.jit(do_not_specialize=NUMBERS)
+def _whole_kernel(
+    grad_output_ptr, query_ptr, key_ptr, value_ptr,
+    output_ptr,  # without gates where GATE_GRAD
+    grad_query_ptr, grad_key_ptr, grad_value_ptr,  # out
+    logsumexp_ptr,
+    grad_gate_ptr,  # out [B, H], contiguous; not written unless GATE_GRAD
+    gate_ptr, mask_ptr, seed_ptr,
+    grad_output_example: tl.int64, grad_output_head: tl.int64, grad_output_row: tl.int64,
+    query_example: tl.int64, query_head: tl.int64, query_row: tl.int64,
+    key_example: tl.int64, key_head: tl.int64, key_row: tl.int64,
+    value_example: tl.int64, value_head: tl.int64, value_row: tl.int64,
+    output_example: tl.int64, output_head: tl.int64, output_row: tl.int64,
+    grad_query_example: tl.int64, grad_query_head: tl.int64, grad_query_row: tl.int64,
+    grad_key_example: tl.int64, grad_key_head: tl.int64, grad_key_row: tl.int64,
+    gate_example: tl.int64, gate_head: tl.int64,
+    mask_example: tl.int64, mask_head: tl.int64, mask_row: tl.int64, mask_column: tl.int64,
+    heads: tl.int32, queries: tl.int32, keys: tl.int32,
+    scale: tl.float32, dropout_p: tl.float32,
+    SIZE: tl.constexpr, BLOCK_SIZE: tl.constexpr, GATED: tl.constexpr, GATE_GRAD: tl.constexpr, MASK: tl.constexpr,
+    MASK_ROWS: tl.constexpr, CAUSAL: tl.constexpr, DROPOUT: tl.constexpr, UNIT: tl.constexpr, EVEN_KEYS: tl.constexpr,
+    PRECISION: tl.constexpr, QUERIES: tl.constexpr, KEYS: tl.constexpr,
+):  # fmt: skip
+    """All gradients of a head whose keys fit one tile. Those to key and value have the same strides."""
+    pair = tl.program_id(0)
+    example, head = (pair // heads).to(tl.int64), (pair % heads).to(tl.int64)
+    column = tl.arange(0, KEYS)
+    grad_output_ptr = _at(grad_output_ptr, example, head, grad_output_example, grad_output_head)
+    query_ptr = _at(query_ptr, example, head, query_example, query_head)
+    key_ptr = _at(key_ptr, example, head, key_example, key_head)
+    value_ptr = _at(value_ptr, example, head, value_example, value_head)
+    output_ptr = _at(output_ptr, example, head, output_example, output_head)
+    grad_query_ptr = _at(grad_query_ptr, example, head, grad_query_example, grad_query_head)
+    grad_key_ptr = _at(grad_key_ptr, example, head, grad_key_example, grad_key_head)
+    grad_value_ptr = _at(grad_value_ptr, example, head, grad_key_example, grad_key_head)
+    mask_ptr = _mask_at(mask_ptr, example, head, mask_example, mask_head, MASK_ROWS)
+    logsumexp_ptr += pair.to(tl.int64) * queries
+    gate = _gate(gate_ptr, example, head, gate_example, gate_head, GATED)
+    share = 0.0
+    if GATED:  # noqa: SIM102 (a branch of the compiler's)
+        if gate == 0:
+            nothing = tl.zeros([QUERIES, BLOCK_SIZE], tl.float32)
+            for start in range(0, queries, QUERIES):
+                row = start + tl.arange(0, QUERIES)
+                _store(grad_query_ptr, nothing, row, queries, grad_query_row, SIZE, BLOCK_SIZE)
+                if GATE_GRAD:
+                    grad_output = _load(grad_output_ptr, row, queries, grad_output_row, SIZE, BLOCK_SIZE)
+                    output = _load(output_ptr, row, queries, output_row, SIZE, BLOCK_SIZE)
+                    share += tl.sum(tl.sum(grad_output.to(tl.float32) * output.to(tl.float32), 1), 0)
+            nothing = tl.zeros([KEYS, BLOCK_SIZE], tl.float32)
+            _store(grad_key_ptr, nothing, column, keys, grad_key_row, SIZE, BLOCK_SIZE)
+            _store(grad_value_ptr, nothing, column, keys, grad_key_row, SIZE, BLOCK_SIZE)
+            if GATE_GRAD:
+                tl.store(grad_gate_ptr + pair, share)
+            return
+
+    key = _load(key_ptr, column, keys, key_row, SIZE, BLOCK_SIZE)
+    value = _load(value_ptr, column, keys, value_row, SIZE, BLOCK_SIZE)
+    grad_key = tl.zeros([KEYS, BLOCK_SIZE], tl.float32)
+    grad_value = tl.zeros([KEYS, BLOCK_SIZE], tl.float32)
+    for start in range(0, queries, QUERIES):
+        row = start + tl.arange(0, QUERIES)
+        query = _load(query_ptr, row, queries, query_row, SIZE, BLOCK_SIZE)
+        grad_output = _load(grad_output_ptr, row, queries, grad_output_row, SIZE, BLOCK_SIZE)
+        output = _load(output_ptr, row, queries, output_row, SIZE, BLOCK_SIZE)
+        dots = tl.sum(grad_output.to(tl.float32) * output.to(tl.float32), 1)
+        if GATE_GRAD:
+            share += tl.sum(dots, 0)
+            dots *= gate
+        # a row beyond the last has weights 0
+        logsumexp = tl.load(logsumexp_ptr + row, mask=row < queries, other=float("inf")) * UNIT
+        scores = tl.dot(key, tl.trans(query), input_precision=PRECISION) * (scale * UNIT)
+        scores = _masked(scores, row[None, :], column[:, None], mask_ptr, mask_row, mask_column, queries, keys, MASK,
+                         MASK_ROWS, CAUSAL, EVEN_KEYS)  # fmt: skip
+        weights = _exp(scores - logsumexp[None, :], UNIT)
+        slopes = tl.dot(value, tl.trans(grad_output), input_precision=PRECISION) * (gate / (1 - dropout_p))
+        dropped = weights
+        if DROPOUT:
+            kept = _kept(row[None, :], column[:, None], pair, tl.load(seed_ptr), dropout_p)
+            slopes = tl.where(kept, slopes, 0)
+            dropped = tl.where(kept, weights, 0)
+        grad_value = tl.dot(dropped.to(grad_output.dtype), grad_output, grad_value, input_precision=PRECISION)
+        slopes = (weights * (slopes - dots[None, :])).to(query.dtype)
+        grad_key = tl.dot(slopes, query, grad_key, input_precision=PRECISION)
+        grad_query = tl.dot(tl.trans(slopes), key, input_precision=PRECISION) * scale
+        _store(grad_query_ptr, grad_query, row, queries, grad_query_row, SIZE, BLOCK_SIZE)
+    grad_key *= scale
+    grad_value *= gate / (1 - dropout_p)
+    _store(grad_key_ptr, grad_key, column, keys, grad_key_row, SIZE, BLOCK_SIZE)
+    _store(grad_value_ptr, grad_value, column, keys, grad_key_row, SIZE, BLOCK_SIZE)
+    if GATE_GRAD:
+        tl.store(grad_gate_ptr + pair, share)
+
+
+# Launching ------------------------------------------------------------------------------------------------------------
+
+MASKS = ("none", "bool", "float")
 
 
 def _block(length: int, most: int) -> int:
@@ -381,174 +505,34 @@ def _block(length: int, most: int) -> int:
     return min(max(triton.next_power_of_2(length), 16), most)
 
 
-def _aligned(x: Tensor) -> Tensor:
-    """With rows that begin at multiples of ALIGNMENT elements, copied if need be; so is their number of channels."""
-    apart = all(stride % ALIGNMENT.value == 0 for stride in x.stride()[:3])
-    even = apart and x.stride(3) == 1 and x.data_ptr() % 16 == 0
-    return x if even else x.clone(memory_format=torch.contiguous_format)
+def _is_hopper() -> bool:
+    """Or later."""
+    return triton.knobs.runtime.interpret or triton.runtime.driver.active.get_current_target().arch >= 90
 
 
-def _in_tiles(mask: Tensor, single: bool) -> Tensor:
-    """A mask with a row for each query, its rows whole tiles, and in single precision numbers.
-
-    So the kernels can copy it 16 bytes at a time, past the registers. Where they cannot, the compiler computes the
-    softmax twice, laid out as the products are and as the mask is read.
-    """
-    keys, dtype = mask.shape[3], torch.float32 if single else mask.dtype
-    even = keys % MAX_KEYS == 0 and mask.stride(3) == 1 and mask.data_ptr() % 16 == 0
-    if even and mask.dtype == dtype and all(stride % 16 == 0 for stride in mask.stride()[:3]):
-        return mask
-    once = mask[tuple(slice(1 if stride == 0 else None) for stride in mask.stride())]
-    nothing = 0 if mask.dtype == torch.bool else -torch.inf
-    tiles = once.new_full((*once.shape[:3], triton.cdiv(keys, MAX_KEYS) * MAX_KEYS), nothing, dtype=dtype)
-    tiles[..., :keys] = once
-    return tiles.expand(*mask.shape[:3], -1)
-
-
-def _empty_heads(x: Tensor) -> Tensor:
-    """[B, H, S, D] in memory as [B, S, H, D]."""
-    return torch.empty_permuted(x.shape, (0, 2, 1, 3), dtype=x.dtype, device=x.device)
-
-
-def _widened(x: Tensor) -> Tensor:
-    """With channels of zeros, which add nothing, up to a multiple of ALIGNMENT."""
-    return F.pad(x, (0, -x.shape[3] % ALIGNMENT.value))
-
-
-def _narrowed(x: Tensor, size: int) -> Tensor:
-    return _empty_heads(x[..., :size]).copy_(x[..., :size])
-
-
-def _by_reference(query: Tensor, key: Tensor) -> bool:
-    return query.dtype == torch.float64 or query.shape[-1] > MAX_SIZE or query.numel() == 0 or key.numel() == 0
-
-
-class _Call:
-    """What the kernels of one call share: how query and key are laid out in blocks, gates, mask, dropout."""
-
-    def __init__(self, query: Tensor, key: Tensor, head_gate: Tensor | None, attn_mask: Tensor | None,
-                 seed: Tensor | None, dropout_p: float, is_causal: bool, scale: float) -> None:  # fmt: skip
-        batch, heads, queries, size = query.shape
-        keys = key.shape[2]
-        self.pairs, self.queries, self.keys = batch * heads, queries, keys
-        self.single = query.dtype == torch.float32
-        self.block_size = _block(size, MAX_SIZE)
-        gate_strides, mask_strides = (0, 0), (0, 0, 0, 0)
-        if head_gate is not None:
-            gate_strides = head_gate.expand(batch, heads).stride()
-        kind, rows = "none", False
-        if attn_mask is not None:
-            kind = "bool" if attn_mask.dtype == torch.bool else "float"
-            attn_mask = attn_mask.expand(batch, heads, queries, keys)
-            rows = queries > 1 and attn_mask.stride(2) != 0
-            if rows:
-                attn_mask = _in_tiles(attn_mask, self.single)
-            mask_strides = attn_mask.stride()
-            if attn_mask.dtype == torch.bool:
-                attn_mask = attn_mask.view(torch.uint8)
-        self.gate = query if head_gate is None else head_gate
-        self.mask = query if attn_mask is None else attn_mask
-        self.seed = query if seed is None else seed
-        self.extras = rows or kind == "float" or seed is not None
-        self.numbers = (
-            *gate_strides,
-            *mask_strides,
-            heads,
-            queries,
-            keys,
-            scale,
-            dropout_p if seed is not None else 0.0,
-        )
-        self.options = {
-            "SIZE": size, "BLOCK_SIZE": self.block_size, "GATED": head_gate is not None, "MASK": kind,
-            "MASK_ROWS": rows, "CAUSAL": is_causal, "DROPOUT": seed is not None,
-            "UNIT": 1.0 if kind == "float" else LOG2_E.value, "PRECISION": "tf32x3" if self.single else "tf32",
-        }  # fmt: skip
-
-    def tile(self, kernel: str) -> tuple[dict[str, int | bool], dict[str, int | None]]:
-        """The blocks of queries and keys, and how to launch the kernel with them."""
-        kind = "single" if self.single else "half with extras" if self.extras else "half"
-        queries, keys, warps, stages, registers = TILES[kernel][kind][self.block_size > 64]
-        keys = _block(self.keys, keys)
-        tile = {"QUERIES": _block(self.queries, queries), "KEYS": keys, "EVEN_KEYS": self.keys % keys == 0}
-        return tile, {"num_warps": warps, "num_stages": stages, "maxnreg": registers}
-
-
-def gated_attention(
-    query: Tensor, key: Tensor, value: Tensor, head_gate: Tensor | None, attn_mask: Tensor | None, seed: Tensor | None,
-    dropout_p: float, is_causal: bool, scale: float, gate_grad: bool,
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """The op of the same name, in one launch."""
-    if _by_reference(query, key):
-        return reference.gated_attention(
-            query, key, value, head_gate, attn_mask, seed, dropout_p, is_causal, scale, gate_grad
-        )
-    if (size := query.shape[3]) % ALIGNMENT.value:
-        wide = (_widened(x) for x in (query, key, value))
-        output, ungated, logsumexp = gated_attention(
-            *wide, head_gate, attn_mask, seed, dropout_p, is_causal, scale, gate_grad
-        )
-        return _narrowed(output, size), _narrowed(ungated, size) if gate_grad else ungated, logsumexp
-    call = _Call(query, key, head_gate, attn_mask, seed, dropout_p, is_causal, scale)
-    output = _empty_heads(query)
-    ungated = _empty_heads(query) if gate_grad else query.new_empty(0)
-    query, key, value = _aligned(query), _aligned(key), _aligned(value)
-    logsumexp = query.new_empty(query.shape[:3], dtype=torch.float32)
-    tile, launch = call.tile("forward")
-    with torch.cuda.device_of(query):
-        _forward_kernel[(triton.cdiv(call.queries, tile["QUERIES"]) * call.pairs,)](
-            query, key, value, call.gate, call.mask, call.seed, output, ungated, logsumexp,
-            *query.stride()[:3], *key.stride()[:3], *value.stride()[:3], *output.stride()[:3], *call.numbers,
-            **call.options, **tile, GATE_GRAD=gate_grad, **launch,
-        )  # fmt: skip
-    return output, ungated, logsumexp
-
-
-def gated_attention_backward(
-    upstream: Tensor, query: Tensor, key: Tensor, value: Tensor, head_gate: Tensor | None, attn_mask: Tensor | None,
-    seed: Tensor | None, output: Tensor, logsumexp: Tensor, dropout_p: float, is_causal: bool, scale: float,
-    gate_grad: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    """The op of the same name, in three launches and, for the gates, a sum."""
-    if _by_reference(query, key):
-        return reference.gated_attention_backward(
-            upstream, query, key, value, head_gate, attn_mask, seed, output, logsumexp, dropout_p, is_causal, scale,
-            gate_grad,
-        )  # fmt: skip
-    if (size := query.shape[3]) % ALIGNMENT.value:
-        wide = (_widened(x) for x in (upstream, query, key, value))
-        *grads, grad_gate = gated_attention_backward(
-            *wide, head_gate, attn_mask, seed, _widened(output), logsumexp, dropout_p, is_causal, scale, gate_grad
-        )
-        grad_query, grad_key, grad_value = (_narrowed(x, size) for x in grads)
-        return grad_query, grad_key, grad_value, grad_gate
-    call = _Call(query, key, head_gate, attn_mask, seed, dropout_p, is_causal, scale)
-    grad_query, grad_key, grad_value = _empty_heads(query), _empty_heads(key), _empty_heads(value)
-    upstream, query, key, value, output = (_aligned(x) for x in (upstream, query, key, value, output))
-    logsumexp = logsumexp.contiguous()
-    dots = torch.empty_like(logsumexp)
-    rows = _block(call.queries, 64)
-    shares = query.new_empty(*query.shape[:2], triton.cdiv(call.queries, rows) if gate_grad else 0, dtype=torch.float32)
-    inputs = (upstream, query, key, value, call.gate, call.mask, call.seed, logsumexp, dots)
-    strides = [stride for x in inputs[:4] for stride in x.stride()[:3]]
-    query_tile, query_launch = call.tile("query")
-    key_tile, key_launch = call.tile("key_value")
-    with torch.cuda.device_of(query):
-        _dots_kernel[(triton.cdiv(call.queries, rows) * call.pairs,)](
-            upstream, output, call.gate, dots, shares, *upstream.stride()[:3], *output.stride()[:3],
-            *call.numbers[:2], *call.numbers[6:8], SIZE=call.options["SIZE"], BLOCK_SIZE=call.block_size,
-            GATED=call.options["GATED"], GATE_GRAD=gate_grad, QUERIES=rows, num_warps=4, maxnreg=255,
-        )  # fmt: skip
-        _key_value_kernel[(triton.cdiv(call.keys, key_tile["KEYS"]) * call.pairs,)](
-            *inputs, grad_key, grad_value, *strides, *grad_key.stride()[:3], *call.numbers, **call.options,
-            **key_tile, **key_launch,
-        )  # fmt: skip
-        _query_kernel[(triton.cdiv(call.queries, query_tile["QUERIES"]) * call.pairs,)](
-            *inputs, grad_query, *strides, *grad_query.stride()[:3], *call.numbers, **call.options, **query_tile,
-            **query_launch,
-        )  # fmt: skip
-    grad_gate = query.new_empty(0)
-    if gate_grad and head_gate is not None:
-        over = -1 if head_gate.dim() == 2 else (0, 2)
-        grad_gate = shares.sum(over).to(head_gate.dtype)
-    return grad_query, grad_key, grad_value, grad_gate
+def launch(
+    name: str, tensors: Sequence[Tensor], strides: Sequence[int], sizes: Sequence[int], numbers: Sequence[float],
+    options: Sequence[int], rows: int, pairs: int,
+) -> tuple[Any, int]:  # fmt: skip
+    """Launches a kernel, compiling it first if need be. Returns what Triton compiled and how many rows a program takes,
+    0 for all of them."""
+    _, queries, keys = sizes
+    size, gated, gate_grad, mask, mask_rows, causal, dropout = options
+    single = tensors[0].dtype == torch.float32
+    extras = mask_rows or MASKS[mask] == "float" or dropout
+    kind = "single" if single else "half with extras" if extras else "half, sm_90" if _is_hopper() else "half"
+    block_size = _block(size, MAX_SIZE)
+    most_queries, most_keys, warps, stages, registers = TILES[name][kind][block_size > 64]
+    tile = {"QUERIES": _block(queries, most_queries), "KEYS": _block(keys, most_keys)}
+    if name == "dots":
+        tile["QUERIES"] = most_queries
+    taken = {"whole": 0, "key_value": tile["KEYS"]}.get(name, tile["QUERIES"])
+    programs = pairs * (triton.cdiv(rows, taken) if taken else 1)
+    compiled = globals()[f"_{name}_kernel"][(programs,)](
+        *tensors, *strides, *sizes, *numbers,
+        SIZE=size, BLOCK_SIZE=block_size, GATED=bool(gated), GATE_GRAD=bool(gate_grad), MASK=MASKS[mask],
+        MASK_ROWS=bool(mask_rows), CAUSAL=bool(causal), DROPOUT=bool(dropout),
+        UNIT=1.0 if MASKS[mask] == "float" else LOG2_E.value, EVEN_KEYS=keys % tile["KEYS"] == 0,
+        PRECISION="tf32x3" if single else "tf32", **tile, num_warps=warps, num_stages=stages, maxnreg=registers,
+    )  # fmt: skip
+    return compiled, taken

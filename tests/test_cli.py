@@ -109,7 +109,7 @@ def test_what_cannot_be_done_is_refused_before_anything_is_trained(
         (command("no-such-task", teacher, run), "no-such-task is no"),
         (command(task, tmp_path / "nowhere", run), str(tmp_path / "nowhere")),
         (command(task, teacher, run, "--student-layers", "4"), "k is 4; expected from 1 to 3"),
-        (command(task, teacher, run, "--max-length", "33"), "max_length must be from 1 to the tokenizer's 32"),
+        (command(task, teacher, run, "--max-length", "33"), "max_length is 33; expected from 1 to the tokenizer's 32"),
         (command(task, teacher, run, "--teacher-epochs", "0"), "--teacher-epochs is 0 but"),
         (command(task, teacher, run, "--label-smoothing", "0.1", "--ce-weight", "0"), "label_smoothing is 0.1 but"),
         (command(scores, teacher, run, "--temperature", "3"), "--temperature is 3.0, but scores is regression"),

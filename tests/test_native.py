@@ -12,7 +12,7 @@ import pytest
 import torch
 
 import fastdistill
-from fastdistill import native
+from fastdistill.ops import native
 
 ISAS = [m.rpartition("_C_")[2] for m in native.NATIVE.build.get("modules", []) if "_C_" in m]
 ROOT = Path(__file__).parent.parent
@@ -34,7 +34,7 @@ def run_op_tests(*options: str, **env: str) -> str:
 @pytest.mark.parametrize("isa", [i for i in ISAS if i != torch.backends.cpu.get_cpu_capability().lower()])
 def test_ops_on_every_instruction_set_built(isa: str) -> None:
     chosen = {"ATEN_CPU_CAPABILITY": isa}
-    seen = run_python("import fastdistill.native as n; print(n.NATIVE.cpu.isa)", **chosen)
+    seen = run_python("import fastdistill.ops.native as n; print(n.NATIVE.cpu.isa)", **chosen)
     assert seen.stdout.strip() == isa.upper(), seen.stderr
     # not what Inductor generates around the ops: it does so for the machine's own instruction set
     assert " passed" in run_op_tests("-k", "not compile", **chosen)

@@ -14,8 +14,8 @@ from PIL import Image
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import BertConfig, BertForSequenceClassification, PreTrainedTokenizerFast
 
-from fastdistill.tasks import Task
-from fastdistill.trainer import DistillationConfig
+from fastdistill.data.tasks import Task
+from fastdistill.training.trainer import DistillationConfig
 
 SPECIAL = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
 WORDS = [f"{sound}{end}" for sound in "bdfgklmnprst" for end in ("a", "e", "i", "o", "u")]
@@ -119,3 +119,25 @@ def image_folder(path: Path, train: int = 24, validation: int = 12, size: int = 
             file.parent.mkdir(parents=True, exist_ok=True)
             Image.fromarray(values.astype(np.uint8)).save(file)
     return path
+
+
+def batches(sizes: tuple[int, ...] = (4, 3), classes: int = 2, length: int = 7) -> list[dict[str, torch.Tensor]]:
+    """Padded on the right, with labels; of one class, numbers."""
+    generator = torch.Generator().manual_seed(0)
+    made = []
+    for size in sizes:
+        ids = torch.randint(5, 65, (size, length), generator=generator)
+        mask = (torch.arange(length) < torch.randint(2, length + 1, (size, 1), generator=generator)).long()
+        labels = (
+            torch.rand(size, generator=generator).double()
+            if classes == 1
+            else torch.randint(classes, (size,), generator=generator)
+        )
+        made.append({"input_ids": ids, "attention_mask": mask, "labels": labels})
+    return made
+
+
+def pair(classes: int = 2) -> tuple[Any, Any]:
+    """A teacher and a student, in double precision."""
+    teacher = bert(0, layers=2, num_labels=classes).double()
+    return teacher, bert(1, layers=1, num_labels=classes).double()

@@ -1,6 +1,6 @@
 // Autograd for gated_attention: what fastdistill/ops/gated_attention.py registers where there is no compiled module.
-#include <ATen/core/Tensor.h>
-#include <ATen/core/dispatch/Dispatcher.h>
+#include "dispatch.h"
+
 #include <torch/csrc/autograd/custom_function.h>
 #include <torch/library.h>
 
@@ -21,11 +21,6 @@ using Forward = std::tuple<Tensor, Tensor, Tensor>(
 using Backward = std::tuple<Tensor, Tensor, Tensor, Tensor>(
     const Tensor&, const Tensor&, const Tensor&, const Tensor&, const Optional&, const Optional&, const Optional&,
     const Tensor&, const Tensor&, double, bool, double, bool);
-
-template <typename Signature>
-auto find_op(const char* name) {
-  return c10::Dispatcher::singleton().findSchemaOrThrow(name, "").typed<Signature>();
-}
 
 Optional optional(const Tensor& x) {
   return x.defined() ? Optional(x) : std::nullopt;
@@ -76,8 +71,13 @@ class GatedAttention : public torch::autograd::Function<GatedAttention> {
 std::tuple<Tensor, Tensor, Tensor> gated_attention(
     const Tensor& query, const Tensor& key, const Tensor& value, const Optional& head_gate, const Optional& attn_mask,
     const Optional& seed, double dropout_p, bool is_causal, double scale, bool gate_grad) {
+  check_no_torch_func("gated_attention");
+  TORCH_CHECK_VALUE(
+      !attn_mask || !wants_grad(*attn_mask),
+      "attn_mask requires a gradient, which is not computed; expected attn_mask.detach()");
   const auto out = GatedAttention::apply(
-      query, key, value, head_gate, attn_mask, seed, dropout_p, is_causal, scale, gate_grad);
+      query, key, value, head_gate, attn_mask, seed, dropout_p, is_causal, scale,
+      gate_grad || (head_gate && wants_grad(*head_gate)));
   return {out[0], out[1], out[2]};
 }
 

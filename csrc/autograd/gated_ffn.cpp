@@ -1,6 +1,6 @@
 // Autograd for bias_act_gate: what fastdistill/ops/bias_act_gate.py registers where there is no compiled module.
-#include <ATen/core/Tensor.h>
-#include <ATen/core/dispatch/Dispatcher.h>
+#include "dispatch.h"
+
 #include <torch/csrc/autograd/custom_function.h>
 #include <torch/library.h>
 
@@ -20,11 +20,6 @@ using Optional = std::optional<Tensor>;
 using ForwardArgs = Tensor(const Tensor&, const Optional&, const Optional&, std::string_view);
 using BackwardArgs = std::tuple<Tensor, Tensor, Tensor>(
     const Tensor&, const Tensor&, const Optional&, const Optional&, std::string_view, bool, bool);
-
-template <typename Signature>
-auto find_op(const char* name) {
-  return c10::Dispatcher::singleton().findSchemaOrThrow(name, "").typed<Signature>();
-}
 
 class BiasActGate : public torch::autograd::Function<BiasActGate> {
  public:
@@ -52,6 +47,7 @@ class BiasActGate : public torch::autograd::Function<BiasActGate> {
 };
 
 Tensor bias_act_gate(const Tensor& h, const Optional& bias, const Optional& gate, std::string_view activation) {
+  check_no_torch_func("gated_ffn");
   return BiasActGate::apply(h, bias, gate, activation);
 }
 

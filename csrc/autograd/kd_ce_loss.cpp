@@ -1,7 +1,8 @@
 // Autograd for kd_ce_loss: what fastdistill/ops/kd_ce_loss.py registers where there is no compiled module, without the
 // Python frames that cost more than a small batch's arithmetic.
+#include "dispatch.h"
+
 #include <ATen/TensorSubclassLikeUtils.h>
-#include <ATen/core/dispatch/Dispatcher.h>
 #include <torch/csrc/autograd/custom_function.h>
 #include <torch/csrc/autograd/graph_task.h>
 #include <torch/library.h>
@@ -20,11 +21,6 @@ using torch::autograd::variable_list;
 using LossArgs = std::tuple<Tensor, Tensor, Tensor>(
     const Tensor&, const Tensor&, const std::optional<Tensor>&, double, double, double, std::string_view, bool, int64_t,
     double, std::string_view, bool, bool);
-
-template <typename Signature>
-auto find_op(const char* name) {
-  return c10::Dispatcher::singleton().findSchemaOrThrow(name, "").typed<Signature>();
-}
 
 // The saved gradient times its upstream one: in its own memory when the graph is not retained, for this is then its last
 // use, so that a backward allocates nothing; out of place under tracing, where the compiler plans memory.
@@ -93,9 +89,10 @@ std::tuple<Tensor, Tensor, Tensor> kd_ce_loss(
     std::string_view reduction,
     bool student_grad,
     bool teacher_grad) {
+  check_no_torch_func("kd_ce_loss");
   const auto out = KdCeLoss::apply(
       student, teacher, labels, temperature, kd_weight, ce_weight, divergence, scale_by_temperature, ignore_index,
-      label_smoothing, reduction, student_grad, teacher_grad);
+      label_smoothing, reduction, student_grad || wants_grad(student), teacher_grad || wants_grad(teacher));
   return {out[0], out[1], out[2]};
 }
 

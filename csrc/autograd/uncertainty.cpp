@@ -1,6 +1,6 @@
 // Autograd for uncertainty: what fastdistill/ops/uncertainty.py registers where there is no compiled module.
-#include <ATen/core/Tensor.h>
-#include <ATen/core/dispatch/Dispatcher.h>
+#include "dispatch.h"
+
 #include <torch/csrc/autograd/custom_function.h>
 #include <torch/library.h>
 
@@ -13,11 +13,6 @@ namespace {
 using at::Tensor;
 using torch::autograd::AutogradContext;
 using torch::autograd::variable_list;
-
-template <typename Signature>
-auto find_op(const char* name) {
-  return c10::Dispatcher::singleton().findSchemaOrThrow(name, "").typed<Signature>();
-}
 
 class Uncertainty : public torch::autograd::Function<Uncertainty> {
  public:
@@ -41,6 +36,7 @@ class Uncertainty : public torch::autograd::Function<Uncertainty> {
 };
 
 Tensor uncertainty(const Tensor& logits, std::string_view kind, bool normalize) {
+  check_no_torch_func("uncertainty");
   return Uncertainty::apply(logits, kind, normalize);
 }
 

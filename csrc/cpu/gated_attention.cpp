@@ -26,7 +26,7 @@ using Optional = std::optional<Tensor>;
 using Three = std::tuple<Tensor, Tensor, Tensor>;
 using Four = std::tuple<Tensor, Tensor, Tensor, Tensor>;
 
-// What is not registered for any backend is served by fastdistill/reference.py.
+// What is not registered for any backend is served by fastdistill/ops/reference.py.
 template <typename Op, typename... Args>
 auto by_reference(const char* name, const Args&... args) {
   const auto op = c10::Dispatcher::singleton().findSchemaOrThrow(name, "").typed<Op>();
@@ -42,6 +42,11 @@ Tensor with_rows(const Tensor& x) {
 Tensor empty_heads(const Tensor& like, int64_t batch, int64_t heads, bool zero) {
   const std::array<int64_t, 4> shape{batch, like.size(2), heads, like.size(3)};
   return (zero ? at::zeros(shape, like.options()) : at::empty(shape, like.options())).transpose(1, 2);
+}
+
+// x, or a copy of it, with memory as [B, S, H, D]: flash attention lays its output out as its query is.
+Tensor by_token(const Tensor& x) {
+  return x.transpose(1, 2).contiguous().transpose(1, 2);
 }
 
 // target = factor * source, [rows, size] each with unit stride in a row.
@@ -281,9 +286,9 @@ Three gated_attention(
     output.add(part, attention);
     logsumexp.add(part, sums.contiguous().unsqueeze(2));
     if (gate_grad) // then all heads are one part
-      ungated = attention;
+      ungated = by_token(attention);
   }
-  return {output.get(), ungated, logsumexp.get().squeeze(2).contiguous()};
+  return {by_token(output.get()), ungated, logsumexp.get().squeeze(2).contiguous()};
 }
 
 Four gated_attention_backward(
@@ -313,7 +318,7 @@ Four gated_attention_backward(
     grad_key.add(part, of_key);
     grad_value.add(part, of_value);
   }
-  return {grad_query.get(), grad_key.get(), grad_value.get(), grad_gate};
+  return {by_token(grad_query.get()), by_token(grad_key.get()), by_token(grad_value.get()), grad_gate};
 }
 
 } // namespace

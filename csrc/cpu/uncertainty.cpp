@@ -3,7 +3,6 @@
 #include "row.h"
 
 #include <c10/util/SmallVector.h>
-#include <torch/csrc/Exceptions.h>
 #include <torch/library.h>
 
 #include <array>
@@ -345,10 +344,6 @@ Tensor rank(const Tensor& scores, int64_t count) {
   sort(items);
   const Tensor indices = at::empty({count}, scores.options().dtype(at::kLong));
   std::transform(items.begin(), items.begin() + count, indices.mutable_data_ptr<int64_t>(), [](const auto& i) { return i.row; });
-  if (std::isnan(score[items[0].row])) {
-    torch::PyWarningHandler as_python_warning;
-    TORCH_WARN_ONCE("select_uncertain: logits has rows of which the uncertainty is NaN; they rank first");
-  }
   return indices;
 }
 

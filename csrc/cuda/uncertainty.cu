@@ -1,6 +1,8 @@
-// uncertainty and its gradient on CUDA. Each row is read once, by a team: 4 threads, a warp or a block. Every thread sums
+// uncertainty and its gradient on CUDA. Each row is read once, by a team: a thread, a warp or a block. Every thread sums
 // over its own part of the row without talking to the others, then the team puts its sums together. Formulas:
 // fastdistill/ops/uncertainty.py.
+#include "uncertainty.h"
+
 #include <torch/csrc/inductor/aoti_torch/c/shim.h>
 #include <torch/csrc/stable/accelerator.h>
 #include <torch/csrc/stable/library.h>
@@ -12,6 +14,8 @@
 #include <torch/headeronly/util/Exception.h>
 #include <torch/headeronly/util/Half.h>
 
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
 #include <cuda_runtime.h>
 
 #include <algorithm>
@@ -31,8 +35,10 @@ enum class Kind { kEntropy, kLeastConfidence, kMargin };
 
 constexpr int kThreads = 256;
 constexpr int kWarp = 32;
+constexpr int kPacks = 4; // loads of 16 bytes that a thread has under way
 constexpr unsigned kAll = 0xffffffff;
-constexpr int kFewClasses = 16, kWarpClasses = 1024; // up to as many, 4 threads and a warp are a row's team
+constexpr int kFewClasses = 16, kWarpClasses = 2048; // up to as many, a thread and a warp are a row's team
+constexpr float kLog2E = 1.44269504f, kLn2 = 0.693147181f;
 
 // What is computed in.
 template <typename T>
@@ -43,16 +49,19 @@ __device__ constexpr A infinity() {
   return std::numeric_limits<A>::infinity();
 }
 
-// exp(x): for 16-bit logits in two instructions, which is more precise than they are.
+// 2^x in one instruction: more precise than 16-bit logits are.
+__device__ float exp2_of(float x) {
+  float result;
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(result) : "f"(x));
+  return result;
+}
+
 template <bool kFast, typename A>
 __device__ A exp_of(A x) {
-  if constexpr (kFast) {
-    float result;
-    asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(result) : "f"(x * 1.44269504f));
-    return result;
-  } else {
+  if constexpr (kFast)
+    return exp2_of(x * kLog2E);
+  else
     return exp(x);
-  }
 }
 
 // No less than where exp is 0, so that their product is 0 too; -1000 also for NaN.
@@ -102,6 +111,201 @@ __device__ void add(Sums<A>& sums, const A (&logits)[kCount]) {
   }
 }
 
+template <typename T>
+struct alignas(16) Pack {
+  static constexpr int kSize = 16 / sizeof(T);
+  T values[kSize];
+};
+
+// More logits of a row than a Pack has: packs from where the row is aligned to that, and its ends one by one.
+template <typename T>
+struct Row {
+  static constexpr int kSize = Pack<T>::kSize;
+  const T* logits;
+  int before, packs, ends;
+
+  __device__ Row(const T* logits, int classes)
+      : logits(logits),
+        before(-(reinterpret_cast<uintptr_t>(logits) / sizeof(T)) % kSize),
+        packs((classes - before) / kSize),
+        ends(classes - packs * kSize) {}
+
+  __device__ Pack<T> pack(int i) const {
+    return reinterpret_cast<const Pack<T>*>(logits + before)[i];
+  }
+  __device__ T end(int i) const {
+    return logits[i < before ? i : i + packs * kSize];
+  }
+};
+
+// The sums over every step-th pack, and one of the row's ends.
+template <Kind KIND, typename T>
+__device__ Sums<Wide<T>> sum_packs(const Row<T>& row, int first, int step, int end) {
+  using A = Wide<T>;
+  Sums<A> sums = of_nothing<A>();
+  for (; first < row.packs; first += step * kPacks) {
+    Pack<T> loaded[kPacks];
+#pragma unroll
+    for (int p = 0; p < kPacks; ++p)
+      if (first + p * step < row.packs)
+        loaded[p] = row.pack(first + p * step);
+#pragma unroll
+    for (int p = 0; p < kPacks; ++p) {
+      if (first + p * step < row.packs) {
+        A chunk[Row<T>::kSize];
+#pragma unroll
+        for (int i = 0; i < Row<T>::kSize; ++i)
+          chunk[i] = static_cast<A>(loaded[p].values[i]);
+        add<KIND, sizeof(T) == 2>(sums, chunk);
+      }
+    }
+  }
+  if (end < row.ends) {
+    const A one[1] = {static_cast<A>(row.end(end))};
+    add<KIND, sizeof(T) == 2>(sums, one);
+  }
+  sums.refer_to(fmax(sums.largest, std::numeric_limits<A>::lowest()));
+  return sums;
+}
+
+// Two 16-bit logits.
+template <typename T>
+using Pair = std::conditional_t<std::is_same_v<T, torch::headeronly::Half>, __half2, __nv_bfloat162>;
+
+__device__ float2 widen(__half2 x) {
+  return __half22float2(x);
+}
+__device__ float2 widen(__nv_bfloat162 x) {
+  const auto bits = reinterpret_cast<const unsigned&>(x); // __bfloat1622float2 takes three instructions
+  return {__uint_as_float(bits << 16), __uint_as_float(bits & 0xffff0000)};
+}
+template <typename P>
+__device__ P both(float x) {
+  if constexpr (std::is_same_v<P, __half2>)
+    return __float2half2_rn(x);
+  else
+    return __float2bfloat162_rn(x);
+}
+
+// What a thread sums over 16-bit logits in about six instructions each, that the memory is what limits: with
+// u = (z - reference) * log2(e), the sums of 2^u and of 2^u * u over all of them, the largest too, which is taken out at
+// the end. Only where logits are ordinary: neither NaN nor +inf nor huge.
+template <Kind KIND, typename T>
+class QuickSums {
+  using P = Pair<T>;
+
+ public:
+  // First see some pairs, then settle, then add them.
+  __device__ void see(P pair) {
+    if constexpr (KIND == Kind::kMargin)
+      second_ = __hmax2(second_, __hmin2(largest_, pair));
+    largest_ = __hmax2_nan(largest_, pair);
+  }
+
+  // Brings the reference near the largest; false where logits are not ordinary.
+  __device__ bool settle() {
+    const float top = largest();
+    if (fabsf(top - reference_) <= 8)
+      return true;
+    reference_ = top == -infinity<float>() ? 0.0f : top;
+    if (!(fabsf(reference_) <= 16384))
+      return false;
+    const float offset = -reference_ * kLog2E;
+    const float shift = fminf(offset - offset_, 0); // where it is more there is nothing to scale
+    const float scale = exp2_of(shift);
+    weighted_ = scale * (weighted_ + shift * all_);
+    all_ *= scale;
+    offset_ = offset;
+    least_ = both<P>(reference_ - fmaxf(256, fabsf(reference_) / 16));
+    return true;
+  }
+
+  __device__ void add(P pair) {
+    if constexpr (KIND == Kind::kEntropy)
+      pair = __hmax2(pair, least_); // where 2^u is 0, for its product with u to be that too
+    const float2 z = widen(pair);
+    add(z.x);
+    add(z.y);
+  }
+
+  __device__ Sums<float> sums() const {
+    const float2 second = widen(second_), largest = widen(largest_);
+    Sums<float> sums = of_nothing<float>();
+    sums.largest = sums.reference = fmaxf(largest.x, largest.y);
+    if constexpr (KIND == Kind::kMargin)
+      sums.second = fmaxf(fminf(largest.x, largest.y), fmaxf(second.x, second.y));
+    if (sums.largest > -infinity<float>()) {
+      const float u = fmaf(sums.largest, kLog2E, offset_), scale = exp2_of(-u);
+      sums.others = fmaxf(scale * all_ - 1, 0);
+      sums.weighted = fminf(scale * (weighted_ - u * all_) * kLn2, 0);
+    }
+    return sums;
+  }
+
+ private:
+  __device__ float largest() const {
+    return widen(__hmax2_nan(largest_, __lowhigh2highlow(largest_))).x;
+  }
+
+  __device__ void add(float z) {
+    const float u = fmaf(z, kLog2E, offset_), e = exp2_of(u);
+    all_ += e;
+    if constexpr (KIND == Kind::kEntropy)
+      weighted_ = fmaf(e, u, weighted_);
+  }
+
+  P largest_ = both<P>(-infinity<float>()), second_ = largest_, least_ = both<P>(-256);
+  float reference_ = 0, offset_ = 0;
+  float all_ = 0, weighted_ = 0;
+};
+
+// The same sums as sum_packs; false where a logit is not ordinary.
+template <Kind KIND, int kTeam, typename T>
+__device__ bool sum_packs_quickly(const Row<T>& row, Sums<float>& sums) {
+  using P = Pair<T>;
+  constexpr int kPairs = Row<T>::kSize / 2;
+  const int member = threadIdx.x % kTeam;
+  const bool has_end = member < row.ends;
+  P end = both<P>(-infinity<float>());
+  if (has_end) {
+    const T value = row.end(member);
+    end.x = reinterpret_cast<const decltype(end.x)&>(value);
+  }
+  QuickSums<KIND, T> quick;
+  for (int first = member; first < row.packs; first += kTeam * kPacks) {
+    Pack<T> loaded[kPacks];
+    const P* const pairs[kPacks] = {
+        reinterpret_cast<const P*>(loaded), reinterpret_cast<const P*>(loaded + 1),
+        reinterpret_cast<const P*>(loaded + 2), reinterpret_cast<const P*>(loaded + 3)};
+#pragma unroll
+    for (int p = 0; p < kPacks; ++p)
+      if (first + p * kTeam < row.packs)
+        loaded[p] = row.pack(first + p * kTeam);
+#pragma unroll
+    for (int p = 0; p < kPacks; ++p)
+      if (first + p * kTeam < row.packs)
+#pragma unroll
+        for (int i = 0; i < kPairs; ++i)
+          quick.see(pairs[p][i]);
+    if (!quick.settle())
+      return false;
+#pragma unroll
+    for (int p = 0; p < kPacks; ++p)
+      if (first + p * kTeam < row.packs)
+#pragma unroll
+        for (int i = 0; i < kPairs; ++i)
+          quick.add(pairs[p][i]);
+  }
+  if (has_end) {
+    quick.see(end);
+    if (!quick.settle())
+      return false;
+    quick.add(end);
+  }
+  sums = quick.sums();
+  return true;
+}
+
 // A reduction over groups of kLanes lanes; all have the result.
 template <int kLanes, typename A, typename Reduce>
 __device__ A over_lanes(A x, const Reduce& reduce) {
@@ -111,36 +315,108 @@ __device__ A over_lanes(A x, const Reduce& reduce) {
   return x;
 }
 
-// The sums over all logits of a group of kLanes lanes, relative to the largest of them.
 template <int kLanes, typename A>
-__device__ Sums<A> together(Sums<A> sums) {
-  const auto add = [](A a, A b) { return a + b; };
-  const auto larger = [](A a, A b) { return fmax(a, b); };
-  sums.refer_to(fmax(sums.largest, std::numeric_limits<A>::lowest()));
+__device__ A largest_of(A x) {
+  return over_lanes<kLanes>(x, [](A a, A b) { return fmax(a, b); });
+}
+
+template <int kLanes, typename A>
+__device__ A sum_of(A x) {
+  return over_lanes<kLanes>(x, [](A a, A b) { return a + b; });
+}
+
+// The sums of kLanes lanes, relative to the largest logit of all, and without it: one of them holds it.
+template <Kind KIND, int kLanes, typename A>
+__device__ Sums<A> put_together(const Sums<A>& sums, A largest, bool holds) {
+  const A gap = bounded(sums.largest - largest), scale = exp(gap);
   Sums<A> all = of_nothing<A>();
-  all.largest = all.reference = over_lanes<kLanes>(sums.largest, larger);
-  const int lane = threadIdx.x % kWarp, first = lane / kLanes * kLanes;
-  const unsigned equal = __ballot_sync(kAll, sums.largest == all.largest) >> first;
-  const bool held = lane - first == __ffs(equal) - 1; // of the lanes' largest, all others count
-  const A gap = bounded(sums.largest - all.largest), scale = exp(gap);
-  all.others = over_lanes<kLanes>(scale * (sums.others + A(held ? 0 : 1)), add);
-  all.weighted = over_lanes<kLanes>(scale * (sums.weighted + gap * (sums.others + 1)), add);
-  all.second = over_lanes<kLanes>(held ? sums.second : sums.largest, larger);
+  all.largest = all.reference = largest;
+  all.others = sum_of<kLanes>(scale * (sums.others + A(holds ? 0 : 1)));
+  if constexpr (KIND == Kind::kEntropy)
+    all.weighted = sum_of<kLanes>(scale * (sums.weighted + gap * (sums.others + 1)));
+  if constexpr (KIND == Kind::kMargin)
+    all.second = largest_of<kLanes>(holds ? sums.second : sums.largest);
   return all;
 }
 
-template <int kTeam, typename A>
-__device__ Sums<A> together_in_team(const Sums<A>& sums) {
-  if constexpr (kTeam <= kWarp) {
-    return together<kTeam>(sums);
-  } else {
-    constexpr int kWarps = kTeam / kWarp;
-    __shared__ Sums<A> of_warp[kWarps];
-    const Sums<A> warp = together<kWarp>(sums);
-    if (threadIdx.x % kWarp == 0)
-      of_warp[threadIdx.x / kWarp] = warp;
+// The lowest lane for which it is true.
+__device__ int first_lane(bool it) {
+  return __ffs(__ballot_sync(kAll, it)) - 1;
+}
+
+// The sums of a team, a warp or a block. Where the thread that holds the largest logit says that it should be done with
+// care, its warp sums what that thread has summed once more: careful(thread) sums a lane's part of it.
+template <Kind KIND, int kTeam, typename A, typename Careful>
+__device__ Sums<A> put_team_together(Sums<A> sums, bool with_care, const Careful& careful) {
+  constexpr int kWarps = kTeam / kWarp;
+  const int warp = threadIdx.x % kTeam / kWarp, lane = threadIdx.x % kWarp;
+  A largest = largest_of<kWarp>(sums.largest);
+  int holder = 0; // the warp that holds the largest
+  if constexpr (kWarps > 1) {
+    __shared__ A largest_of_warp[kWarps];
+    if (lane == 0)
+      largest_of_warp[warp] = largest;
     __syncthreads();
-    return together<kWarps>(of_warp[threadIdx.x % kWarps]);
+    const A of_warp = largest_of_warp[lane % kWarps];
+    largest = largest_of<kWarps>(of_warp);
+    holder = first_lane(of_warp == largest);
+  }
+  bool holds = false;
+  if (warp == holder) {
+    const int held_by = first_lane(sums.largest == largest);
+    holds = lane == held_by;
+    if (__shfl_sync(kAll, with_care, held_by)) {
+      const Sums<A> part = careful(warp * kWarp + held_by);
+      const Sums<A> whole = put_together<KIND, kWarp>(part, largest, lane == first_lane(part.largest == largest));
+      if (holds)
+        sums = whole;
+    }
+  }
+  sums = put_together<KIND, kWarp>(sums, largest, holds);
+  if constexpr (kWarps > 1) {
+    __shared__ Sums<A> of_warp[kWarps];
+    if (lane == 0)
+      of_warp[warp] = sums;
+    __syncthreads();
+    sums = of_warp[lane % kWarps];
+    sums.others = sum_of<kWarps>(sums.others);
+    sums.weighted = sum_of<kWarps>(sums.weighted);
+    sums.second = largest_of<kWarps>(sums.second);
+  }
+  return sums;
+}
+
+template <Kind KIND, int kTeam, typename T>
+__device__ Sums<Wide<T>> sum_row(const T* logits, int classes) {
+  using A = Wide<T>;
+  if constexpr (kTeam == 1) {
+    Sums<A> sums = of_nothing<A>();
+    constexpr int kCount = 4;
+    for (int first = 0; first < classes; first += kCount) {
+      A chunk[kCount];
+#pragma unroll
+      for (int i = 0; i < kCount; ++i)
+        chunk[i] = first + i < classes ? static_cast<A>(logits[first + i]) : -infinity<A>();
+      add<KIND, sizeof(T) == 2>(sums, chunk);
+    }
+    sums.refer_to(fmax(sums.largest, std::numeric_limits<A>::lowest()));
+    return sums;
+  } else {
+    const Row<T> row(logits, classes);
+    const int member = threadIdx.x % kTeam, lane = threadIdx.x % kWarp;
+    Sums<A> sums;
+    bool near_certain = false; // of the logits that a thread has, all but one are lost beside it
+    if constexpr (sizeof(T) == 2) {
+      if (sum_packs_quickly<KIND, kTeam>(row, sums))
+        near_certain = sums.others < 1;
+      else
+        sums = sum_packs<KIND>(row, member, kTeam, member);
+    } else {
+      sums = sum_packs<KIND>(row, member, kTeam, member);
+    }
+    return put_team_together<KIND, kTeam>(sums, near_certain, [&](int thread) {
+      return sum_packs<KIND>(row, thread + lane * kTeam, kWarp * kTeam, lane == 0 ? thread : row.ends);
+    });
   }
 }
 
@@ -154,59 +430,6 @@ struct Problem {
   const Wide<T>* upstream; // and where gradients are
   T* grads;
 };
-
-template <typename T>
-struct alignas(16) Pack {
-  static constexpr int kSize = 16 / sizeof(T);
-  T values[kSize];
-};
-
-// A thread's share of the row of a team of no more than a warp.
-template <Kind KIND, int kTeam, typename T>
-__device__ void add_share(Sums<Wide<T>>& sums, const T* logits, int classes) {
-  constexpr int kCount = kTeam == kWarp ? 8 : 4;
-  for (int first = threadIdx.x % kTeam; first < classes; first += kTeam * kCount) {
-    Wide<T> chunk[kCount];
-#pragma unroll
-    for (int i = 0; i < kCount; ++i) {
-      const int at = first + i * kTeam;
-      chunk[i] = at < classes ? static_cast<Wide<T>>(logits[at]) : -infinity<Wide<T>>();
-    }
-    add<KIND, sizeof(T) == 2>(sums, chunk);
-  }
-}
-
-// A thread's share of a block's row: 16 bytes at a time from where the row is aligned to that, and its ends one by one.
-template <Kind KIND, typename T>
-__device__ void add_block_share(Sums<Wide<T>>& sums, const T* logits, int classes) {
-  constexpr int kPacks = 4; // loads that a thread has under way
-  constexpr int kSize = Pack<T>::kSize;
-  const int before = -(reinterpret_cast<uintptr_t>(logits) / sizeof(T)) % kSize; // classes > kSize
-  const int packs = (classes - before) / kSize;
-  const auto* const aligned = reinterpret_cast<const Pack<T>*>(logits + before);
-  for (int first = threadIdx.x; first < packs; first += kThreads * kPacks) {
-    Pack<T> loaded[kPacks];
-#pragma unroll
-    for (int p = 0; p < kPacks; ++p)
-      if (first + p * kThreads < packs)
-        loaded[p] = aligned[first + p * kThreads];
-#pragma unroll
-    for (int p = 0; p < kPacks; ++p) {
-      if (first + p * kThreads < packs) {
-        Wide<T> chunk[kSize];
-#pragma unroll
-        for (int i = 0; i < kSize; ++i)
-          chunk[i] = static_cast<Wide<T>>(loaded[p].values[i]);
-        add<KIND, sizeof(T) == 2>(sums, chunk);
-      }
-    }
-  }
-  const int i = threadIdx.x;
-  if (i < classes - packs * kSize) {
-    const Wide<T> one[1] = {static_cast<Wide<T>>(logits[i < before ? i : i + packs * kSize])};
-    add<KIND, sizeof(T) == 2>(sums, one);
-  }
-}
 
 // The lowest class except one whose logit has the value; more than any class if there is none.
 template <int kTeam, typename T>
@@ -263,18 +486,12 @@ __device__ void write_gradient(
 }
 
 template <Kind KIND, int kTeam, typename T>
-__global__ void __launch_bounds__(kThreads, kTeam > kWarp && sizeof(T) < 8 ? 4 : 2) measure_rows(const Problem<T> problem) {
+__global__ void __launch_bounds__(kThreads, kTeam > 1 && sizeof(T) < 8 ? 4 : 2) measure_rows(const Problem<T> problem) {
   using A = Wide<T>;
   const int64_t row = (static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x) / kTeam;
   const bool exists = row < problem.rows; // where not, the team reads the first row, for whole warps to work together
   const T* const logits = problem.logits + (exists ? row : 0) * problem.stride;
-  Sums<A> sums = of_nothing<A>();
-  if constexpr (kTeam <= kWarp)
-    add_share<KIND, kTeam>(sums, logits, problem.classes);
-  else
-    add_block_share<KIND>(sums, logits, problem.classes);
-  sums = together_in_team<kTeam>(sums);
-
+  const Sums<A> sums = sum_row<KIND, kTeam>(logits, problem.classes);
   const A total = sums.others + 1 + (sums.largest - sums.largest); // NaN if that is infinite
   const A exp_second = KIND == Kind::kMargin ? exp(sums.second - sums.largest) : A(0);
   if (!problem.values) {
@@ -324,7 +541,7 @@ void run(const Tensor& logits, bool normalize, const Tensor* value, const Tensor
   TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(device, &current));
   const auto stream = static_cast<cudaStream_t>(current);
   if (classes <= kFewClasses)
-    launch<KIND, 4>(problem, stream);
+    launch<KIND, 1>(problem, stream);
   else if (classes <= kWarpClasses)
     launch<KIND, kWarp>(problem, stream);
   else
@@ -365,12 +582,16 @@ ScalarType wide(const Tensor& logits) {
   return logits.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
 }
 
-Tensor uncertainty(const Tensor& logits, const std::string& kind, bool normalize) {
+} // namespace
+
+Tensor uncertainty_cuda(const Tensor& logits, const std::string& kind, bool normalize) {
   const auto shape = logits.sizes();
   const Tensor value = torch::stable::new_empty(logits, {shape.data(), shape.size() - 1}, wide(logits));
   run_any(kind, logits, normalize, &value, nullptr, nullptr);
   return value;
 }
+
+namespace {
 
 Tensor uncertainty_backward(const Tensor& upstream, const Tensor& logits, const std::string& kind, bool normalize) {
   const Tensor upstreams = torch::stable::contiguous(torch::stable::to(upstream, wide(logits)));
@@ -382,7 +603,7 @@ Tensor uncertainty_backward(const Tensor& upstream, const Tensor& logits, const 
 } // namespace
 
 STABLE_TORCH_LIBRARY_IMPL(fastdistill, CUDA, m) {
-  m.impl("uncertainty", TORCH_BOX(&uncertainty));
+  m.impl("uncertainty", TORCH_BOX(&uncertainty_cuda));
   m.impl("uncertainty_backward", TORCH_BOX(&uncertainty_backward));
 }
 

@@ -1,6 +1,7 @@
 """Differentiable functions for any training loop."""
 
 from fastdistill.ops.accumulate_sensitivity import accumulate_sensitivity_
+from fastdistill.ops.active_neurons import ActiveNeurons
 from fastdistill.ops.gated_attention import gated_attention
 from fastdistill.ops.gated_ffn import gated_ffn
 from fastdistill.ops.kd_ce_loss import kd_ce_loss
@@ -8,6 +9,7 @@ from fastdistill.ops.select_uncertain import select_uncertain
 from fastdistill.ops.uncertainty import hidden_entropy, uncertainty
 
 __all__ = [
+    "ActiveNeurons",
     "accumulate_sensitivity_",
     "gated_attention",
     "gated_ffn",

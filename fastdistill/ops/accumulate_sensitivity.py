@@ -7,10 +7,10 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
-from fastdistill import reference
-from fastdistill.native import NATIVE
+from fastdistill.ops import reference
 from fastdistill.ops.checks import FLOATING, check_same_device, check_tensor
 from fastdistill.ops.library import define
+from fastdistill.ops.native import NATIVE
 
 TOTALS = (torch.float32, torch.float64)
 

@@ -7,9 +7,9 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from fastdistill import reference
-from fastdistill.native import NATIVE
+from fastdistill.ops import reference
 from fastdistill.ops.library import define, define_autograd
+from fastdistill.ops.native import NATIVE
 
 Activation = Literal["gelu", "gelu_tanh", "relu", "silu"]
 ACTIVATIONS = ("gelu", "gelu_tanh", "relu", "silu")

@@ -8,8 +8,19 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastdistill import reference
-from fastdistill.ops.checks import FLOATING, check_number, check_same_device, check_tensor
+from fastdistill.ops import reference
+from fastdistill.ops.checks import (
+    FLOATING,
+    LARGEST,
+    NUMBERS,
+    STRIDED,
+    autocast_dtype,
+    check_bool,
+    check_number,
+    check_same_device,
+    check_tensor,
+    is_floating,
+)
 from fastdistill.ops.library import define, define_autograd
 
 
@@ -61,22 +72,64 @@ def gated_attention(
             those), different devices, a number out of its range, a mask beside ``is_causal`` or one that requires a
             gradient.
 
-    Differentiable once, and not by torch.func, whose transforms it does not support. On CUDA, heads of up to 128
-    channels are computed by Triton; wider ones, and float64, in plain PyTorch, with the weights in memory, and so is
-    dropout on CPU.
+    Differentiable once, and not by torch.func; torch.vmap calls it once for each example of its batch. On CUDA, heads of
+    up to 128 channels are computed by Triton; wider ones, and float64, in plain PyTorch, with the weights in memory, and
+    so is dropout on CPU.
     """
+    if not (is_floating(query) and is_floating(key) and is_floating(value)):
+        _explain_tensors(query, key, value)
+    device, shape = query.device, query.shape
+    to = autocast_dtype(device)
+    if to is not None:
+        query, key, value = (x if x.dtype == torch.float64 else x.to(to) for x in (query, key, value))
+    if not (
+        len(shape) == 4
+        and shape[3] > 0
+        and key.dtype is query.dtype
+        and value.dtype is query.dtype
+        and key.device == device
+        and value.device == device
+        and key.shape == value.shape
+        and key.shape == (shape[0], shape[1], key.shape[2], shape[3])
+    ):
+        _explain_shapes(query, key, value)
+    if head_gate is not None and not (
+        is_floating(head_gate)
+        and (head_gate.shape == shape[1:2] or head_gate.shape == shape[:2])
+        and head_gate.device == device
+    ):
+        _explain_gate(head_gate, query)
+    if attn_mask is not None:
+        _check_mask(attn_mask, query, key, is_causal)
+    if not (type(is_causal) is bool and type(dropout_p) in NUMBERS and 0 <= dropout_p < 1):
+        check_bool("is_causal", is_causal)
+        check_number("dropout_p", dropout_p, minimum=0, below=1)
+    if scale is None:
+        scale = 1 / math.sqrt(shape[3])
+    elif not (type(scale) in NUMBERS and -LARGEST <= scale <= LARGEST):
+        check_number("scale", scale)
+    # A seed drawn here, not a mask drawn in the op, leaves the op a function: it can be compiled, and run again.
+    seed = torch.randint(2**63 - 1, (), device=device) if dropout_p > 0 else None
+    gate_grad = head_gate is not None and head_gate.requires_grad and torch.is_grad_enabled()
+    output: Tensor = _op(query, key, value, head_gate, attn_mask, seed, dropout_p, is_causal, scale, gate_grad)[0]
+    return output
+
+
+def _explain_tensors(query: Tensor, key: Tensor, value: Tensor) -> None:
     for name, x in (("query", query), ("key", key), ("value", value)):
         check_tensor(name, x, FLOATING)
+
+
+def _explain_shapes(query: Tensor, key: Tensor, value: Tensor) -> None:
+    for name, x in (("query", query), ("key", key), ("value", value)):
         if x.dim() != 4:
             raise ValueError(f"{name} has shape {tuple(x.shape)}; expected 4 dimensions, [batch, heads, length, size]")
-        if x.device != query.device:
-            check_same_device(name, x, "query", query)
-    query, key, value = _autocast(query), _autocast(key), _autocast(value)
-    batch, heads, queries, size = query.shape
+        check_same_device(name, x, "query", query)
+    batch, heads, _, size = query.shape
     for name, x in (("key", key), ("value", value)):
         if x.dtype != query.dtype:
             raise TypeError(f"{name} has dtype {x.dtype}, query {query.dtype}; expected the same")
-        if x.shape[0] != batch or x.shape[1] != heads or x.shape[2] != key.shape[2] or x.shape[3] != size:
+        if x.shape != (batch, heads, key.shape[2], size):
             raise ValueError(
                 f"{name} has shape {tuple(x.shape)}, query {tuple(query.shape)}, key {tuple(key.shape)}; expected "
                 f"{(batch, heads, key.shape[2], size)}. For grouped queries repeat the heads of key and value "
@@ -84,54 +137,55 @@ def gated_attention(
             )
     if size == 0:
         raise ValueError(f"query has shape {tuple(query.shape)}; expected heads of at least 1 channel")
-    if head_gate is not None:
-        check_tensor("head_gate", head_gate, FLOATING)
-        if head_gate.shape not in ((heads,), (batch, heads)):
-            raise ValueError(
-                f"head_gate has shape {tuple(head_gate.shape)}; expected {(heads,)} ([heads]) or {(batch, heads)} "
-                "([batch, heads])"
-            )
-        check_same_device("head_gate", head_gate, "query", query)
-    if not isinstance(is_causal, bool):
-        raise TypeError(f"is_causal is {is_causal!r}; expected a bool")
-    if attn_mask is not None:
-        _check_mask(attn_mask, query, key, is_causal)
-    check_number("dropout_p", dropout_p, minimum=0, below=1)
-    if scale is None:
-        scale = 1 / math.sqrt(size)
-    else:
-        check_number("scale", scale)
-    # A seed drawn here, not a mask drawn in the op, leaves the op a function: it can be compiled, and run again.
-    seed = torch.randint(2**63 - 1, (), device=query.device) if dropout_p > 0 else None
-    gate_grad = head_gate is not None and head_gate.requires_grad and torch.is_grad_enabled()
-    output: Tensor = _op(query, key, value, head_gate, attn_mask, seed, dropout_p, is_causal, scale, gate_grad)[0]
-    return output
 
 
-def _autocast(x: Tensor) -> Tensor:
-    """As autocast does for scaled_dot_product_attention."""
-    device = x.device.type
-    if x.dtype == torch.float64 or not torch.is_autocast_enabled(device):
-        return x
-    return x.to(torch.get_autocast_dtype(device))
+def _explain_gate(head_gate: Tensor, query: Tensor) -> None:
+    batch, heads = query.shape[:2]
+    check_tensor("head_gate", head_gate, FLOATING)
+    if head_gate.shape not in ((heads,), (batch, heads)):
+        raise ValueError(
+            f"head_gate has shape {tuple(head_gate.shape)}; expected {(heads,)} ([heads]) or {(batch, heads)} "
+            "([batch, heads])"
+        )
+    check_same_device("head_gate", head_gate, "query", query)
 
 
 def _check_mask(attn_mask: Tensor, query: Tensor, key: Tensor, is_causal: bool) -> None:
-    check_tensor("attn_mask", attn_mask, (torch.bool, *FLOATING))
     scores = (*query.shape[:3], key.shape[2])
-    fits = attn_mask.dim() <= 4 and all(
-        have in (1, want) for have, want in zip(reversed(attn_mask.shape), reversed(scores), strict=False)
+    if not (
+        isinstance(attn_mask, Tensor)
+        and (attn_mask.dtype is torch.bool or attn_mask.dtype in FLOATING)
+        and attn_mask.layout is STRIDED
+        and not attn_mask.is_nested
+        and _broadcasts(attn_mask.shape, scores)
+        and attn_mask.device == query.device
+        and is_causal is False
+    ):
+        _explain_mask(attn_mask, query, scores, is_causal)
+
+
+def _broadcasts(shape: tuple[int, ...], scores: tuple[int, ...]) -> bool:
+    if len(shape) < 4:
+        shape = (1,) * (4 - len(shape)) + shape
+    return (
+        len(shape) == 4
+        and (shape[3] == scores[3] or shape[3] == 1)
+        and (shape[2] == 1 or shape[2] == scores[2])
+        and (shape[1] == 1 or shape[1] == scores[1])
+        and (shape[0] == scores[0] or shape[0] == 1)
     )
-    if not fits:
+
+
+def _explain_mask(attn_mask: Tensor, query: Tensor, scores: tuple[int, ...], is_causal: bool) -> None:
+    check_tensor("attn_mask", attn_mask, (torch.bool, *FLOATING))
+    if not _broadcasts(attn_mask.shape, scores):
         raise ValueError(
             f"attn_mask has shape {tuple(attn_mask.shape)}; expected one that broadcasts to {scores} "
             "([batch, heads, queries, keys])"
         )
     check_same_device("attn_mask", attn_mask, "query", query)
-    if is_causal:
-        raise ValueError("is_causal is True and attn_mask is given; expected one of them (a mask may be causal itself)")
-    if attn_mask.requires_grad and torch.is_grad_enabled():
-        raise ValueError("attn_mask requires a gradient, which is not computed; expected attn_mask.detach()")
+    check_bool("is_causal", is_causal)
+    raise ValueError("is_causal is True and attn_mask is given; expected one of them (a mask may be causal itself)")
 
 
 def _empty_heads(x: Tensor) -> Tensor:
@@ -179,11 +233,16 @@ _backward_op = define(
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
-    attention, ungated, logsumexp = output
     ctx.set_materialize_grads(False)
-    ctx.mark_non_differentiable(ungated, logsumexp)
-    ctx.options = inputs[6:]
-    ctx.save_for_backward(*inputs[:6], ungated if inputs[-1] else attention, logsumexp)
+    ctx.mark_non_differentiable(*output[1:])
+    if ctx.needs_input_grad[4]:
+        raise ValueError("attn_mask requires a gradient, which is not computed; expected attn_mask.detach()")
+    gate_grad = inputs[-1] or ctx.needs_input_grad[3]
+    if gate_grad and not inputs[-1]:  # torch.vmap hid it from the caller
+        output = _op(*inputs[:-1], True)
+    attention, ungated, logsumexp = output
+    ctx.options = (*inputs[6:-1], gate_grad)
+    ctx.save_for_backward(*inputs[:6], ungated if gate_grad else attention, logsumexp)
 
 
 def _backward(ctx: Any, upstream: Tensor | None, *unused: None) -> tuple[Tensor | None, ...]:

@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any, TypeVar
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.utils.weak import WeakTensorKeyDictionary
 
+from fastdistill.ops.active_neurons import ActiveNeurons
 from fastdistill.ops.bias_act_gate import ACTIVATIONS, Activation, bias_act_gate
-from fastdistill.ops.checks import FLOATING, check_choice, check_same_device, check_tensor
+from fastdistill.ops.checks import FLOATING, autocast_dtype, check_choice, check_same_device, check_tensor, is_floating
+
+GATHER_ROWS = 16
+"""To gather a neuron's weights, and spread their gradients, costs no more than multiplying this many rows by them."""
 
 
 def gated_ffn(
@@ -20,7 +20,7 @@ def gated_ffn(
     b_in: Tensor | None,
     w_out: Tensor,
     b_out: Tensor | None,
-    neuron_gate: Tensor | None = None,
+    neuron_gate: Tensor | ActiveNeurons | None = None,
     *,
     activation: Activation = "gelu",
 ) -> Tensor:
@@ -37,155 +37,147 @@ def gated_ffn(
         w_in, b_in: ``[I, d]`` and ``[I]`` or None, as of :class:`torch.nn.Linear`.
         w_out, b_out: ``[d_out, I]`` and ``[d_out]`` or None.
         neuron_gate: ``[I]``; or ``[B, I]`` for x ``[B, ..., d]``; or None for no gate. Any of those dtypes, each its
-            own. Its gradient is exact wherever it is wanted, also where the gate is 0.
+            own. Its gradient is exact wherever it is wanted, also where the gate is 0. Or :class:`ActiveNeurons`.
         activation: ``"gelu"`` (exact, by erf), ``"gelu_tanh"`` (its approximation by tanh), ``"relu"`` or ``"silu"``.
 
     Returns:
         ``[..., d_out]`` in x's dtype; under autocast in autocast's, in which the products then are, as in
         :func:`torch.nn.functional.linear`. From one product to the other it is float32 (float64 for float64).
 
-    **Neurons that are off.** Where the gate needs no gradient (it does not require one, or none is being recorded), a
-    neuron whose gate is 0 (for ``[B, I]``: in all examples) is left out of all arithmetic: its weights are not read,
-    and their gradients are exactly 0. Where the gate needs one, every neuron is computed.
+    **Neurons that are off.** Those that :class:`ActiveNeurons` leaves out are in no arithmetic: their weights are not
+    read, and get gradients of 0. A tensor multiplies, and nothing waits for the device to look at it; the gradients of
+    weights under a gate of 0 are 0, too. On CPU, where looking costs nothing, a tensor that needs no gradient does as
+    ActiveNeurons, in each call, if x has so many rows that it pays. The result is the same but where weights of neurons
+    that are off are not finite.
 
-    Which neurons are on is found once for a gate, which on CUDA waits for the device; and the weights of a frozen layer
-    are gathered once. Both are kept for as long as gate and weights are the same tensors (or the same parts of them),
-    alive and not changed in place. A change that autograd does not count (through ``.data``, or by what replaces the
-    storage of parameters) goes unnoticed: tell of it by :func:`torch.autograd.graph.increment_version`. Nothing is kept
-    of what requires a gradient, which fused optimizers change uncounted, nor of tensors made in inference mode.
+    Sums are in a fixed order, but for those of PyTorch's matrix products on CPU, whose last digits may depend on the
+    number of threads where a size is no multiple of 16.
 
-    Under torch.compile, for tensor subclasses and on the meta device the gate only multiplies, for no shape may depend
-    on values: the result and its gradients are the same but where weights of neurons that are off are not finite.
-
-    Differentiable once.
+    Differentiable once, and not by torch.func; torch.vmap calls it once for each example of its batch.
 
     Raises:
         TypeError: an argument of the wrong type or dtype; dtypes of x, weights and biases that differ (but under
             autocast only if one of them is float64).
         ValueError: shapes that do not fit, tensors on different devices, or an activation not named above.
     """
-    _check(x, w_in, b_in, w_out, b_out, neuron_gate, activation)
+    if not _fits(x, w_in, b_in, w_out, b_out, neuron_gate, activation):
+        _explain(x, w_in, b_in, w_out, b_out, neuron_gate, activation)
+    active = neuron_gate if isinstance(neuron_gate, ActiveNeurons) else _worth_finding(x, neuron_gate)
     gate = neuron_gate
-    if gate is not None and _may_skip(gate):
-        kept, gate = _neurons_on(gate)
-        if kept is not None:
-            dtype = _product_dtype(w_in)
-            w_in, w_out = _gather(w_in, kept, 0, dtype), _gather(w_out, kept, 1, dtype)
-            b_in = None if b_in is None else _gather(b_in, kept, 0, b_in.dtype)
+    if active is not None:
+        w_in, b_in, w_out = active.gather(w_in, b_in, w_out)
+        gate = active.gate
     return F.linear(bias_act_gate(F.linear(x, w_in), b_in, gate, activation), w_out, b_out)
 
 
-def _check(
+def _worth_finding(x: Tensor, gate: Tensor | None) -> ActiveNeurons | None:
+    """The neurons that are on, where computing no others pays."""
+    if gate is None or not gate.is_cpu or (gate.requires_grad and torch.is_grad_enabled()):
+        return None
+    rows = x.shape[:-1].numel()
+    if rows < GATHER_ROWS:
+        return None
+    if torch.compiler.is_compiling() or type(gate) not in (Tensor, torch.nn.Parameter):
+        return None  # no shape may depend on values; nor under torch.vmap
+    if torch._C._are_functorch_transforms_active():
+        return None
+    active = ActiveNeurons(gate)
+    kept = len(active.indices)
+    return active if rows * (active.neurons - kept) > GATHER_ROWS * kept else None
+
+
+def _fits(
     x: Tensor,
     w_in: Tensor,
     b_in: Tensor | None,
     w_out: Tensor,
     b_out: Tensor | None,
-    neuron_gate: Tensor | None,
+    neuron_gate: Tensor | ActiveNeurons | None,
+    activation: str,
+) -> bool:
+    if not (activation in ACTIVATIONS and is_floating(x) and is_floating(w_in) and is_floating(w_out)):
+        return False
+    shape, of_in, of_out, dtype, device = x.shape, w_in.shape, w_out.shape, x.dtype, x.device
+    if not (
+        len(shape) > 0
+        and len(of_in) == 2
+        and len(of_out) == 2
+        and of_in[1] == shape[-1]
+        and of_out[1] == of_in[0]
+        and w_in.device == device
+        and w_out.device == device
+        and (b_in is None or (is_floating(b_in) and b_in.shape == of_in[:1] and b_in.device == device))
+        and (b_out is None or (is_floating(b_out) and b_out.shape == of_out[:1] and b_out.device == device))
+    ):
+        return False
+    if not (
+        w_in.dtype is dtype
+        and w_out.dtype is dtype
+        and (b_in is None or b_in.dtype is dtype)
+        and (b_out is None or b_out.dtype is dtype)
+    ) and not _autocast_makes_equal(x, w_in, b_in, w_out, b_out):
+        return False
+    gate, neurons = neuron_gate, of_in[0]
+    if isinstance(gate, ActiveNeurons):
+        if gate.neurons != neurons:
+            return False
+        gate = gate.gate
+        neurons = gate.shape[-1]
+    return gate is None or (
+        is_floating(gate)
+        and (gate.shape == (neurons,) or (len(shape) > 1 and gate.shape == (shape[0], neurons)))
+        and gate.device == device
+    )
+
+
+def _autocast_makes_equal(x: Tensor, *weights: Tensor | None) -> bool:
+    """The dtypes in which matrix products take them: autocast leaves only float64 alone."""
+    if autocast_dtype(x.device) is None:
+        return False
+    return all(tensor is None or tensor.dtype != torch.float64 for tensor in (x, *weights))
+
+
+def _explain(
+    x: Tensor,
+    w_in: Tensor,
+    b_in: Tensor | None,
+    w_out: Tensor,
+    b_out: Tensor | None,
+    neuron_gate: Tensor | ActiveNeurons | None,
     activation: str,
 ) -> None:
     check_choice("activation", activation, ACTIVATIONS)
     check_tensor("x", x, FLOATING)
     if x.dim() == 0:
         raise ValueError("x has shape (); expected [..., d]")
-    width = x.shape[-1]
-    dtype = _product_dtype(x)
-    for name, weight, size, of in (("w_in", w_in, width, "x"), ("w_out", w_out, None, "w_in")):
+    for name, weight, of in (("w_in", w_in, "x"), ("w_out", w_out, "w_in")):
         check_tensor(name, weight, FLOATING)
-        size = w_in.shape[0] if size is None else size
+        size = x.shape[-1] if of == "x" else w_in.shape[0]
         if weight.dim() != 2 or weight.shape[1] != size:
             raise ValueError(
                 f"{name} has shape {tuple(weight.shape)}; expected [outputs, {size}], "
                 f"{size} being {'the last dimension of x' if of == 'x' else 'the rows of w_in'}"
             )
-    neurons = w_in.shape[0]
-    for name, bias, size in (("b_in", b_in, neurons), ("b_out", b_out, w_out.shape[0])):
+    for name, bias, weight in (("b_in", b_in, w_in), ("b_out", b_out, w_out)):
         if bias is not None:
             check_tensor(name, bias, FLOATING)
-            if bias.shape != (size,):
-                raise ValueError(f"{name} has shape {tuple(bias.shape)}; expected ({size},) or None")
-    if neuron_gate is not None:
-        check_tensor("neuron_gate", neuron_gate, FLOATING)
-        per_example = x.dim() > 1 and neuron_gate.shape == (x.shape[0], neurons)
-        if neuron_gate.shape != (neurons,) and not per_example:
-            examples = f" or ({x.shape[0]}, {neurons})" if x.dim() > 1 else ", x having one dimension"
-            raise ValueError(f"neuron_gate has shape {tuple(neuron_gate.shape)}; expected ({neurons},){examples}")
+            if bias.shape != weight.shape[:1]:
+                raise ValueError(f"{name} has shape {tuple(bias.shape)}; expected ({len(weight)},) or None")
     for name, tensor in (("w_in", w_in), ("b_in", b_in), ("w_out", w_out), ("b_out", b_out)):
-        if tensor is not None and _product_dtype(tensor) != dtype:
-            raise TypeError(f"{name} has dtype {tensor.dtype}; expected {x.dtype}, that of x")
         if tensor is not None:
+            if tensor.dtype != x.dtype and not _autocast_makes_equal(x, tensor):
+                raise TypeError(f"{name} has dtype {tensor.dtype}; expected {x.dtype}, that of x")
             check_same_device(name, tensor, "x", x)
     if neuron_gate is not None:
-        check_same_device("neuron_gate", neuron_gate, "x", x)
+        _explain_gate(neuron_gate, x, w_in.shape[0])
 
 
-def _product_dtype(x: Tensor) -> torch.dtype:
-    """The dtype that a matrix product takes x in: autocast leaves only float64 alone."""
-    device = x.device.type
-    if x.dtype != torch.float64 and torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
-        return torch.get_autocast_dtype(device)
-    return x.dtype
-
-
-# Neurons that are off -------------------------------------------------------------------------------------------------
-
-
-def _may_skip(gate: Tensor) -> bool:
-    if gate.requires_grad and torch.is_grad_enabled():
-        return False
-    if torch.compiler.is_compiling() or gate.is_meta:
-        return False
-    return type(gate) in (Tensor, torch.nn.Parameter)
-
-
-_Value = TypeVar("_Value")
-
-
-class _Cache:
-    """What was last computed from a tensor, for as long as that is alive and has not changed. A part of another tensor
-    (a view) may be a new object in each call: the tensor that it is of is what counts as alive."""
-
-    def __init__(self) -> None:
-        self.entries = WeakTensorKeyDictionary()
-
-    def get(self, tensor: Tensor, what: tuple[Any, ...], of: object, compute: Callable[[], _Value]) -> _Value:
-        """``compute()``, or what it returned when called for the same ``tensor``, ``what`` and ``of``, the last being
-        one particular object. Of calls that differ only in ``of`` and in the tensor's values, the last is kept."""
-        with torch.inference_mode(False), torch.no_grad():  # what is kept may be used in a later call that records
-            whole = tensor if tensor._base is None else tensor._base
-            if whole.requires_grad or tensor.is_inference():
-                return compute()
-            values = self.entries.get(whole)
-            if values is None:
-                values = self.entries[whole] = {}
-            key = (*what, tensor.storage_offset(), tensor.shape, tensor.stride())
-            state = (tensor._version, tensor.data_ptr(), tensor.dtype)
-            found = values.get(key)
-            if found is None or found[0] != state or found[1] is not of:
-                found = values[key] = (state, of, compute())
-            value: _Value = found[2]
-            return value
-
-
-_ON = _Cache()
-_GATHERED = _Cache()
-
-
-def _neurons_on(gate: Tensor) -> tuple[Tensor | None, Tensor]:
-    """(indices of neurons that are on, their gates), or (None, the gate) if all are."""
-
-    def find() -> tuple[Tensor, Tensor] | None:
-        on = gate != 0
-        indices = (on.any(0) if gate.dim() == 2 else on).nonzero().squeeze(1)
-        return None if len(indices) == gate.shape[-1] else (indices, gate.index_select(-1, indices))
-
-    return _ON.get(gate, (), None, find) or (None, gate)
-
-
-def _gather(weight: Tensor, kept: Tensor, dim: int, dtype: torch.dtype) -> Tensor:
-    def select() -> Tensor:
-        return weight.index_select(dim, kept).to(dtype)
-
-    if weight.requires_grad and torch.is_grad_enabled():
-        return select()
-    return _GATHERED.get(weight, (dim, dtype), kept, select)
+def _explain_gate(neuron_gate: Tensor | ActiveNeurons, x: Tensor, neurons: int) -> None:
+    examples = f" or ({x.shape[0]}, {neurons})" if x.dim() > 1 else ", x having one dimension"
+    gate = neuron_gate
+    if isinstance(neuron_gate, ActiveNeurons):
+        gate = neuron_gate.gate.new_empty(*neuron_gate.gate.shape[:-1], neuron_gate.neurons)
+    check_tensor("neuron_gate", gate, FLOATING)
+    if gate.shape != (neurons,) and not (x.dim() > 1 and gate.shape == (x.shape[0], neurons)):
+        raise ValueError(f"neuron_gate has shape {tuple(gate.shape)}; expected ({neurons},){examples}")
+    check_same_device("neuron_gate", gate, "x", x)

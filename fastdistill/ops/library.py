@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from fastdistill.native import NATIVE
+from fastdistill.ops.native import NATIVE
 
 LIBRARY = torch.library.Library("fastdistill", "DEF")
 
@@ -27,8 +27,9 @@ def triton_available() -> bool:
 def define(
     schema: str, reference: Callable[..., Any], fake: Callable[..., Any], *, triton: str | None = None
 ) -> Callable[..., Any]:
-    """Define ``fastdistill::<schema>``: ``reference`` on every device, ``fake`` for shapes, and the function of the
-    same name in ``fastdistill.kernels.<triton>`` on CUDA. C++ kernels register themselves when they load."""
+    """Define ``fastdistill::<schema>``: ``reference`` on every device, ``fake`` for shapes, and on CUDA, by Triton, what
+    csrc/triton launches or else the function of the same name in ``fastdistill.kernels.<triton>``. C++ kernels register
+    themselves when they load."""
     name = schema[: schema.index("(")]
     OPS.append(name)
     LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
@@ -36,7 +37,8 @@ def define(
     torch.library.register_fake(f"fastdistill::{name}", fake, lib=LIBRARY)
     if triton is not None and triton_available():
         TRITON[name] = triton
-        LIBRARY.impl(name, _on_first_call(name, triton), "CUDA")
+        if not has_kernel(name, "CUDA"):
+            LIBRARY.impl(name, _on_first_call(name, triton), "CUDA")
     op: Callable[..., Any] = getattr(torch.ops.fastdistill, name).default
     return op
 
@@ -58,3 +60,32 @@ def _on_first_call(name: str, module: str) -> Callable[..., Any]:
         return kernel(*args)
 
     return launch
+
+
+def has_kernel(op: str, key: str) -> bool:
+    """Whether a kernel of the op's own is registered for a dispatch key, beside the reference."""
+    return torch._C._dispatch_has_kernel_for_dispatch_key(f"fastdistill::{op}", key)
+
+
+# Triton kernels that csrc/triton launches -----------------------------------------------------------------------------
+
+_COMPILED: list[Any] = []
+"""What Triton has compiled, which must not be unloaded."""
+
+
+def _launch_triton(module: str, kernel: str, *launch: Any) -> list[int]:
+    """Launch a kernel of ``fastdistill.kernels.<module>`` and return how to launch it again: the driver's function,
+    threads, bytes of shared memory, and rows that a program takes. Nothing where kernels are interpreted."""
+    compiled, rows = importlib.import_module(f"fastdistill.kernels.{module}").launch(kernel, *launch)
+    if compiled is None:
+        return []
+    _COMPILED.append(compiled)
+    return [compiled.function, compiled.metadata.num_warps * 32, compiled.metadata.shared, rows]
+
+
+if importlib.util.find_spec("triton") is not None:
+    LIBRARY.define(
+        "launch_triton(str module, str kernel, Tensor[] tensors, int[] strides, int[] sizes, float[] numbers, "
+        "int[] options, int rows, int programs) -> int[]"
+    )
+    LIBRARY.impl("launch_triton", _launch_triton, "CompositeExplicitAutograd")

@@ -7,8 +7,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from fastdistill import reference
-from fastdistill.native import NATIVE
+from fastdistill.ops import reference
 from fastdistill.ops.checks import FLOATING, check_choice, check_tensor
 from fastdistill.ops.library import define, define_autograd
 
@@ -95,22 +94,15 @@ def check_logits(name: str, logits: Tensor) -> None:
         raise ValueError(f"{name} has shape {tuple(logits.shape)}; expected a last dimension of at least 2")
 
 
-# With CUDA C++ built, its kernels serve every size, and Triton's where it is not. That is by reasoning, not measured:
-# short rows cost what a launch costs, and Triton's launcher takes several times as long on the host as a C++ one; long
-# rows cost what reading them costs, whoever reads. benchmarks/test_uncertainty.py measures both.
-_TRITON = None if NATIVE.cuda else "uncertainty"
-
 score = define(
     "uncertainty(Tensor logits, str kind, bool normalize) -> Tensor",
     reference.uncertainty,
     lambda logits, kind, normalize: logits.new_empty(logits.shape[:-1], dtype=reference.accumulation_dtype(logits)),
-    triton=_TRITON,
 )
 _backward_op = define(
     "uncertainty_backward(Tensor upstream, Tensor logits, str kind, bool normalize) -> Tensor",
     reference.uncertainty_backward,
     lambda upstream, logits, kind, normalize: torch.empty_like(logits, memory_format=torch.contiguous_format),
-    triton=_TRITON,
 )
 
 

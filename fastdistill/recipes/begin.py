@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
-import argparse
 from dataclasses import dataclass
+from typing import Any
 
 from transformers import PreTrainedModel
 
-from fastdistill.data import TaskData, load_task
-from fastdistill.objectives import TaskLoss
+from fastdistill.data.load import TaskData, load_task
+from fastdistill.data.tasks import Task
+from fastdistill.models.loading import describe_head, load_classifier, load_tokenizer
+from fastdistill.objectives.logits import TaskLoss
 from fastdistill.processes import join
 from fastdistill.recipes.examples import Examples, of_text
-from fastdistill.recipes.stages import Stages, Trained
-from fastdistill.students import describe_head, load_classifier, load_tokenizer
-from fastdistill.tasks import Task
+from fastdistill.recipes.settings import RecipeSettings
+from fastdistill.recipes.stages import Stages
+from fastdistill.recipes.training import Training
 
 TEACHER_EPOCHS = 2.0
 TEACHER_RATE, STUDENT_RATE, WIDTH = 1e-4, 3e-4, 384
@@ -22,77 +24,100 @@ TEACHER_RATE, STUDENT_RATE, WIDTH = 1e-4, 3e-4, 384
 
 @dataclass(frozen=True)
 class Beginning:
-    """What there is before anything is trained; `settings` are for the report."""
+    """What there is before anything is trained, and what the settings leave open."""
 
-    options: argparse.Namespace
+    settings: RecipeSettings
     data: TaskData
     pretrained: PreTrainedModel
     teacher_epochs: float
+    learning_rate: float
+    teacher_learning_rate: float
 
     @property
-    def settings(self) -> dict[str, object]:
-        return {**vars(self.options), "teacher_epochs": self.teacher_epochs}
+    def task(self) -> Task:
+        return self.data.task
+
+    @property
+    def depth(self) -> int:
+        return int(self.pretrained.config.num_hidden_layers)
+
+    def record(self) -> dict[str, Any]:
+        """The settings for results.json, with what they left open."""
+        filled = {name: getattr(self, name) for name in ("teacher_epochs", "learning_rate", "teacher_learning_rate")}
+        return self.settings.record() | filled
 
     def stages(self) -> Stages:
-        options = self.options
-        return stages_of(options, of_text(self.data, load_tokenizer(options.teacher), options.max_length))
+        assert self.settings.teacher is not None
+        return stages_of(
+            self.settings, of_text(self.data, load_tokenizer(self.settings.teacher), self.settings.max_length)
+        )
 
-    def teacher(self, stages: Stages) -> Trained:
+    def teacher(self) -> Training:
         """The stage "teacher": fine-tuned on the task, unless it is a classifier of it already."""
-        rate = self.options.teacher_learning_rate
-        return stages.train("teacher", self.pretrained, TaskLoss(), epochs=self.teacher_epochs, learning_rate=rate)
+        return Training(
+            name="teacher",
+            model=self.pretrained,
+            objective=TaskLoss(),
+            epochs=self.teacher_epochs,
+            learning_rate=self.teacher_learning_rate,
+            batch_size=self.settings.batch_size,
+        )
 
 
-def load(options: argparse.Namespace) -> TaskData:
-    """The data that the options of `fastdistill.recipes.options.add_run` name."""
+def load(settings: RecipeSettings) -> TaskData:
+    """The data that is asked for."""
     join()
     return load_task(
-        options.task,
-        max_train_examples=options.max_train_examples,
-        max_eval_examples=options.max_eval_examples,
-        seed=options.seed,
+        settings.task,
+        max_train_examples=settings.max_train_examples,
+        max_eval_examples=settings.max_eval_examples,
+        seed=settings.seed,
     )
 
 
-def stages_of(options: argparse.Namespace, examples: Examples) -> Stages:
+def stages_of(settings: RecipeSettings, examples: Examples) -> Stages:
     return Stages(
-        options.output,
+        settings.output,
         examples,
-        batch_size=options.batch_size,
-        seed=options.seed,
-        bf16=options.bf16,
-        checkpoints=options.checkpoints,
-        tensorboard=options.tensorboard,
+        batch_size=settings.batch_size,
+        seed=settings.seed,
+        bf16=settings.bf16,
+        checkpoints=settings.checkpoints,
+        tensorboard=settings.tensorboard,
     )
 
 
-def begin(options: argparse.Namespace, data: TaskData | None = None) -> Beginning:
-    """Load what the options of `fastdistill.recipes.options.add_run` and `add_training` name; nothing is written.
-
-    Learning rates that were left open are filled in. Raises ValueError for a task of images.
-    """
-    data = load(options) if data is None else data
+def begin(settings: RecipeSettings, data: TaskData | None = None) -> Beginning:
+    """Load what is asked for; nothing is written. Raises ValueError for a task of images."""
+    data = load(settings) if data is None else data
     if data.task.is_of_images:
-        raise ValueError(f"--task {options.task} is of images; expected one of text")
-    teacher_epochs = _teacher_epochs(options, data.task)
-    pretrained = load_classifier(options.teacher, data.task, seed=options.seed)
+        raise ValueError(f"--task {settings.task} is of images; expected one of text")
+    if settings.teacher is None:
+        raise ValueError(f"--teacher is None; expected a model for {data.task.name}")
+    teacher_epochs = _teacher_epochs(settings.teacher, settings.teacher_epochs, data.task)
+    pretrained = load_classifier(settings.teacher, data.task, seed=settings.seed)
     narrow = min(1.0, WIDTH / pretrained.config.hidden_size) ** 2
-    options.learning_rate = options.learning_rate or STUDENT_RATE * narrow
-    options.teacher_learning_rate = options.teacher_learning_rate or TEACHER_RATE * narrow
-    return Beginning(options, data, pretrained, teacher_epochs)
+    return Beginning(
+        settings,
+        data,
+        pretrained,
+        teacher_epochs,
+        settings.learning_rate or STUDENT_RATE * narrow,
+        settings.teacher_learning_rate or TEACHER_RATE * narrow,
+    )
 
 
-def _teacher_epochs(options: argparse.Namespace, task: Task) -> float:
+def _teacher_epochs(teacher: str, asked: float | None, task: Task) -> float:
     """As asked or, if nothing is asked, none where the teacher's config says that it is a classifier of the task."""
-    head = describe_head(options.teacher, task)
-    if options.teacher_epochs == 0 and head not in ("task", "unnamed"):
+    head = describe_head(teacher, task)
+    if asked == 0 and head not in ("task", "unnamed"):
         raise ValueError(
-            f"--teacher-epochs is 0 but {options.teacher} is no classifier of {task.name} "
-            f"({task.num_labels} labels); it must be fine-tuned"
+            f"--teacher-epochs is 0 but {teacher} is no classifier of {task.name} ({task.num_labels} labels); it must "
+            "be fine-tuned"
         )
-    if options.teacher_epochs is not None:
-        return float(options.teacher_epochs)
+    if asked is not None:
+        return float(asked)
     if head == "task":
-        print(f"teacher: {options.teacher} is a classifier of {task.name} already; taken as it is")
+        print(f"teacher: {teacher} is a classifier of {task.name} already; taken as it is")
         return 0.0
     return TEACHER_EPOCHS

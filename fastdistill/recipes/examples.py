@@ -8,10 +8,10 @@ from typing import TYPE_CHECKING
 import numpy as np
 from transformers import DataCollatorWithPadding
 
-from fastdistill.data import TaskData, tokenize
-from fastdistill.images import ImageCollator, pixels, size_of
-from fastdistill.stored import Collate
-from fastdistill.tasks import Task
+from fastdistill.data.images import ImageCollator, pixels, size_of
+from fastdistill.data.load import TaskData, tokenize
+from fastdistill.data.tasks import Task
+from fastdistill.teachers.store import Collate
 
 if TYPE_CHECKING:
     from datasets import Dataset

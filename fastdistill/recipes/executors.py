@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import importlib.util
 import logging
@@ -17,9 +16,10 @@ from accelerate import PartialState  # type: ignore[import-untyped]
 from rich.console import Console
 from transformers import PreTrainedModel
 
-from fastdistill.objectives import Objective
 from fastdistill.processes import join
-from fastdistill.recipes.stages import Stages, Trained
+from fastdistill.recipes.settings import RecipeSettings
+from fastdistill.recipes.stages import Stages
+from fastdistill.recipes.training import Trained, Training
 
 RETRIES = 2
 """How often a trial that failed, or whose process died, is tried again."""
@@ -33,20 +33,13 @@ ENVIRONMENT = {
 
 @dataclass(frozen=True)
 class Trial:
-    """A call of `Stages.train` that none of the others waits for; `options` are its keyword arguments."""
+    """A training that none of the others waits for, and the stages that keep it."""
 
     stages: Stages
-    name: str
-    model: PreTrainedModel
-    objective: Objective
-    options: Mapping[str, Any]
+    training: Training
 
     def train(self) -> Trained:
-        return self.stages.train(self.name, self.model, self.objective, **self.options)
-
-    def prepare(self) -> bool:
-        options = {name: value for name, value in self.options.items() if name != "callbacks"}
-        return self.stages.prepare(self.name, self.model, self.objective, **options)
+        return self.stages.train(self.training)
 
 
 class Local:
@@ -93,13 +86,13 @@ class Ray(Local):
         places, waiting, shared = [], {}, _Shared()
         with contextlib.ExitStack() as started:
             for trial in trials:
-                places.append((trial.stages, trial.name))
-                if not trial.prepare():
+                places.append((trial.stages, trial.training.name))
+                if not trial.stages.prepare(trial.training):
                     if not ray.is_initialized():
                         ray.init(log_to_driver=False, logging_level=logging.ERROR, include_dashboard=False)
                         started.callback(ray.shutdown)
-                    name = os.path.relpath(trial.stages.output / trial.name, self.folder.parent)
-                    waiting[name] = shared.put(vars(trial))
+                    name = os.path.relpath(trial.stages.output / trial.training.name, self.folder.parent)
+                    waiting[name] = shared.put({"stages": trial.stages, "training": vars(trial.training)})
             if waiting:
                 self._fit(waiting)
         for stages, name in places:
@@ -134,15 +127,16 @@ class Ray(Local):
                 raise kind(f"{name}: {cause}") from error
 
 
-def executor_of(options: argparse.Namespace) -> Local:
-    """What `fastdistill.recipes.options.add_executor` has been asked for; nothing is written or started yet."""
-    return Ray(options.output / "ray") if options.executor == "ray" else Local()
+def executor_of(settings: RecipeSettings) -> Local:
+    """The one that is asked for; nothing is written or started yet."""
+    return Ray(settings.output / "ray") if settings.executor == "ray" else Local()
 
 
 def _train(config: Mapping[str, Any], trials: Mapping[str, Any]) -> None:
     """A trial, in a process of the cluster."""
     join()
-    Trial(**_fetched(trials[config["trial"]])).train()
+    trial = _fetched(trials[config["trial"]])
+    Trial(trial["stages"], Training(**trial["training"])).train()
 
 
 class _Shared:

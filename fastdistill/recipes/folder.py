@@ -12,8 +12,8 @@ from typing import Any
 from accelerate import PartialState  # type: ignore[import-untyped]
 from transformers import PreTrainedModel
 
-from fastdistill.pruning import from_pretrained
-from fastdistill.report import write_json
+from fastdistill.models.loading import from_pretrained
+from fastdistill.recipes.report import write_json
 
 MARKER = "stage.json"
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from fastdistill import accumulate_sensitivity_
-from fastdistill.native import NATIVE
+from fastdistill.ops.native import NATIVE
 
 pytestmark = [
     pytest.mark.gpu,

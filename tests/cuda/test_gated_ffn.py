@@ -8,8 +8,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from fastdistill import gated_ffn, reference
-from fastdistill.native import NATIVE
+from fastdistill import gated_ffn
+from fastdistill.ops import ActiveNeurons, reference
+from fastdistill.ops.native import NATIVE
 from tests import eager
 from tests.accuracy import assert_accurate
 
@@ -44,13 +45,15 @@ def step(inputs: list[Tensor], *wanted: int) -> list[Tensor]:
 def test_never_waits_for_the_device(per_example: bool, request: pytest.FixtureRequest) -> None:
     """With a fixed mask, also in training; and with a gate that wants its gradient, whatever it is."""
     inputs = make(8, 16, 64, per_example=per_example)
+    active = [*inputs[:5], ActiveNeurons(inputs[5])]
 
     def everything() -> None:
-        step(inputs, 0)
-        step(inputs, 0, 1, 2, 3, 4)
+        for mask in (inputs, active):
+            step(mask, 0)
+            step(mask, 0, 1, 2, 3, 4)
         step(inputs, 0, 5)
 
-    everything()  # compiles the kernels, looks at the mask, allocates
+    everything()  # compiles the kernels, allocates
     request.getfixturevalue("no_synchronisation")
     for _ in range(3):
         for weight in inputs[1:5]:
@@ -83,9 +86,12 @@ def test_is_the_same_again() -> None:
             assert torch.equal(grad, before)
 
 
-def test_replays_in_a_cuda_graph() -> None:
+@pytest.mark.parametrize("active", [False, True])
+def test_replays_in_a_cuda_graph(active: bool) -> None:
     inputs = make(8, 16, 64)
-    gated_ffn(*inputs)  # the mask is looked at
+    if active:
+        inputs[5] = ActiveNeurons(inputs[5])
+    gated_ffn(*inputs)  # compiles the kernels
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         captured = gated_ffn(*inputs)

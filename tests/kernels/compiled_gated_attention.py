@@ -7,7 +7,8 @@ from typing import Any
 
 import torch
 import triton
-from fastdistill.kernels import gated_attention as module
+
+from tests.kernels import by_triton
 
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
 PADDING = {"attn_mask": torch.ones(2, 1, 1, 2048, dtype=torch.bool)}
@@ -48,6 +49,6 @@ def launches() -> Iterator[str]:
         mask, seed, *numbers = {**PLAIN, **changes}.values()
         gate = None if gate_grad is None else torch.zeros(2)
         options = (gate, mask, seed, *numbers, 0.1, gate_grad is True)
-        output, _, logsumexp = module.gated_attention(x, x, x, *options)
-        module.gated_attention_backward(x, x, x, x, *options[:3], output, logsumexp, *options[3:])
+        output, _, logsumexp = by_triton.gated_attention(x, x, x, *options)
+        by_triton.gated_attention_backward(x, x, x, x, *options[:3], output, logsumexp, *options[3:])
         yield f"{size} {length} {dtype} gate_grad={gate_grad} {[name for name in changes if name != 'dropout_p']}"

@@ -6,6 +6,7 @@ import os
 import sys
 import warnings
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 import torch
@@ -16,6 +17,15 @@ if DEVICE == "cpu":
     if "triton" in sys.modules and os.environ.get("TRITON_INTERPRET") != "1":
         raise pytest.UsageError("triton was imported before tests/kernels could set TRITON_INTERPRET=1")
     os.environ["TRITON_INTERPRET"] = "1"
+
+
+@pytest.hookimpl(tryfirst=True)  # before -m chooses
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """With a CUDA device, what runs there rather than in the interpreter is a test of it."""
+    here = Path(__file__).parent
+    for item in items:
+        if DEVICE == "cuda" and item.path.parent == here and item.path.name != "test_compiled.py":
+            item.add_marker(pytest.mark.gpu)
 
 
 @pytest.fixture(autouse=True)

@@ -16,7 +16,6 @@ import pytest
 ROOT = Path(__file__).parents[2]
 KERNELS = {
     "kd_ce_loss": {"_count_kernel", "_reduce_kernel", "_tile_kernel", "_sweep_kernel", "_scale_kernel"},
-    "uncertainty": {"_uncertainty_kernel"},
     "gated_ffn": {"_bias_act_gate_kernel"},
     "gated_attention": {"_forward_kernel", "_dots_kernel", "_key_value_kernel", "_query_kernel"},
 }

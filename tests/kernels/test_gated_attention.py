@@ -8,13 +8,15 @@ import pytest
 import torch
 import torch.nn.functional as F
 import triton
-from fastdistill.kernels import gated_attention as module
 from torch import Tensor
 
-from fastdistill import reference
+from fastdistill.ops import reference
+from fastdistill.ops.native import NATIVE
 from tests.accuracy import relative_error
+from tests.kernels import by_triton
 from tests.kernels.conftest import DEVICE
 
+pytestmark = pytest.mark.skipif(NATIVE.cpu is None, reason=f"launched from C++: {NATIVE.why_no_cpu}")
 interpreted = pytest.mark.skipif(
     DEVICE == "cpu" and triton.__version__ < "3.7" and numpy.lib.NumpyVersion(numpy.__version__) >= "2.4.0",
     reason="the interpreter of this Triton does not run with this NumPy",
@@ -40,7 +42,7 @@ def make(
 
 def both(
     inputs: list[Tensor], gate: Tensor | None, mask: Tensor | None, seed: Tensor | None = None, p: float = 0.0,
-    causal: bool = False, scale: float = 0.3, gate_grad: bool = False, by: Any = module,
+    causal: bool = False, scale: float = 0.3, gate_grad: bool = False, by: Any = by_triton,
 ) -> list[Tensor]:  # fmt: skip
     """Everything that the two ops return, computed by the kernels or by another module of their interface."""
     *qkv, upstream = inputs
@@ -137,18 +139,6 @@ def test_what_a_mask_hides_does_not_matter(dtype: torch.dtype) -> None:
     assert torch.equal(both(inputs, None, mask)[0], expected[0])
 
 
-def test_what_is_copied_of_a_mask() -> None:
-    """Nothing where tiles can be read as they are; no example, head or key twice."""
-    mask = torch.ones(2, 1, 20, 128, dtype=torch.bool, device=DEVICE).expand(2, 3, 20, 128)
-    assert module._in_tiles(mask, False) is mask
-    for part in (mask[..., :100], mask[..., :1].expand(2, 3, 20, 100)):
-        for single in (False, True):
-            tiles = module._in_tiles(part, single)
-            assert tiles.dtype == (torch.float32 if single else torch.bool)
-            assert torch.equal(tiles[..., :100] != 0, part) and not tiles[..., 100:].any()
-            assert tiles.stride() == (20 * 128, 0, 128, 1)
-
-
 @interpreted
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_a_mask_of_the_least_number_is_no_mask(dtype: torch.dtype) -> None:
@@ -163,7 +153,7 @@ def test_a_mask_of_the_least_number_is_no_mask(dtype: torch.dtype) -> None:
 
 
 @interpreted
-@pytest.mark.parametrize(("queries", "keys"), [(1, 1), (150, 70), (64, 129)])
+@pytest.mark.parametrize(("queries", "keys"), [(1, 1), (150, 70), (64, 129), (300, 20)])
 @pytest.mark.parametrize("causal", [False, True])
 def test_lengths(queries: int, keys: int, causal: bool) -> None:
     check(make(1, 2, queries, keys), causal=causal)
@@ -197,11 +187,11 @@ def test_any_strides() -> None:
 def test_any_strides_of_what_the_forward_gave(gate_grad: bool) -> None:
     *qkv, upstream = make()
     options = (torch.ones(3, device=DEVICE), None, None, 0.0, False, 0.3, gate_grad)
-    output, ungated, logsumexp = module.gated_attention(*qkv, *options)
+    output, ungated, logsumexp = by_triton.gated_attention(*qkv, *options)
     saved = ungated if gate_grad else output
-    expected = module.gated_attention_backward(upstream, *qkv, *options[:3], saved, logsumexp, *options[3:])
+    expected = by_triton.gated_attention_backward(upstream, *qkv, *options[:3], saved, logsumexp, *options[3:])
     saved, logsumexp = saved.mT.contiguous().mT, logsumexp.mT.contiguous().mT
-    found = module.gated_attention_backward(upstream, *qkv, *options[:3], saved, logsumexp, *options[3:])
+    found = by_triton.gated_attention_backward(upstream, *qkv, *options[:3], saved, logsumexp, *options[3:])
     for x, y in zip(found, expected, strict=True):
         assert torch.equal(x, y)
 

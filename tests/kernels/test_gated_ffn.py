@@ -9,7 +9,7 @@ import triton
 from fastdistill.kernels import gated_ffn as module
 from torch import Tensor
 
-from fastdistill import reference
+from fastdistill.ops import reference
 from tests.accuracy import assert_accurate
 from tests.kernels.conftest import DEVICE
 

@@ -11,9 +11,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 import fastdistill
-from fastdistill import reference
-from fastdistill.native import NATIVE
-from fastdistill.ops import accumulate_sensitivity_
+from fastdistill.ops import accumulate_sensitivity_, reference
+from fastdistill.ops.native import NATIVE
 from tests.accuracy import assert_accurate
 
 module = sys.modules["fastdistill.ops.accumulate_sensitivity"]  # the name in the package is the function

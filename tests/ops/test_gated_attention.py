@@ -7,7 +7,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from fastdistill import gated_attention, reference
+from fastdistill import gated_attention
+from fastdistill.ops import reference
 from tests import eager
 from tests.accuracy import assert_accurate
 

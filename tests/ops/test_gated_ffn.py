@@ -1,10 +1,7 @@
 from __future__ import annotations
 
-import gc
+import copy
 import math
-import sys
-import weakref
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -12,12 +9,12 @@ import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from fastdistill import gated_ffn, reference
+from fastdistill import gated_ffn
+from fastdistill.ops import ActiveNeurons, reference
 from fastdistill.ops.bias_act_gate import bias_act_gate
 from tests import eager
 from tests.accuracy import assert_accurate
 
-module = sys.modules["fastdistill.ops.gated_ffn"]  # the name in the package is the function
 ACTIVATIONS = tuple(eager.ACTIVATIONS)
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 GATES = ("none", "shared", "per example")
@@ -65,20 +62,15 @@ def with_gradients(function: Any, inputs: list[Tensor | None], wanted: tuple[str
     return {"out": out.detach(), **dict(zip(named, grads, strict=True))}
 
 
-def check(inputs: list[Tensor | None], wanted: tuple[str, ...] = NAMES, **options: Any) -> None:
-    ours = with_gradients(gated_ffn, inputs, wanted, **options)
+def check(
+    inputs: list[Tensor | None], wanted: tuple[str, ...] = NAMES, function: Any = gated_ffn, **options: Any
+) -> None:
+    ours = with_gradients(function, inputs, wanted, **options)
     exact = with_gradients(eager.gated_ffn, [None if x is None else x.double() for x in inputs], wanted, **options)
     plain = with_gradients(eager.gated_ffn, inputs, wanted, **options)
     for what, answer in exact.items():
         assert ours[what].dtype == plain[what].dtype
         assert_accurate(ours[what], answer, plain[what], what)
-
-
-@pytest.fixture(autouse=True)
-def fresh_caches(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    monkeypatch.setattr(module, "_ON", module._Cache())
-    monkeypatch.setattr(module, "_GATHERED", module._Cache())
-    yield
 
 
 # Values and gradients -------------------------------------------------------------------------------------------------
@@ -93,7 +85,8 @@ def test_every_dtype_and_activation(
     for bias in (True, False):
         inputs = make(3, 7, 16, gate=gate, bias=bias, dtype=dtype, device=device)
         check(inputs, activation=activation)
-        check(inputs, NAMES[:5], activation=activation)  # neurons are left out
+        if gate != "none":
+            check(inputs, NAMES[:5], by_active, activation=activation)
 
 
 @pytest.mark.parametrize("neurons", [1, 7, 16, 33, 1025, 2100])
@@ -218,30 +211,83 @@ def test_second_derivative_is_an_error() -> None:
 # Neurons that are off -------------------------------------------------------------------------------------------------
 
 
-def poison(inputs: list[Tensor | None]) -> Tensor:
-    """NaN into all weights of the neurons whose gates are 0 everywhere; returns which."""
-    gate = inputs[5]
-    off = (gate == 0).all(0) if gate.dim() == 2 else gate == 0
-    inputs[1][off], inputs[2][off], inputs[3][:, off] = math.nan, math.nan, math.nan
-    return off
+def by_active(x: Tensor, w_in: Tensor, b_in: Any, w_out: Tensor, b_out: Any, gate: Tensor, **options: Any) -> Tensor:
+    return gated_ffn(x, w_in, b_in, w_out, b_out, ActiveNeurons(gate), **options)
+
+
+def gathered(x: Tensor, w_in: Tensor, b_in: Any, w_out: Tensor, b_out: Any, gate: Tensor, **options: Any) -> Tensor:
+    active = ActiveNeurons(gate)
+    return gated_ffn(x, *active.gather(w_in, b_in, w_out), b_out, active.gate, **options)
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("gate", GATES[1:])
+@pytest.mark.parametrize("function", [by_active, gathered])
+def test_neurons_that_are_off_are_left_out(device: str, function: Any, gate: str, bias: bool) -> None:
+    inputs = make(3, 5, 8, gate=gate, bias=bias, device=device)
+    expected = with_gradients(eager.gated_ffn, inputs, NAMES[:5])
+    off = (inputs[5] == 0).all(0) if gate == "per example" else inputs[5] == 0
+    assert 0 < off.sum() < 37
+    for weight in (inputs[1], inputs[3].T, *([inputs[2]] if bias else [])):
+        weight[off] = math.nan
+    ours = with_gradients(function, inputs, NAMES[:5])
+    for what, value in expected.items():
+        torch.testing.assert_close(ours[what], value, rtol=1e-10, atol=1e-12)
+    for grad in (ours["w_in"], ours["w_out"].T, *([ours["b_in"]] if bias else [])):
+        assert (grad[off] == 0).all() and (grad[~off] != 0).all()
+    assert with_gradients(gated_ffn, inputs)["out"].isnan().all()  # the gate needs its gradient: computed
 
 
 @pytest.mark.parametrize("gate", GATES[1:])
-def test_neurons_that_are_off_are_left_out(device: str, gate: str) -> None:
+def test_of_weights_under_a_closed_gate_the_gradients_are_0(device: str, gate: str) -> None:
     inputs = make(3, 5, 8, gate=gate, device=device)
-    inputs[5][0] = 0 if gate == "shared" else inputs[5][0]
-    expected = with_gradients(eager.gated_ffn, inputs, NAMES[:5])
-    off = poison(inputs)
-    assert 0 < off.sum() < 37
+    off = (inputs[5] == 0).all(0) if gate == "per example" else inputs[5] == 0
     ours = with_gradients(gated_ffn, inputs, NAMES[:5])
-    for what, value in expected.items():
-        torch.testing.assert_close(ours[what], value, rtol=1e-10, atol=1e-12)
     for grad in (ours["w_in"], ours["b_in"], ours["w_out"].T):
         assert (grad[off] == 0).all() and (grad[~off] != 0).all()
+
+
+@pytest.mark.parametrize("gate", GATES[1:])
+def test_of_many_rows_on_cpu_neurons_that_are_off_are_left_out(gate: str) -> None:
+    inputs = make(4, 400, 8, gate=gate)
+    check(inputs, NAMES[:5])
+    off = (inputs[5] == 0).all(0) if gate == "per example" else inputs[5] == 0
+    inputs[1][off] = math.nan
+    assert gated_ffn(*inputs).isfinite().all()
     with torch.no_grad():  # a gate that requires a gradient, of which none is recorded
-        out = gated_ffn(*inputs[:5], inputs[5].clone().requires_grad_())
-    torch.testing.assert_close(out, expected["out"])
-    assert with_gradients(gated_ffn, inputs)["out"].isnan().all()  # the gate needs its gradient: computed
+        assert gated_ffn(*inputs[:5], inputs[5].requires_grad_()).isfinite().all()
+    assert gated_ffn(*inputs).isnan().all()
+
+
+@pytest.mark.parametrize("neurons", [1, 16, 37, 64])
+@pytest.mark.parametrize("share_off", [0.0, 0.4, 1.0])
+def test_products_get_even_sizes(device: str, neurons: int, share_off: float) -> None:
+    inputs = make(3, 5, 8, neurons=neurons, off=share_off, device=device)
+    active = ActiveNeurons(inputs[5])
+    on = int((inputs[5] != 0).sum())
+    assert len(active.indices) == len(active.gate) == -(-on // 16) * 16
+    assert active.gate.count_nonzero() == on and active.neurons == neurons
+    torch.testing.assert_close(gated_ffn(*inputs[:5], active), eager.gated_ffn(*inputs))
+
+
+def test_the_number_of_threads_changes_nothing_but_pytorchs_products() -> None:
+    x, w_in, b_in, w_out, b_out, gate = make(600, 64, neurons=300, out=64, dtype=torch.float32)
+    active, before, swept = ActiveNeurons(gate), torch.get_num_threads(), []
+    few_in, few_b, few_out = active.gather(w_in, b_in, w_out)
+    h = torch.nn.functional.linear(x, few_in)
+    try:
+        for threads in (1, 2, 3, 4, 8):
+            torch.set_num_threads(threads)
+            a = bias_act_gate(h, few_b, active.gate, "gelu")
+            grads = torch.ops.fastdistill.bias_act_gate_backward(h, h, few_b, active.gate, "gelu", True, True)
+            swept.append([a, *grads])
+            hidden = bias_act_gate(torch.nn.functional.linear(x, few_in), few_b, active.gate, "gelu")
+            plain = torch.nn.functional.linear(hidden, few_out, b_out)
+            assert torch.equal(gated_ffn(x, w_in, b_in, w_out, b_out, active), plain)
+    finally:
+        torch.set_num_threads(before)
+    for again in swept[1:]:
+        assert all(torch.equal(*pair) for pair in zip(again, swept[0], strict=True))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -249,144 +295,90 @@ def test_all_on_and_all_off(device: str, dtype: torch.dtype) -> None:
     for gate in GATES[1:]:
         inputs = make(3, 5, 8, gate=gate, off=0, dtype=dtype, device=device)
         check(inputs, NAMES[:5])
+        check(inputs, NAMES[:5], function=by_active)
         inputs[5].zero_()
         check(inputs)
         check(inputs, NAMES[:5])
+        check(inputs, NAMES[:5], function=by_active)
 
 
 def test_off_for_some_examples_is_computed(device: str) -> None:
     inputs = make(3, 5, 8, gate="per example", off=0, device=device)
     inputs[5][1, :20] = 0
+    check(inputs, NAMES[:5], function=by_active)
     check(inputs, NAMES[:5])
     check(inputs)
 
 
-@pytest.fixture
-def gathers(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """Names the selections made: "on" for the search for neurons, "gather" for each weight gathered."""
-    made: list[str] = []
-    select, nonzero = Tensor.index_select, Tensor.nonzero
-    monkeypatch.setattr(Tensor, "nonzero", lambda *args: made.append("on") or nonzero(*args))
-    monkeypatch.setattr(Tensor, "index_select", lambda *args: made.append("gather") or select(*args))
-    return made
+@pytest.mark.parametrize("function", [gated_ffn, by_active])
+@pytest.mark.parametrize("gate", GATES[1:])
+def test_nothing_goes_stale(device: str, function: Any, gate: str) -> None:
+    """Weights and gates are seen as they are, however they were changed between calls."""
+    inputs = make(4, 400, 8, gate=gate, dtype=torch.float32, device=device)
+    weights = inputs[1:5]
+
+    def compare() -> None:
+        torch.testing.assert_close(function(*inputs), eager.gated_ffn(*inputs), rtol=1e-4, atol=1e-5)
+
+    compare()
+    optimizer = torch.optim.AdamW([w.requires_grad_() for w in weights], lr=0.1, weight_decay=0.0, fused=True)
+    function(*inputs).square().sum().backward()  # changes tensors uncounted
+    optimizer.step()
+    for w in weights:
+        w.requires_grad_(False)
+    compare()
+    inputs[1].data.mul_(2)
+    compare()
+    inputs[1].data = inputs[1].data * 3
+    compare()
+    inputs[3].detach().mul_(2), inputs[2].detach().add_(1)
+    compare()
+    if device == "cpu":
+        inputs[1].numpy()[:] *= 2
+        inputs[5].numpy()[..., :9] = 0
+        compare()
+    inputs[5].data.neg_()
+    compare()
+    with torch.inference_mode():
+        inputs[5][..., 9:12] = 0
+        compare()
+    compare()
 
 
-def drain(made: list[str]) -> tuple[int, int]:
-    counts = made.count("on"), made.count("gather")
-    made.clear()
-    return counts
-
-
-def test_a_fixed_mask_costs_nothing_again(device: str, gathers: list[str]) -> None:
+def test_active_neurons_are_a_copy(device: str) -> None:
     inputs = make(3, 5, 8, device=device)
-    expected = eager.gated_ffn(*inputs)
-
-    def call() -> tuple[int, int]:
-        torch.testing.assert_close(gated_ffn(*inputs), eager.gated_ffn(*inputs))
-        return drain(gathers)
-
-    assert call() == (1, 4)  # gate, w_in, b_in, w_out
-    assert call() == (0, 0)
-    torch.testing.assert_close(gated_ffn(*inputs), expected)
-    inputs[1].mul_(2)
-    assert call() == (0, 1)
-    inputs[3].mul_(2), inputs[2].add_(1)
-    assert call() == (0, 2)
-    inputs[5].neg_()  # the same neurons are on, but that is known only by looking
-    assert call() == (1, 4)
-    inputs[5][inputs[5].nonzero()[0]] = 0
-    drain(gathers)
-    assert call() == (1, 4)
-    assert call() == (0, 0)
-    inputs[1] = inputs[1].clone()
-    assert call() == (0, 1)
-    inputs[1].data = inputs[1].data * 3  # new memory, the same version
-    assert call() == (0, 1)
+    active, expected = ActiveNeurons(inputs[5]), eager.gated_ffn(*inputs)
+    inputs[5].zero_()
+    torch.testing.assert_close(gated_ffn(*inputs[:5], active), expected)
+    torch.testing.assert_close(gated_ffn(*inputs[:5], copy.deepcopy(active)), expected)
 
 
-def test_parts_of_tensors_are_known_again(gathers: list[str]) -> None:
-    """A layer's mask and weights taken from stacks: new tensors in each call."""
-    layers = [make(3, 5, 8) for _ in range(2)]
-    layers[1][5] = layers[0][5].flip(0)
-    x = layers[0][0]
-    stacks = [torch.stack([layer[i] for layer in layers]) for i in range(1, 6)]
-    for expected in ((2, 8), (0, 0)):
-        for i in range(2):
-            out = gated_ffn(x, *(stack[i] for stack in stacks))
-            torch.testing.assert_close(out, eager.gated_ffn(x, *layers[i][1:]))
-        assert drain(gathers) == expected
-    stacks[4][0].zero_()
-    torch.testing.assert_close(gated_ffn(x, *(stack[0] for stack in stacks)), stacks[3][0].expand(3, 5, 6))
-
-
-def test_one_weight_under_several_masks(gathers: list[str]) -> None:
-    inputs = make(3, 5, 8)
-    for gate in (inputs[5], inputs[5].flip(0), inputs[5], inputs[5].flip(0)):
-        torch.testing.assert_close(gated_ffn(*inputs[:5], gate), eager.gated_ffn(*inputs[:5], gate))
-
-
-def test_nothing_is_kept_alive(device: str) -> None:
-    inputs = make(3, 5, 8, device=device)
-    gated_ffn(*inputs)
-    whole = make(3, 5, 8, device=device)[5].repeat(2, 1)
-    gated_ffn(*inputs[:5], whole[1])
-    gone = [weakref.ref(x) for x in (*inputs, whole)]
-    assert len(module._ON.entries) == 2 and len(module._GATHERED.entries) == 3
-    del inputs, whole
-    gc.collect()
-    assert [ref() for ref in gone] == [None] * 7
-    assert len(module._ON.entries) == len(module._GATHERED.entries) == 0
-
-
-@pytest.mark.parametrize("fused", [False, True])  # fused optimizers change tensors uncounted
-def test_training_with_a_fixed_mask(device: str, gathers: list[str], fused: bool) -> None:
+@pytest.mark.parametrize("fused", [False, True])
+def test_training_with_a_fixed_mask(device: str, fused: bool) -> None:
     ours, theirs = ([None if x is None else x.clone() for x in make(3, 5, 8, device=device)] for _ in range(2))
-    for function, inputs in ((eager.gated_ffn, theirs), (gated_ffn, ours)):
+    active = ActiveNeurons(ours[5])
+    off = ours[5] == 0
+    for function, inputs in ((eager.gated_ffn, theirs), (gated_ffn, [*ours[:5], active])):
         parameters = [x.requires_grad_() for x in inputs[1:5]]
         optimizer = torch.optim.AdamW(parameters, lr=0.1, weight_decay=0.0, fused=fused)
         for _ in range(3):
             function(*inputs).square().sum().backward()
-            with torch.no_grad():
-                function(*inputs)  # evaluated between steps
             optimizer.step()
             optimizer.zero_grad()
-    assert gathers.count("on") == 1
     with torch.no_grad():
-        torch.testing.assert_close(gated_ffn(*ours), eager.gated_ffn(*theirs))
-        detached = [None if x is None else x.detach() for x in ours]
-        torch.testing.assert_close(gated_ffn(*detached), eager.gated_ffn(*theirs))
-    off = ours[5] == 0
+        torch.testing.assert_close(gated_ffn(*ours[:5], active), eager.gated_ffn(*theirs))
     assert torch.equal(ours[1][off], make(3, 5, 8, device=device)[1][off])  # gradient 0: not moved
 
 
-def test_a_gate_that_an_optimizer_changes(device: str) -> None:
+def test_found_in_inference_mode_and_used_outside(device: str) -> None:
     inputs = make(3, 5, 8, device=device)
-    gate = inputs[5].requires_grad_()
-    optimizer = torch.optim.SGD([gate], lr=1.0, fused=True)
-    for _ in range(2):
-        with torch.no_grad():
-            torch.testing.assert_close(gated_ffn(*inputs), eager.gated_ffn(*inputs))
-        gate.grad = torch.where(torch.arange(len(gate), device=device) % 3 == 0, gate.detach(), -1.0)  # closes these
-        optimizer.step()
-
-
-def test_inference_mode(gathers: list[str]) -> None:
-    inputs = make(3, 5, 8)
     with torch.inference_mode():
-        gated_ffn(*inputs)
-        born = make(3, 5, 8)
-        for _ in range(2):
-            torch.testing.assert_close(gated_ffn(*born), eager.gated_ffn(*inputs))
-            born[5].mul_(1)
-    drain(gathers)
-    x = inputs[0].clone().requires_grad_()
-    grads = (torch.autograd.grad(f(x, *inputs[1:]).sum(), x)[0] for f in (gated_ffn, eager.gated_ffn))
-    torch.testing.assert_close(*grads)  # what was kept can be recorded
-    assert drain(gathers) == (0, 0)
-    inputs[5] = born[5]  # its changes are not counted
-    with torch.inference_mode():
-        born[5][:30] = 0
-    torch.testing.assert_close(gated_ffn(*inputs), eager.gated_ffn(*inputs))
+        active = ActiveNeurons(inputs[5].clone())
+        torch.testing.assert_close(gated_ffn(*inputs[:5], active), eager.gated_ffn(*inputs))
+    expected = with_gradients(eager.gated_ffn, inputs, NAMES[:5])
+    ours = with_gradients(lambda *args: gated_ffn(*args[:5], active), inputs, NAMES[:5])
+    for what, value in expected.items():
+        torch.testing.assert_close(ours[what], value)
 
 
 # Under PyTorch's other machinery --------------------------------------------------------------------------------------
@@ -489,6 +481,23 @@ def test_nothing_to_compute(device: str, gate: str, shape: tuple[int, ...], nan_
     check(make(*shape, neurons=0, gate=gate, device=device))
 
 
+@pytest.mark.parametrize("dynamic", [False, True])
+def test_active_neurons_compile_whole(device: str, dynamic: bool) -> None:
+    torch.compiler.reset()
+    inputs = make(3, 5, 8, dtype=torch.float32, device=device)
+    active = ActiveNeurons(inputs[5])
+
+    def block(*args: Any) -> Tensor:
+        return gated_ffn(*args[:5], active) * 2
+
+    whole = torch.compile(block, fullgraph=True, dynamic=dynamic)
+    for length in (5, 9) if dynamic else (5,):
+        inputs[0] = make(3, length, 8, dtype=torch.float32, device=device)[0]
+        expected = with_gradients(block, inputs, NAMES[:5])
+        for what, value in with_gradients(whole, inputs, NAMES[:5]).items():
+            torch.testing.assert_close(value, expected[what], rtol=1e-4, atol=1e-5)
+
+
 def test_fake_and_meta_tensors() -> None:
     with FakeTensorMode():
         assert gated_ffn(*make(3, 5, 8, device="meta")).shape == (3, 5, 6)
@@ -528,12 +537,30 @@ def test_fake_and_meta_tensors() -> None:
         ({"neuron_gate": torch.ones(1, 37)}, ValueError, r"neuron_gate has shape \(1, 37\)"),
         ({"neuron_gate": torch.ones(1, 37), "x": torch.zeros(8)}, ValueError, r"\(37,\), x having one dimension"),
         ({"neuron_gate": torch.ones(37, device="meta")}, ValueError, "neuron_gate is on meta but x is on cpu"),
+        ({"neuron_gate": ActiveNeurons(torch.ones(36))}, ValueError, r"neuron_gate has shape \(36,\); expected \(37,\)"),
+        ({"neuron_gate": ActiveNeurons(torch.ones(2, 37))}, ValueError, r"neuron_gate has shape \(2, 37\)"),
+        ({"neuron_gate": [1.0]}, TypeError, "neuron_gate is a list"),
     ],
 )  # fmt: skip
 def test_bad_arguments(changes: dict[str, Any], error: type, message: str) -> None:
     arguments = dict(zip(NAMES, make(3, 5, 8, dtype=torch.float32), strict=True))
     with pytest.raises(error, match=message):
         gated_ffn(**{**arguments, **changes})
+
+
+@pytest.mark.parametrize(
+    ("gate", "error", "message"),
+    [
+        ([1.0], TypeError, "neuron_gate is a list"),
+        (torch.ones(3).bool(), TypeError, "neuron_gate has dtype torch.bool"),
+        (torch.ones(()), ValueError, r"neuron_gate has shape \(\); expected \[I\] or \[B, I\]"),
+        (torch.ones(2, 3, 4), ValueError, r"neuron_gate has shape \(2, 3, 4\)"),
+        (torch.ones(3, requires_grad=True), ValueError, r"neuron_gate requires a gradient.*neuron_gate.detach\(\)"),
+    ],
+)
+def test_bad_gates_of_active_neurons(gate: Any, error: type, message: str) -> None:
+    with pytest.raises(error, match=message):
+        ActiveNeurons(gate)
 
 
 def test_float64_is_left_alone_by_autocast() -> None:

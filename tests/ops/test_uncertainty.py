@@ -1,10 +1,6 @@
 from __future__ import annotations
 
 import math
-import os
-import subprocess
-import sys
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -13,8 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from fastdistill import hidden_entropy, reference, select_uncertain, uncertainty
-from fastdistill.ops.select_uncertain import _NaNWatch
+from fastdistill import hidden_entropy, select_uncertain, uncertainty
+from fastdistill.ops import reference
 from tests import eager
 from tests.accuracy import assert_accurate
 
@@ -219,13 +215,14 @@ def test_minus_infinity_is_no_probability(device: str, classes: int, kind: str, 
 
 
 @pytest.mark.parametrize("classes", [2, 6, 60, 3000])
+@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("poison", [math.nan, INF, "all -inf", "all nan", "two inf"])
 @pytest.mark.parametrize("place", [0, -1])
 def test_what_is_not_finite_spoils_only_its_row(
-    device: str, classes: int, kind: str, poison: float | str, place: int, nan_filled: None
+    device: str, classes: int, dtype: torch.dtype, kind: str, poison: float | str, place: int, nan_filled: None
 ) -> None:
-    logits = make(4, classes, device=device, dtype=torch.float32)
+    logits = make(4, classes, device=device, dtype=dtype)
     if isinstance(poison, float):
         logits[1, place] = poison
     elif poison == "two inf":
@@ -236,6 +233,48 @@ def test_what_is_not_finite_spoils_only_its_row(
     assert value.isnan().tolist() == [False, True, False, False]
     assert grad.isnan().all(-1).tolist() == [False, True, False, False]
     assert grad.isnan().any(-1).tolist() == [False, True, False, False]
+
+
+PLACES = {2: [0, 1], 3: [0, 1, 2], 16: [0, 7, 15], 17: [0, 9, 16], 40: [0, 31, 39], 2500: [0, 300, 2047, 2499]}
+
+
+@pytest.mark.parametrize("classes", PLACES)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("logit", [math.nan, INF, -INF, 0.0, -0.0, 9.0, 20.0, 5e4, -5e4])
+def test_any_logit_anywhere(
+    device: str, classes: int, dtype: torch.dtype, kind: str, logit: float, nan_filled: None
+) -> None:
+    """Beside ordinary logits, beside zeros of either sign, beside its equals but one, and beside nothing but -inf."""
+    places = PLACES[classes]
+    rows = torch.cat([make(len(places), classes), torch.zeros(len(places), classes).fill_(-0.0)])
+    rows = torch.cat([rows, torch.full((len(places), classes), logit), torch.full((len(places), classes), -INF)])
+    for row, place in zip(rows, places * 4, strict=True):
+        row[place] = logit
+    rows[2 * len(places) : 3 * len(places), classes // 2] = 1.0
+    rows[3 * len(places) :, 1] = 0.5
+    logits = rows.to(device, dtype)
+    value, grad = with_gradient(uncertainty, logits, kind, False)
+    exact = reference.uncertainty(logits.double(), kind, False)
+    ordinary = reference.uncertainty(logits, kind, False)
+    assert torch.equal(value.isnan(), exact.isnan())
+    assert torch.equal(grad.isnan().any(-1), exact.isnan()) and torch.equal(grad.isnan().all(-1), exact.isnan())
+    assert not (value < 0).any()
+    known = ~exact.isnan()
+    assert_accurate(value[known], exact[known], ordinary[known])
+
+
+@pytest.mark.parametrize("classes", [2, 50, 3000])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("kind", KINDS)
+def test_16_bit_logits_close_to_certainty(device: str, classes: int, dtype: torch.dtype, kind: str) -> None:
+    """Each value as precise as float32's exponentials of a few dozen are, wherever the two possible classes are."""
+    height = torch.arange(1.0, 65.0, device=device).to(dtype)
+    for place in sorted({0, classes // 3, classes - 2}):
+        logits = torch.full((64, classes), -INF, dtype=dtype, device=device)
+        logits[:, place], logits[:, place + 1] = height, 0
+        exact = reference.uncertainty(logits.double(), kind, False)
+        torch.testing.assert_close(uncertainty(logits, kind, False).double(), exact, rtol=1e-5, atol=0)
 
 
 @pytest.mark.parametrize("classes", [4, 90, 3000])
@@ -312,7 +351,6 @@ def by_definition(logits: Tensor, count: int, kind: str) -> Tensor:
     return torch.tensor([row for _, _, row in sorted(rank)[:count]], device=logits.device)
 
 
-@pytest.mark.filterwarnings("ignore:select_uncertain")
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("shape", [(1, 2), (9,), (700, 3), (7, 11, 40), (5000, 2)])
@@ -331,6 +369,39 @@ def test_selects_by_definition(
                 chosen = select_uncertain(logits, ratio, kind)
                 assert chosen.dtype == torch.int64 and chosen.device == logits.device
                 assert torch.equal(chosen, by_definition(logits, max(1, round(len(rows) * ratio)), kind))
+
+
+@pytest.mark.parametrize("classes", [2, 3, 40, 3000])
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("sign", [1, -1])
+def test_nan_ranks_first_in_order(device: str, classes: int, dtype: torch.dtype, kind: str, sign: int) -> None:
+    """Of either sign and wherever in its row; so do rows with +inf and rows of nothing but -inf."""
+    logits = make(400, classes, device=device, dtype=dtype)
+    spoilt = [3, 50, 51, 200, 201, 333, 399]
+    for row, logit, place in zip(
+        spoilt, [math.nan, math.nan, INF, -INF, math.nan, INF, math.nan], [0, -1, 0, slice(None), 1, -1, slice(None)],
+        strict=True,
+    ):  # fmt: skip
+        logits[row, place] = math.copysign(logit, sign * logit) if math.isnan(logit) else logit
+    expected = torch.tensor(spoilt, device=device)
+    for count in (1, 5, 7, 40, 400):
+        chosen = select_uncertain(logits, count / 400, kind)
+        assert len(chosen) == count and torch.equal(chosen[:7], expected[:count])
+    assert torch.equal(chosen.sort().values, torch.arange(400, device=device))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("rows", [1023, 1024, 1025, 70_001])
+def test_selects_the_first_of_equals(device: str, dtype: torch.dtype, kind: str, rows: int) -> None:
+    """A few values, so that the last one chosen has equals on both sides of the cut."""
+    g = torch.Generator().manual_seed(2)
+    logits = torch.randint(0, 3, (rows, 3), generator=g).to(device, dtype)
+    scores = uncertainty(logits, kind, normalize=False)
+    ranked = scores.cpu().sort(descending=True, stable=True).indices.to(device)
+    for count in (1, 2, rows // 3, rows // 2, rows - 1, rows):
+        assert torch.equal(select_uncertain(logits, count / rows, kind), ranked[:count])
 
 
 def test_equal_scores_go_by_lower_index(device: str) -> None:
@@ -359,66 +430,6 @@ def test_selects_from_any_layout(device: str) -> None:
         assert torch.equal(select_uncertain(view, 0.4), select_uncertain(view.contiguous(), 0.4))
 
 
-WARNS_ONCE = """
-import warnings, torch, fastdistill
-device = {device!r}
-logits = torch.zeros(8, 3, device=device)
-with warnings.catch_warnings(record=True) as caught:
-    warnings.simplefilter("always")
-    for poison in (False, True, True, True, True):
-        if poison:
-            logits[5, 0] = torch.nan
-        first = fastdistill.select_uncertain(logits, 0.5)[0]
-        if device == "cuda":
-            torch.cuda.synchronize()
-        print(len(caught), int(first))
-print([str(w.message) for w in caught])
-"""
-
-
-def test_warns_of_nan_once(device: str) -> None:
-    """With the call on CPU, with the next on CUDA."""
-    done = subprocess.run([sys.executable, "-c", WARNS_ONCE.format(device=device)], capture_output=True, text=True)
-    lines = done.stdout.splitlines()
-    first = "1 5" if device == "cpu" else "0 5"
-    assert lines[:5] == ["0 0", first, "1 5", "1 5", "1 5"], done.stderr
-    assert "uncertainty is NaN; they rank first" in lines[5]
-
-
-WARNS_AT_ITS_CALLER = """
-import warnings, torch, fastdistill
-logits = torch.zeros(8, 3, device={device!r})
-logits[5, 0] = torch.nan
-warnings.showwarning = lambda said, kind, file, line, *more: print(file, line, said)
-fastdistill.select_uncertain(logits, 0.5)
-print("done")
-"""
-
-
-def test_one_call_warns_at_its_caller(device: str) -> None:
-    """On CUDA, where nobody waits, when the process ends."""
-    code = WARNS_AT_ITS_CALLER.format(device=device)
-    environment = os.environ | {"FASTDISTILL_NATIVE": "0"}  # C++ does not say who called
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment)
-    lines = done.stdout.splitlines()
-    if device == "cuda":
-        assert lines[0] == "done", done.stderr
-        assert "they rank first" in lines[1]
-    else:
-        assert lines[0].startswith("<string> 6 select_uncertain: logits has rows"), done.stderr
-
-
-def test_a_copy_is_looked_at_when_the_process_ends() -> None:
-    watch, waited = _NaNWatch(), []
-    watch.look_at_last()  # there is none
-    watch.look(torch.full((1,), math.nan, device="meta"))  # whom nobody asks
-    watch.copy, watch.copied = torch.full((1,), math.nan), SimpleNamespace(synchronize=lambda: waited.append(True))
-    with pytest.warns(UserWarning, match="they rank first"):
-        watch.look_at_last()
-    watch.look_at_last()
-    assert waited == [True]
-
-
 # Errors ---------------------------------------------------------------------------------------------------------------
 
 LOGITS = torch.zeros(4, 3)
@@ -441,6 +452,8 @@ LOGITS = torch.zeros(4, 3)
         (lambda: hidden_entropy(torch.zeros(2, 3, 4), None), TypeError, "normalize is None"),
         (lambda: select_uncertain(torch.zeros(0, 3), 0.5), ValueError, r"logits has shape \(0, 3\); expected at least"),
         (lambda: select_uncertain(torch.zeros(4, 1), 0.5), ValueError, "logits has shape"),
+        (lambda: select_uncertain(torch.zeros(2, device="meta").expand(1 << 32, 2), 0.5), ValueError,
+         "logits has 4294967296 rows; expected fewer than 2"),
         (lambda: select_uncertain(LOGITS, 0.0), ValueError, "ratio is 0.0; expected a finite number > 0"),
         (lambda: select_uncertain(LOGITS, -0.5), ValueError, "ratio is -0.5"),
         (lambda: select_uncertain(LOGITS, 1.01), ValueError, "ratio is 1.01; expected a number > 0 and <= 1"),

@@ -1,0 +1,216 @@
+// gated_attention on CUDA, by the Triton kernels of kernels/gated_attention.py: what is given to which, and what is copied
+// first because they cannot read it as it is.
+#include "launch.h"
+
+#include <ATen/Functions.h>
+#include <torch/library.h>
+
+#include <limits>
+#include <optional>
+#include <tuple>
+
+namespace fastdistill {
+namespace {
+
+using at::Tensor;
+using Optional = std::optional<Tensor>;
+
+constexpr int64_t kMaxSize = 128; // of a head
+constexpr int64_t kAlignment = 8; // elements that one instruction copies
+constexpr int64_t kMaxKeys = 128; // in a tile
+constexpr int64_t kWholeKeys = 128, kWholeQueries = 256; // up to as many, one program has a whole head's backward,
+constexpr int64_t kWholeKeyElements = 128 * 64; // which holds the keys in registers, in half precision only
+constexpr int64_t kDotRows = 64; // that a program of the "dots" kernel takes
+enum Mask { kNone, kBool, kFloat };
+
+using Forward = std::tuple<Tensor, Tensor, Tensor>(
+    const Tensor&, const Tensor&, const Tensor&, const Optional&, const Optional&, const Optional&, double, bool, double,
+    bool);
+using Backward = std::tuple<Tensor, Tensor, Tensor, Tensor>(
+    const Tensor&, const Tensor&, const Tensor&, const Tensor&, const Optional&, const Optional&, const Optional&,
+    const Tensor&, const Tensor&, double, bool, double, bool);
+
+// The op as it is on a device of which no kernel is registered: in plain PyTorch.
+template <typename Signature, typename... Args>
+auto by_reference(const char* name, const Args&... args) {
+  const auto op = c10::Dispatcher::singleton().findSchemaOrThrow(name, "").typed<Signature>();
+  return op.redispatch(c10::DispatchKeySet(c10::DispatchKey::PrivateUse1), args...);
+}
+
+bool is_for_reference(const Tensor& query, const Tensor& key) {
+  return !triton::available() || query.scalar_type() == at::kDouble || query.size(3) > kMaxSize ||
+      query.numel() == 0 || key.numel() == 0;
+}
+
+// [B, H, S, D] in memory as [B, S, H, D].
+Tensor empty_heads(const Tensor& x) {
+  return at::empty_permuted(x.sizes(), {0, 2, 1, 3}, x.options());
+}
+
+// With channels of zeros, which add nothing, up to a multiple of kAlignment.
+Tensor widened(const Tensor& x) {
+  return at::constant_pad_nd(x, {0, (kAlignment - x.size(3) % kAlignment) % kAlignment});
+}
+
+Tensor narrowed(const Tensor& x, int64_t size) {
+  const Tensor part = x.narrow(3, 0, size);
+  return empty_heads(part).copy_(part);
+}
+
+bool begins_at_16_bytes(const Tensor& x) {
+  return reinterpret_cast<uintptr_t>(x.data_ptr()) % 16 == 0;
+}
+
+// With rows that begin at multiples of kAlignment elements, copied if need be; so is their number of channels.
+Tensor aligned(const Tensor& x) {
+  bool even = x.stride(3) == 1 && begins_at_16_bytes(x);
+  for (int dim = 0; dim < 3; ++dim)
+    even = even && x.stride(dim) % kAlignment == 0;
+  return even ? x : x.clone(at::MemoryFormat::Contiguous);
+}
+
+// A mask with a row for each query, its rows whole tiles, and in single precision numbers.
+//
+// So the kernels can copy it 16 bytes at a time, past the registers. Where they cannot, the compiler computes the softmax
+// twice, laid out as the products are and as the mask is read.
+Tensor in_tiles(const Tensor& mask, bool single) {
+  const int64_t keys = mask.size(3);
+  const auto dtype = single ? at::kFloat : mask.scalar_type();
+  bool even = keys % kMaxKeys == 0 && mask.stride(3) == 1 && begins_at_16_bytes(mask) && mask.scalar_type() == dtype;
+  for (int dim = 0; dim < 3; ++dim)
+    even = even && mask.stride(dim) % 16 == 0;
+  if (even)
+    return mask;
+  Tensor once = mask;
+  for (int dim = 0; dim < 4; ++dim)
+    if (mask.stride(dim) == 0)
+      once = once.narrow(dim, 0, 1);
+  const auto sizes = once.sizes();
+  const Tensor tiles = at::full(
+      {sizes[0], sizes[1], sizes[2], (keys + kMaxKeys - 1) / kMaxKeys * kMaxKeys},
+      mask.scalar_type() == at::kBool ? 0.0 : -std::numeric_limits<double>::infinity(), once.options().dtype(dtype));
+  tiles.narrow(3, 0, keys).copy_(once);
+  return tiles.expand({mask.size(0), mask.size(1), mask.size(2), -1});
+}
+
+// What the kernels of one call share.
+struct Call {
+  int64_t batch, heads, queries, keys, size;
+  Tensor gate, mask, seed; // where there are none, any tensor: it is not read
+  std::vector<int64_t> gate_strides = {0, 0}, mask_strides = {0, 0, 0, 0};
+  double scale, dropout_p;
+  std::vector<int64_t> options; // as kernels/gated_attention.py takes them apart
+
+  Call(const Tensor& query, const Tensor& key, const Optional& head_gate, const Optional& attn_mask,
+       const Optional& seed_, double dropout_p_, bool is_causal, double scale_, bool gate_grad)
+      : batch(query.size(0)), heads(query.size(1)), queries(query.size(2)), keys(key.size(2)), size(query.size(3)),
+        gate(query), mask(query), seed(seed_.value_or(query)), scale(scale_), dropout_p(seed_ ? dropout_p_ : 0) {
+    if (head_gate) {
+      gate = head_gate->expand({batch, heads});
+      gate_strides = gate.strides().vec();
+    }
+    Mask kind = kNone;
+    bool rows = false;
+    if (attn_mask) {
+      kind = attn_mask->scalar_type() == at::kBool ? kBool : kFloat;
+      mask = attn_mask->expand({batch, heads, queries, keys});
+      rows = queries > 1 && mask.stride(2) != 0;
+      if (rows)
+        mask = in_tiles(mask, query.scalar_type() == at::kFloat);
+      mask_strides = mask.strides().vec();
+      if (mask.scalar_type() == at::kBool)
+        mask = mask.view(at::kByte);
+    }
+    options = {size, head_gate.has_value(), gate_grad, kind, rows, is_causal, seed_.has_value()};
+  }
+
+  // A launch whose kernel takes the tensors and, of the first `strided` of them, three strides.
+  void launch(const char* kernel, const std::vector<Tensor>& tensors, std::initializer_list<size_t> strided,
+              int64_t rows) const {
+    std::vector<int64_t> strides;
+    strides.reserve(3 * strided.size() + 6);
+    for (const size_t i : strided)
+      strides.insert(strides.end(), tensors[i].strides().begin(), tensors[i].strides().begin() + 3);
+    strides.insert(strides.end(), gate_strides.begin(), gate_strides.end());
+    strides.insert(strides.end(), mask_strides.begin(), mask_strides.end());
+    triton::run({"gated_attention", kernel, tensors, std::move(strides), {heads, queries, keys}, {scale, dropout_p},
+                 options, rows, batch * heads});
+  }
+};
+
+std::tuple<Tensor, Tensor, Tensor> gated_attention(
+    const Tensor& query, const Tensor& key, const Tensor& value, const Optional& head_gate, const Optional& attn_mask,
+    const Optional& seed, double dropout_p, bool is_causal, double scale, bool gate_grad) {
+  if (is_for_reference(query, key))
+    return by_reference<Forward>("fastdistill::gated_attention", query, key, value, head_gate, attn_mask, seed,
+                                 dropout_p, is_causal, scale, gate_grad);
+  if (const int64_t size = query.size(3); size % kAlignment != 0) {
+    auto [output, ungated, logsumexp] = gated_attention(
+        widened(query), widened(key), widened(value), head_gate, attn_mask, seed, dropout_p, is_causal, scale,
+        gate_grad);
+    return {narrowed(output, size), gate_grad ? narrowed(ungated, size) : ungated, logsumexp};
+  }
+  const Call call(query, key, head_gate, attn_mask, seed, dropout_p, is_causal, scale, gate_grad);
+  const Tensor output = empty_heads(query);
+  const Tensor ungated = gate_grad ? empty_heads(query) : at::empty({0}, query.options());
+  const Tensor logsumexp = at::empty({call.batch, call.heads, call.queries}, query.options().dtype(at::kFloat));
+  call.launch("forward",
+              {aligned(query), aligned(key), aligned(value), output, gate_grad ? ungated : output, logsumexp, call.gate,
+               call.mask, call.seed},
+              {0, 1, 2, 3}, call.queries);
+  return {output, ungated, logsumexp};
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor> gated_attention_backward(
+    const Tensor& grad_output, const Tensor& query, const Tensor& key, const Tensor& value, const Optional& head_gate,
+    const Optional& attn_mask, const Optional& seed, const Tensor& output, const Tensor& logsumexp, double dropout_p,
+    bool is_causal, double scale, bool gate_grad) {
+  if (is_for_reference(query, key))
+    return by_reference<Backward>("fastdistill::gated_attention_backward", grad_output, query, key, value, head_gate,
+                                  attn_mask, seed, output, logsumexp, dropout_p, is_causal, scale, gate_grad);
+  if (const int64_t size = query.size(3); size % kAlignment != 0) {
+    auto [grad_query, grad_key, grad_value, grad_gate] = gated_attention_backward(
+        widened(grad_output), widened(query), widened(key), widened(value), head_gate, attn_mask, seed, widened(output),
+        logsumexp, dropout_p, is_causal, scale, gate_grad);
+    return {narrowed(grad_query, size), narrowed(grad_key, size), narrowed(grad_value, size), grad_gate};
+  }
+  const Call call(query, key, head_gate, attn_mask, seed, dropout_p, is_causal, scale, gate_grad);
+  const Tensor grad_query = empty_heads(query), grad_key = empty_heads(key), grad_value = empty_heads(value);
+  const auto numbers = query.options().dtype(at::kFloat);
+  const Tensor q = aligned(query), k = aligned(key), v = aligned(value), o = aligned(output), g = aligned(grad_output),
+               lse = logsumexp.contiguous();
+  Tensor shares = lse; // of the gate's gradient; not written unless wanted
+  const bool whole = call.keys <= kWholeKeys && call.queries <= kWholeQueries &&
+      call.keys * call.size <= kWholeKeyElements && query.scalar_type() != at::kFloat;
+  if (whole) {
+    if (gate_grad)
+      shares = at::empty({call.batch, call.heads}, numbers);
+    call.launch("whole", {g, q, k, v, o, grad_query, grad_key, grad_value, lse, shares, call.gate, call.mask, call.seed},
+                {0, 1, 2, 3, 4, 5, 6}, 1);
+  } else {
+    const Tensor dots = at::empty_like(lse);
+    if (gate_grad)
+      shares = at::empty({call.batch, call.heads, (call.queries + kDotRows - 1) / kDotRows}, numbers);
+    call.launch("dots", {g, o, dots, shares, call.gate}, {0, 1}, call.queries);
+    const std::vector<Tensor> inputs = {g, q, k, v, grad_key, grad_value, lse, dots, call.gate, call.mask, call.seed};
+    call.launch("key_value", inputs, {0, 1, 2, 3, 4}, call.keys);
+    call.launch("query", {g, q, k, v, grad_query, lse, dots, call.gate, call.mask, call.seed}, {0, 1, 2, 3, 4},
+                call.queries);
+  }
+  Tensor grad_gate = at::empty({0}, query.options());
+  if (gate_grad && head_gate)
+    grad_gate = (head_gate->dim() == 1 ? shares.sum(shares.dim() == 2 ? at::IntArrayRef{0} : at::IntArrayRef{0, 2})
+                 : shares.dim() == 2       ? shares
+                                           : shares.sum(2))
+                    .to(head_gate->scalar_type());
+  return {grad_query, grad_key, grad_value, grad_gate};
+}
+
+} // namespace
+
+TORCH_LIBRARY_IMPL(fastdistill, CUDA, m) {
+  m.impl("gated_attention", &gated_attention);
+  m.impl("gated_attention_backward", &gated_attention_backward);
+}
+
+} // namespace fastdistill

@@ -1,0 +1,380 @@
+"""AutoSKDBERT's search for the distribution that teachers are sampled from (OpenReview, "AutoSKDBERT: Learn to
+Stochastically Distill BERT", section 2): bilevel optimisation of the student's weights w and of theta.
+
+Both levels' loss is soft cross-entropy (`fastdistill.kd_ce_loss`) from a target that theta makes of stored logits:
+
+* "sswo": of the step's teacher i alone, ``theta_i z_i``, and only theta_i learns;
+* "cr": of all, ``sum_i theta_i z_i``, and all of theta learns.
+
+theta's gradient, through a step of the student, is in `fastdistill.autoskd.theta`.
+"""
+
+from __future__ import annotations
+
+import copy
+import inspect
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import numpy as np
+import torch
+from rich.console import Console
+from rich.progress import track
+from torch import Tensor, nn
+from torch.func import functional_call
+from transformers.utils.generic import find_labels
+
+from fastdistill.autoskd.theta import Batch, Weights, renormalize, select_teachers, target_loss, theta_gradient
+from fastdistill.digest import digest, model_digest, tensor_pieces
+from fastdistill.files import load_tensors, save_tensors
+from fastdistill.models.first_token import first_token_only
+from fastdistill.objectives.team import Draws
+from fastdistill.ops.checks import check_choice, check_number
+from fastdistill.processes import rank_and_number, sums_over_processes
+from fastdistill.teachers.outputs import LOGITS
+from fastdistill.training.sampling import LengthGroupedSampler
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+    from transformers import PreTrainedModel
+
+    from fastdistill.teachers.store import Collate
+
+Method = Literal["sswo", "cr"]
+METHODS = ("sswo", "cr")
+
+
+@dataclass(frozen=True)
+class Settings:
+    """A search's settings.
+
+    Args:
+        method: "sswo" or "cr".
+        order: 2, or 1 for none of the look-ahead's second derivative (alpha = 0).
+        drop: teachers that selection drops, m.
+        candidates: snapshots of theta in phase 2, evenly spaced; the last is the end's.
+        epochs: passes over the training half, both phases together.
+        batch_size: examples of each half in a step.
+        learning_rate: peak of the student's Adam (weight decay 1e-4), after a linear rise over a tenth of the steps;
+            it then falls to 0. Gradients are clipped to a norm of 1.
+        theta_learning_rate: of theta's Adam (weight decay 1e-3).
+        look_ahead: alpha; by default theta's learning rate, as the paper has it.
+        temperature: of the loss; the paper's has none (1).
+        seed: of the halves, batches, draws and dropout.
+    """
+
+    method: Method = "sswo"
+    order: int = 2
+    drop: int = 0
+    candidates: int = 25
+    epochs: float = 15.0
+    batch_size: int = 32
+    learning_rate: float = 3e-5
+    theta_learning_rate: float = 1e-3
+    look_ahead: float | None = None
+    temperature: float = 1.0
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        check_choice("method", self.method, METHODS)
+        if self.order not in (1, 2):
+            raise ValueError(f"order is {self.order!r}; expected 1 or 2")
+        if self.order == 1 and self.look_ahead is not None:
+            raise ValueError(f"look_ahead is {self.look_ahead}, but order 1 does not look ahead; expected None")
+        for name, low in (("drop", 0), ("candidates", 1), ("batch_size", 1), ("seed", 0)):
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, int) or value < low:
+                raise ValueError(f"{name} is {value!r}; expected an integer of at least {low}")
+        for name in ("epochs", "learning_rate", "theta_learning_rate", "temperature"):
+            check_number(name, getattr(self, name), above=0)
+        if self.look_ahead is not None:
+            check_number("look_ahead", self.look_ahead, above=0)
+
+    @property
+    def alpha(self) -> float:
+        if self.order == 1:
+            return 0.0
+        return self.theta_learning_rate if self.look_ahead is None else self.look_ahead
+
+    def schedule(self, examples: int) -> tuple[int, int, list[int]]:
+        """The steps that so many examples (both halves) make, those of phase 1, and those after which candidates are
+        taken. Raises ValueError if phase 2 has fewer steps than candidates."""
+        steps = max(1, round(self.epochs * -(-(examples // 2) // self.batch_size)))
+        first = -(-steps // 2)
+        second = steps - first
+        if second < self.candidates:
+            raise ValueError(
+                f"candidates is {self.candidates}, but phase 2 has {second} of the {steps} steps; "
+                "expected fewer candidates, or more epochs"
+            )
+        return steps, first, [first + round(second * (i + 1) / self.candidates) for i in range(self.candidates)]
+
+
+@dataclass(frozen=True)
+class Found:
+    """What a search found: theta before the first step and after each, ``[steps + 1, n]``; the candidates, ``[k, n]``;
+    and the step after which teachers were selected (its row of `theta` is after the selection). All float64."""
+
+    names: tuple[str, ...]
+    theta: Tensor
+    candidates: Tensor
+    selected_at: int
+
+    def save(self, path: Path) -> None:
+        facts = {"names": ",".join(self.names), "selected_at": str(self.selected_at)}
+        save_tensors({"theta": self.theta, "candidates": self.candidates}, path, facts)
+
+    @classmethod
+    def load(cls, path: Path) -> Found:
+        tensors, facts = load_tensors(path)
+        return cls(tuple(facts["names"].split(",")), tensors["theta"], tensors["candidates"], int(facts["selected_at"]))
+
+
+def search(
+    student: PreTrainedModel,
+    dataset: Dataset,
+    names: Sequence[str],
+    settings: Settings,
+    *,
+    collate: Collate,
+    checkpoint: str | Path | None = None,
+    checkpoints: int = 3,
+    device: torch.device | str | None = None,
+    bf16: bool = False,
+    progress: bool = False,
+) -> Found:
+    """Learn theta (algorithm 1). In each step theta learns on a batch of either half of the data, then the student,
+    a copy, on that of the training half. Half of the steps; teacher selection; the other half of them.
+
+    theta's step runs the student in eval mode and float32: its gradient is of one function, without dropout. Under
+    "sswo" the teacher is drawn from Cat(theta) once a step; Adam moves its weight alone.
+
+    In a data-parallel run every process calls it and takes its share of each batch. All find the same, and what one
+    process alone would, within rounding; but dropout draws other numbers, and BatchNorm takes each share's statistics
+    (and the main process's running ones), as in DistributedDataParallel.
+
+    Args:
+        student: a classifier; where it starts from.
+        dataset: the training data with "{name}_logits" of each teacher (`fastdistill.TeacherTeam.store`). A
+            random half of it trains the student, the rest theta.
+        names: the teachers', in theta's order.
+        collate: makes a batch of examples without labels.
+        checkpoint: a file for the state (student, both Adams, theta, generator), written whole or not at all,
+            `checkpoints` times on the way. A call that finds one of the same student, logits and settings goes on from
+            it and ends as one that was never interrupted; one of others is written over. It stays there at the end.
+        device: where it runs; by default where the student is.
+        bf16: train the student under bfloat16 autocast.
+        progress: show a bar on stderr.
+
+    Raises ValueError for a dataset without a teacher's logits, for logits that are not finite or not of the student's
+    classes, for fewer teachers than two, for too few steps or too many dropped teachers, for `checkpoints` below 0, and
+    for a checkpoint that is damaged.
+    """
+    if isinstance(checkpoints, bool) or not isinstance(checkpoints, int) or checkpoints < 0:
+        raise ValueError(f"checkpoints is {checkpoints!r}; expected an integer of at least 0")
+    state = _Search(student, dataset, tuple(names), settings, collate, torch.device(device or student.device), bf16)
+    file = None if checkpoint is None else Path(checkpoint)
+    if file is not None:
+        state.load(file)
+    every = -(-state.steps // (checkpoints + 1))
+    rest = range(state.done, state.steps)
+    shown = track(rest, "searching", console=Console(stderr=True)) if progress else rest
+    with torch.random.fork_rng(), first_token_only(state.student):
+        for _ in shown:
+            state.step()
+            if file is not None and state.done % every == 0 and state.done < state.steps and not state.process:
+                state.save(file)  # all have read it: none takes a step before all do
+    return state.found()
+
+
+class _Search:
+    def __init__(
+        self,
+        student: PreTrainedModel,
+        dataset: Dataset,
+        names: tuple[str, ...],
+        settings: Settings,
+        collate: Collate,
+        device: torch.device,
+        bf16: bool,
+    ) -> None:
+        _check(dataset, names, settings)
+        self.settings, self.names, self.collate, self.device, self.bf16 = settings, names, collate, device, bf16
+        self.process, self.processes = rank_and_number()
+        self.team = torch.stack([_logits(dataset, name, student) for name in names], 1)
+        self.student = copy.deepcopy(student).to(device).requires_grad_(True)  # type: ignore[arg-type]
+        taken = inspect.signature(student.forward).parameters.keys() - {"label", *find_labels(type(student))}  # type: ignore[no-untyped-call]
+        self.data = dataset.with_format(None).select_columns([c for c in dataset.column_names if c in taken])
+        lengths = dataset["length"][:] if "length" in dataset.column_names else [0] * len(dataset)
+        order = torch.randperm(len(dataset), generator=torch.Generator().manual_seed(settings.seed)).tolist()
+        cut = len(order) // 2
+        halves = (order[:cut], order[cut:])
+        self.halves = [_Half(rows, lengths, settings.batch_size, settings.seed + i) for i, rows in enumerate(halves)]
+        self.steps, self.selected_at, self.snapshots = settings.schedule(len(dataset))
+        self.draws = Draws(settings.seed)
+        uniform = torch.full((len(names),), 1 / len(names), dtype=torch.float64)
+        self.theta = [weight.clone().requires_grad_() for weight in uniform]  # apart: Adam moves one and no other
+        self.history = [uniform]
+        self.adam = torch.optim.Adam(self.student.parameters(), settings.learning_rate, weight_decay=1e-4)
+        self.theta_adam = torch.optim.Adam(self.theta, settings.theta_learning_rate, weight_decay=1e-3)
+        self.digest = digest(
+            [repr((asdict(settings), names, bf16)), model_digest(student), *tensor_pieces({"team": self.team})]
+        )
+
+    @property
+    def done(self) -> int:
+        return len(self.history) - 1
+
+    def step(self) -> None:
+        train, validation = (self._batch(half) for half in self.halves)
+        theta = self.history[-1]
+        sampled = self.settings.method == "sswo"
+        active = [self.draws.draw(theta)] if sampled else theta.nonzero().flatten().tolist()
+        train, validation = (replace(one, team=one.team[:, active]) for one in (train, validation))
+        # Dropout's numbers are the step's (and the process's) own: the state to keep is one generator's
+        torch.manual_seed(int(torch.randint(2**62, (), generator=self.draws.generator)) + self.process)
+        theta = self._theta_step(theta, active, train, validation)
+        self._student_step(theta[active], train)
+        if self.done + 1 == self.selected_at:
+            theta = select_teachers(theta, self.settings.drop)
+        self._set(theta)
+        self.history.append(theta)
+
+    def _theta_step(self, theta: Tensor, active: list[int], train: Batch, validation: Batch) -> Tensor:
+        self.student.eval()
+        gradient = theta_gradient(
+            self._forward,
+            dict(self.student.named_parameters()),
+            train,
+            validation,
+            theta[active].to(self.device),
+            look_ahead=self.settings.alpha,
+            temperature=self.settings.temperature,
+            reduce=sums_over_processes,
+        ).to("cpu", torch.float64)
+        for place, slope in zip(active, gradient, strict=True):
+            self.theta[place].grad = slope
+        self.theta_adam.step()
+        self.theta_adam.zero_grad(set_to_none=True)
+        moved = renormalize(torch.stack(self.theta).detach())
+        self._set(moved)
+        return moved
+
+    def _student_step(self, theta: Tensor, train: Batch) -> None:
+        self.student.train()
+        warm = max(1, self.steps // 10)
+        rise = min((self.done + 1) / warm, (self.steps - self.done) / max(1, self.steps - warm))
+        self.adam.param_groups[0]["lr"] = self.settings.learning_rate * min(1.0, rise)
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16):
+            logits = self.student(**train.features).logits
+        loss = target_loss(logits, train.team, theta.to(self.device), self.settings.temperature) * train.share
+        loss.backward()
+        if self.processes > 1:
+            weights = [weight for weight in self.student.parameters() if weight.grad is not None]
+            for weight, gradient in zip(weights, sums_over_processes([weight.grad for weight in weights]), strict=True):
+                weight.grad = gradient
+            for buffer in self.student.buffers():
+                if buffer.is_floating_point():
+                    torch.distributed.broadcast(buffer, 0)
+        nn.utils.clip_grad_norm_(self.student.parameters(), 1.0)
+        self.adam.step()
+        self.adam.zero_grad(set_to_none=True)
+
+    def _forward(self, weights: Weights, features: Mapping[str, Any]) -> Tensor:
+        logits: Tensor = functional_call(self.student, dict(weights), kwargs=dict(features)).logits
+        return logits
+
+    def _batch(self, half: _Half) -> Batch:
+        whole = half.rows(self.done)
+        own = whole[self.process :: self.processes]
+        rows = own or whole[:1]  # which counts for nothing: its share is 0
+        columns = self.data[rows]
+        examples = [dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True)]
+        batch = {name: value.to(self.device) for name, value in dict(self.collate(examples)).items()}
+        return Batch(batch, self.team[rows].to(self.device), len(own) / len(whole))
+
+    def _set(self, theta: Tensor) -> None:
+        with torch.no_grad():
+            for weight, value in zip(self.theta, theta, strict=True):
+                weight.copy_(value)
+
+    def found(self) -> Found:
+        theta = torch.stack(self.history)
+        return Found(self.names, theta, theta[self.snapshots].clone(), self.selected_at)
+
+    # The checkpoint
+
+    def _tensors(self) -> dict[str, Tensor]:
+        """The student's, as they are."""
+        named = [*self.student.named_parameters(), *self.student.named_buffers()]
+        return {f"student.{name}": tensor for name, tensor in named}
+
+    def save(self, path: Path) -> None:
+        kept = {"generator": self.draws.get_extra_state(), "history": torch.stack(self.history)}
+        for prefix, optimizer in (("adam", self.adam), ("theta_adam", self.theta_adam)):
+            for place, state in optimizer.state_dict()["state"].items():
+                kept |= {f"{prefix}.{place}.{key}": value for key, value in state.items()}
+        tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in (kept | self._tensors()).items()}
+        save_tensors(tensors, path, {"digest": self.digest})
+
+    def load(self, path: Path) -> None:
+        if not path.is_file():
+            return
+        tensors, facts = load_tensors(path)
+        if facts.get("digest") != self.digest:
+            return
+        with torch.no_grad():
+            for name, tensor in self._tensors().items():
+                tensor.copy_(tensors[name])
+        self.draws.set_extra_state(tensors["generator"])
+        self.history = list(tensors["history"])
+        self._set(self.history[-1])
+        for prefix, optimizer in (("adam", self.adam), ("theta_adam", self.theta_adam)):
+            state: dict[int, dict[str, Tensor]] = {}
+            for name, tensor in tensors.items():
+                if name.startswith(f"{prefix}."):
+                    _, place, key = name.split(".")
+                    state.setdefault(int(place), {})[key] = tensor
+            optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
+
+
+class _Half:
+    """Half of the data in batches of similar lengths; which, depends on the seed and the step alone."""
+
+    def __init__(self, places: list[int], lengths: Sequence[int], batch_size: int, seed: int) -> None:
+        self.places, self.batch_size, self.epoch = places, batch_size, -1
+        self.batches = -(-len(places) // batch_size)
+        own = [int(lengths[place]) for place in places]
+        self.sampler = LengthGroupedSampler(own, batch_size, seed, epoch=lambda: self.epoch)
+
+    def rows(self, step: int) -> list[int]:
+        epoch, batch = divmod(step, self.batches)
+        if epoch != self.epoch:
+            self.epoch = epoch
+            self.order = [self.places[place] for place in self.sampler]
+        return self.order[batch * self.batch_size : (batch + 1) * self.batch_size]
+
+
+def _logits(dataset: Dataset, name: str, student: PreTrainedModel) -> Tensor:
+    """A teacher's, ``[N, C]``."""
+    column, classes = name + LOGITS, student.config.num_labels
+    logits = torch.from_numpy(np.stack(dataset.with_format("numpy")[column][:])).float()
+    if logits.shape[1:] != (classes,):
+        raise ValueError(f"dataset has {column!r} of shape {list(logits.shape)}; expected [N, {classes}], as student's")
+    if not logits.isfinite().all():
+        raise ValueError(f"dataset has NaN or infinity in {column!r}; expected finite numbers")
+    return logits
+
+
+def _check(dataset: Dataset, names: tuple[str, ...], settings: Settings) -> None:
+    if len(names) < 2 or len(set(names)) < len(names):
+        raise ValueError(f"names is {names!r}; expected two or more different teachers")
+    for name in names:
+        if name + LOGITS not in dataset.column_names:
+            raise ValueError(f"dataset has no column {name + LOGITS!r}; expected one for each of {', '.join(names)}")
+    if settings.drop >= len(names):
+        raise ValueError(f"drop is {settings.drop}; expected fewer than the {len(names)} teachers")
+    if len(dataset) < 2:
+        raise ValueError(f"dataset has {len(dataset)} examples; expected two or more, for two halves")

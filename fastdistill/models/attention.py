@@ -1,0 +1,80 @@
+"""`gated_attention` as an attention implementation of transformers: ``attn_implementation="fastdistill"``.
+
+It is registered when `fastdistill.models`, or anything of it, is imported.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import AttentionInterface, AttentionMaskInterface
+from transformers.masking_utils import bidirectional_mask_function, eager_mask, sdpa_mask
+
+from fastdistill.ops.gated_attention import gated_attention
+
+IMPLEMENTATION = "fastdistill"
+
+_GATE = "_fastdistill_head_gate"
+
+
+@contextmanager
+def head_gate(attention: nn.Module, gate: Callable[[], Tensor]) -> Iterator[None]:
+    """Within it that attention module's heads have the gates that `gate` gives at each call."""
+    setattr(attention, _GATE, gate)
+    try:
+        yield
+    finally:
+        delattr(attention, _GATE)
+
+
+def gates_heads(attention: nn.Module) -> bool:
+    """Whether the attention module calls `attention_forward`, at present. MPNet's, which cannot, has no config."""
+    return getattr(getattr(attention, "config", None), "_attn_implementation", None) == IMPLEMENTATION
+
+
+def attention_forward(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    dropout: float = 0.0,
+    scaling: float | None = None,
+    is_causal: bool | None = None,
+    **kwargs: Any,
+) -> tuple[Tensor, None]:
+    """Attention in the form that transformers calls: ``[B, H, S, D]`` in, ``[B, S, H, D]`` out.
+
+    Raises ValueError for what it cannot do: grouped heads, and giving the attention weights.
+    """
+    if kwargs.get("output_attentions"):
+        raise ValueError(f"output_attentions is True, which {IMPLEMENTATION!r} attention cannot give; expected 'eager'")
+    if is_causal is None:
+        is_causal = getattr(module, "is_causal", False)
+    is_causal = bool(is_causal) and attention_mask is None and query.shape[2] > 1  # a mask says all
+    own_gate = getattr(module, _GATE, None)
+    gate = own_gate and own_gate()
+    if torch.compiler.is_compiling() and torch.onnx.is_in_onnx_export():  # which does not know the op
+        context = F.scaled_dot_product_attention(query, key, value, attention_mask, dropout, is_causal, scale=scaling)
+        if gate is not None:
+            context = (context * gate[..., None, None]).to(context.dtype)
+    else:
+        context = gated_attention(query, key, value, gate, attention_mask, dropout, is_causal, scaling)
+    return context.transpose(1, 2).contiguous(), None
+
+
+def create_mask(mask_function: Callable[..., Any], **options: Any) -> Tensor | None:
+    """As transformers makes one for PyTorch's attention, but of one row where all queries attend to the same keys."""
+    if mask_function is bidirectional_mask_function:
+        options["q_length"] = 1
+    adds_it = getattr(options.get("config"), "model_type", None) == "mpnet"  # whose attention is its own in any case
+    return (eager_mask if adds_it else sdpa_mask)(mask_function=mask_function, **options)
+
+
+AttentionInterface.register(IMPLEMENTATION, attention_forward)
+AttentionMaskInterface.register(IMPLEMENTATION, create_mask)

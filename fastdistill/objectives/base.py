@@ -1,0 +1,207 @@
+"""What a student minimises: small composable losses over (student outputs, teacher outputs, labels).
+
+In a plain loop an objective is called like a function, ``loss = objective(student, teacher, labels)``; inside
+`DistillationTrainer` its parts are logged too. Outputs are transformers' ModelOutputs: ``logits`` ``[...,
+C]`` and, for an objective that needs them, ``hidden_states``.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, fields, is_dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from fastdistill.ops.checks import check_number
+from fastdistill.teachers.outputs import run
+
+Problem = Literal["classification", "regression"]
+# What the trainer logs under names of its own; a part may not take them.
+RESERVED_NAMES = ("loss", "grad_norm", "learning_rate", "epoch", "step", "num_input_tokens_seen")
+
+ATTENTION_MASK = "attention_mask"
+"""A column that an objective may need although the models see it too: 1 for tokens, 0 for padding."""
+
+
+@dataclass(frozen=True)
+class Needs:
+    """What an objective uses, beside the student's outputs and the labels.
+
+    Attributes:
+        teacher: a teacher's outputs; where not, ``teacher`` may be None.
+        teachers: where there are several teachers their names, of which the first gives the hidden states: ``teacher``
+            is then a dictionary of their outputs. Empty for one teacher, whose outputs ``teacher`` is.
+        only: "logits" where nothing of the teacher's outputs is used but its logits; "probabilities" where, beside
+            labels, nothing is used but the probabilities of both: the loss then stays the same when all logits of an
+            example change alike.
+        hidden_states: the models must be called with ``output_hidden_states=True``.
+        all_tokens: other tokens than the first matter; by default where hidden states are used.
+        lazily: ``teacher`` is to be `fastdistill.TeacherOutputs`, which the objective runs itself, on the rows or for
+            the teachers that it asks for; where not, it is the outputs of the whole batch.
+        columns: the dataset's, beside the labels, that `Objective.parts` takes by name. The models see none of them but
+            `ATTENTION_MASK`.
+        problem: the only kind of problem that it fits, or None.
+    """
+
+    teacher: bool = True
+    teachers: tuple[str, ...] = ()
+    only: Literal["logits", "probabilities"] | None = None
+    hidden_states: bool = False
+    all_tokens: bool | None = None
+    lazily: bool = False
+    columns: tuple[str, ...] = ()
+    problem: Problem | None = None
+
+    def __post_init__(self) -> None:
+        if self.all_tokens is None:
+            object.__setattr__(self, "all_tokens", self.hidden_states)
+
+
+class Objective(ABC):
+    """A loss of a student's outputs against a teacher's outputs, labels, or both: the mean over the examples.
+
+    Gradients reach the student and, where its outputs require one, the teacher.
+    """
+
+    @property
+    def needs(self) -> Needs:
+        """What it uses; by default a teacher's outputs, of which nothing is known."""
+        return Needs()
+
+    @property
+    def fingerprint(self) -> str:
+        """A text that is the same for objectives that compute the same, in any process: the name of a dataclass, and
+        its arguments. Others must have one of their own."""
+        if not is_dataclass(self):
+            raise TypeError(f"objective is a {type(self).__name__}; expected a dataclass, or a fingerprint of its own")
+        arguments = (f"{field.name}={getattr(self, field.name)!r}" for field in fields(self) if field.init)
+        return f"{type(self).__name__}({', '.join(arguments)})"
+
+    module: nn.Module | None = None
+    """What the objective itself learns or remembers: trained, moved and saved in checkpoints with the student."""
+
+    @abstractmethod
+    def parts(self, student: Any, teacher: Any, labels: Tensor | None) -> tuple[Tensor, dict[str, Tensor]]:
+        """The loss, and what it is made of: detached, unweighted scalars by name, left on their device; the trainer's
+        logs have their means, and of integers, which count something, the sums.
+
+        An empty dictionary where the loss is all there is to say."""
+
+    def __call__(self, student: Any, teacher: Any = None, labels: Tensor | None = None, **columns: Tensor) -> Tensor:
+        return self.parts(student, as_needed(self, teacher), labels, **columns)[0]
+
+
+class WeightedSum(Objective):
+    """A weighted sum of objectives, each logged by its name: ``WeightedSum({"kd": (0.7, LogitsKD()), ...})``.
+
+    Args:
+        terms: name -> (weight, objective). A weight is >= 0 and one of them positive; a term with weight 0 is
+            neither computed nor logged. An objective may be any function of (student, teacher, labels).
+
+    Raises ValueError or TypeError for bad names, weights or objectives, and where one objective is for
+    classification and another for regression, or for other teachers than another.
+    """
+
+    def __init__(self, terms: Mapping[str, tuple[float, Objective | LossFunction]]) -> None:
+        self.terms: dict[str, tuple[float, Objective]] = {}
+        for name, (weight, objective) in terms.items():
+            if not isinstance(name, str) or not name or name in RESERVED_NAMES:
+                raise ValueError(f"terms has the name {name!r}; expected a text, not {', '.join(RESERVED_NAMES)}")
+            check_number(f"the weight of terms[{name!r}]", weight, minimum=0)
+            if weight:
+                self.terms[name] = weight, as_objective(objective)
+        if not self.terms:
+            raise ValueError("terms has no positive weight; expected at least one")
+        self._needs = _joint_needs({name: objective.needs for name, (_, objective) in self.terms.items()})
+        modules = [o.module for _, o in self.terms.values() if o.module is not None]
+        self.module = nn.ModuleList(modules) if modules else None
+
+    def __repr__(self) -> str:
+        return f"WeightedSum({self.terms})"
+
+    @property
+    def needs(self) -> Needs:
+        return self._needs
+
+    @property
+    def fingerprint(self) -> str:
+        terms = (f"{name!r}: ({weight!r}, {term.fingerprint})" for name, (weight, term) in self.terms.items())
+        return f"WeightedSum({{{', '.join(terms)}}})"
+
+    def parts(
+        self, student: Any, teacher: Any, labels: Tensor | None, **columns: Tensor
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        terms = {}
+        for name, (weight, term) in self.terms.items():
+            own = {column: columns[column] for column in term.needs.columns}
+            terms[name] = weight, term(student, teacher, labels, **own)
+        return weighted_sum(terms)
+
+
+def as_needed(objective: Objective, teacher: Any) -> Any:
+    """The teachers' outputs as the objective takes them: run, unless it does that itself."""
+    return teacher if objective.needs.lazily or not objective.needs.teacher else run(teacher)
+
+
+def _joint_needs(terms: Mapping[str, Needs]) -> Needs:
+    """Those of a sum of terms. Raises ValueError where they do not go together."""
+    problems = {name: needs.problem for name, needs in terms.items() if needs.problem is not None}
+    if len(set(problems.values())) > 1:
+        raise ValueError(f"terms mixes kinds of problem: {problems}; expected one kind")
+    taught = {name: needs for name, needs in terms.items() if needs.teacher}
+    teachers = {name: needs.teachers for name, needs in taught.items()}
+    if len(set(teachers.values())) > 1:
+        raise ValueError(f"terms mixes teachers: {teachers}; expected the same ones, or one teacher, in all")
+    only = {needs.only for needs in taught.values()}
+    return Needs(
+        teacher=bool(taught),
+        teachers=next(iter(teachers.values()), ()),
+        only=None if None in only else "logits" if "logits" in only else "probabilities",
+        hidden_states=any(needs.hidden_states for needs in terms.values()),
+        all_tokens=any(needs.all_tokens for needs in terms.values()),
+        lazily=any(needs.lazily for needs in taught.values()),
+        columns=tuple({column: None for needs in terms.values() for column in needs.columns}),
+        problem=next(iter(problems.values()), None),
+    )
+
+
+LossFunction = Callable[[Any, Any, Tensor | None], Tensor]
+
+
+@dataclass(frozen=True)
+class _Function(Objective):
+    function: LossFunction
+    names: tuple[str, ...]
+
+    @property
+    def needs(self) -> Needs:
+        return Needs(teachers=self.names, all_tokens=True)  # for all that is known
+
+    @property
+    def fingerprint(self) -> str:
+        """Of this very function in this very process: what it computes is not known."""
+        return repr(self)
+
+    def parts(self, student: Any, teacher: Any, labels: Tensor | None) -> tuple[Tensor, dict[str, Tensor]]:
+        return self.function(student, teacher, labels), {}
+
+
+def as_objective(objective: Objective | LossFunction, teachers: tuple[str, ...] = ()) -> Objective:
+    """An objective as it is; any other function of (student, teacher, labels) as one that needs a teacher, or these
+    `teachers`."""
+    if isinstance(objective, Objective):
+        return objective
+    if isinstance(objective, type) or not callable(objective):
+        raise TypeError(
+            f"objective is {objective!r}; expected an Objective, or a function of (student, teacher, labels)"
+        )
+    return _Function(objective, teachers)
+
+
+def weighted_sum(terms: Mapping[str, tuple[float, Tensor]]) -> tuple[Tensor, dict[str, Tensor]]:
+    """The sum of weight * loss, and the losses by name, detached."""
+    total = torch.stack([weight * loss for weight, loss in terms.values()]).sum()
+    return total, {name: loss.detach() for name, (_, loss) in terms.items()}

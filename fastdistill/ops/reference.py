@@ -1,0 +1,340 @@
+"""Every op in plain PyTorch: the definition, the tests' oracle, and what runs where no kernel does.
+
+Each function has its op's schema. Gradients are written out, so that a test of them against autograd is a test of the
+formulas that the kernels share.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+
+def accumulation_dtype(*tensors: Tensor) -> torch.dtype:
+    """float64 if any tensor has it, else float32: what a loss is computed in and returned as."""
+    return torch.float64 if any(t.dtype == torch.float64 for t in tensors) else torch.float32
+
+
+def _expectation(probabilities: Tensor, values: Tensor) -> Tensor:
+    """Sum over classes of p * x, with 0 * x = 0 for infinite x too."""
+    return torch.where(probabilities == 0, 0.0, probabilities * values).sum(-1, keepdim=True)
+
+
+def _divergence(target: Tensor, other: Tensor, self_entropy: bool) -> tuple[Tensor, Tensor, Tensor]:
+    """KL(target || other) of two rows of logits (without the target's entropy: soft cross-entropy), and its gradients
+    with respect to both."""
+    log_target, log_other = target.log_softmax(-1), other.log_softmax(-1)
+    p_target, p_other = log_target.exp(), log_other.exp()
+    difference = (log_target if self_entropy else 0) - log_other
+    value = _expectation(p_target, difference)
+    grad_target = torch.where(p_target == 0, 0.0, p_target * (difference - value))
+    return value, grad_target, p_other - p_target
+
+
+def kd_ce_loss(
+    student_logits: Tensor,
+    teacher_logits: Tensor,
+    labels: Tensor | None,
+    temperature: float,
+    kd_weight: float,
+    ce_weight: float,
+    divergence: str,
+    scale_by_temperature: bool,
+    ignore_index: int,
+    label_smoothing: float,
+    reduction: str,
+    student_grad: bool,
+    teacher_grad: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The loss and, where asked for, its gradients for an upstream gradient of one (see ops/kd_ce_loss.py)."""
+    dtype = accumulation_dtype(student_logits, teacher_logits)
+    student, teacher = student_logits.to(dtype), teacher_logits.to(dtype)
+    loss = student.new_zeros(*student.shape[:-1], 1)
+    grad_student, grad_teacher = torch.zeros_like(student), torch.zeros_like(teacher)
+
+    if kd_weight != 0:
+        weight = kd_weight * temperature**2 if scale_by_temperature else kd_weight
+        s, t = student / temperature, teacher / temperature
+        if divergence == "reverse_kl":
+            value, from_student, from_teacher = _divergence(s, t, self_entropy=True)
+        else:
+            value, from_teacher, from_student = _divergence(t, s, self_entropy=divergence == "forward_kl")
+        loss = loss + weight * value
+        grad_student = grad_student + weight / temperature * from_student
+        grad_teacher = grad_teacher + weight / temperature * from_teacher
+
+    if labels is not None:
+        labels = labels.long().unsqueeze(-1)
+        classes = student.shape[-1]
+        ignored = labels == ignore_index
+        outside = ~ignored & ((labels < 0) | (labels >= classes))
+        if labels.device.type == "cpu" and outside.any():
+            row = int(outside.flatten().nonzero()[0])
+            raise ValueError(
+                f"labels holds {labels.flatten()[row].item()} at row {row}; expected 0 <= label < {classes} "
+                f"(the number of classes) or ignore_index ({ignore_index})"
+            )
+        if ce_weight != 0:
+            log_p = student.log_softmax(-1)
+            safe = labels.masked_fill(ignored | outside, 0)
+            cross_entropy = -(1 - label_smoothing) * log_p.gather(-1, safe)
+            if label_smoothing > 0:
+                cross_entropy = cross_entropy - label_smoothing * log_p.mean(-1, keepdim=True)
+            loss = loss + ce_weight * cross_entropy
+            target = torch.full_like(student, label_smoothing / classes)
+            target = target.scatter_add(-1, safe, torch.full_like(loss, 1 - label_smoothing))
+            grad_student = grad_student + ce_weight * (log_p.exp() - target)
+        loss, grad_student, grad_teacher = (
+            x.masked_fill(outside, torch.nan).masked_fill(ignored, 0.0) for x in (loss, grad_student, grad_teacher)
+        )
+
+    loss = loss.squeeze(-1)
+    if reduction == "mean":
+        counted = (~ignored).sum() if labels is not None else torch.tensor(loss.numel(), device=loss.device)
+        grad_student, grad_teacher = (g / counted.clamp(min=1) for g in (grad_student, grad_teacher))
+        loss = loss.sum() / counted
+    elif reduction == "sum":
+        loss = loss.sum()
+    none = torch.empty(0)
+    return (
+        loss,
+        grad_student.to(student_logits.dtype) if student_grad else none.to(student_logits),
+        grad_teacher.to(teacher_logits.dtype) if teacher_grad else none.to(teacher_logits),
+    )
+
+
+def scale_rows(grad: Tensor, upstream: Tensor) -> Tensor:
+    """``grad[..., c] * upstream[...]``; ``upstream`` has the leading shape of ``grad`` or is a scalar."""
+    return (grad * upstream.unsqueeze(-1)).to(grad.dtype)
+
+
+def scale_rows_(grad: Tensor, upstream: Tensor) -> None:
+    grad.mul_(upstream.unsqueeze(-1))
+
+
+def accumulate_sensitivity_(totals: list[Tensor], grads: list[Tensor], weights: list[Tensor] | None) -> None:
+    """``totals[i] += |grads[i] * weights[i]|``, or ``|grads[i]|`` without weights."""
+    if not totals:
+        return
+    dtypes = [accumulation_dtype(*tensors) for tensors in zip(totals, grads, weights or grads, strict=True)]
+    products = [grad.to(dtype) for grad, dtype in zip(grads, dtypes, strict=True)]
+    if weights is not None:
+        factors = [weight.to(dtype) for weight, dtype in zip(weights, dtypes, strict=True)]
+        products = list(torch._foreach_mul(products, factors))
+    torch._foreach_add_(totals, torch._foreach_abs(products))
+
+
+def _first(found: Tensor) -> Tensor:
+    """The first of the last dimension's elements that are true."""
+    return found & (found.cumsum(-1) == 1)
+
+
+def _around_the_largest(logits: Tensor) -> tuple[Tensor, ...]:
+    """The logits less the largest, their exponentials, where the largest is and where the second largest, the sum of
+    all exponentials but the largest's, and of all (NaN if the largest is infinite), and the second's exponential."""
+    logits = logits.to(accumulation_dtype(logits))
+    largest, second = logits.topk(2, -1).values.split(1, -1)
+    held = _first(logits == largest)
+    runner_up = _first((logits == second) & ~held)
+    gap = (logits - largest).masked_fill(held, 0).clamp_min(-1000)  # exponential 0 in float64 too, and 0 * gap = 0
+    exponential = gap.exp()
+    others = exponential.masked_fill(held, 0).sum(-1, keepdim=True)
+    return gap, exponential, held, runner_up, others, 1 + others + (largest - largest), (second - largest).exp()
+
+
+def _at_uniform(kind: str, classes: int) -> float:
+    """The largest uncertainty that there is: that of equal probabilities."""
+    return {"entropy": math.log(classes), "least_confidence": 1 - 1 / classes, "margin": 1.0}[kind]
+
+
+def uncertainty(logits: Tensor, kind: str, normalize: bool) -> Tensor:
+    """Of each row (see ops/uncertainty.py), as precise near 0 as elsewhere: nothing is subtracted from 1."""
+    gap, exponential, _, _, others, total, second = _around_the_largest(logits)
+    if kind == "entropy":
+        value = others.log1p() - (exponential * gap).sum(-1, keepdim=True) / total
+    elif kind == "least_confidence":
+        value = others / total
+    else:
+        value = (others + second) / total
+    return value.squeeze(-1) / (_at_uniform(kind, logits.shape[-1]) if normalize else 1)
+
+
+def uncertainty_backward(upstream: Tensor, logits: Tensor, kind: str, normalize: bool) -> Tensor:
+    """The gradient to the logits for an ``upstream`` gradient of the logits' leading shape."""
+    gap, exponential, held, runner_up, others, total, second = _around_the_largest(logits)
+    if kind == "entropy":
+        grad = exponential * ((exponential * gap).sum(-1, keepdim=True) / total - gap)
+    elif kind == "least_confidence":
+        grad = torch.where(held, -others, exponential) / total
+    else:
+        grad = exponential * (1 - second)
+        grad = torch.where(held, -others - second, torch.where(runner_up, grad + second * total, grad)) / total
+    scale = upstream.unsqueeze(-1) / (_at_uniform(kind, logits.shape[-1]) if normalize else 1)
+    return (grad / total * scale).to(logits.dtype)
+
+
+def rank(scores: Tensor, count: int) -> Tensor:
+    """The indices of the highest of all scores, NaN before any number and equals by lower index."""
+    scores = scores.flatten()
+    scores = scores.masked_fill(scores.isnan(), torch.inf)  # CUDA sorts a NaN whose sign bit is set as the lowest
+    return scores.sort(descending=True, stable=True).indices[:count].clone()
+
+
+def _attention_weights(
+    query: Tensor,
+    key: Tensor,
+    attn_mask: Tensor | None,
+    is_causal: bool,
+    scale: float,
+    logsumexp: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    """The softmax of the scores, 0 in a row with nothing to attend to, and the scores' logsumexp (0 there)."""
+    scores = scale * query @ key.mT
+    if is_causal:
+        attn_mask = scores.new_ones(scores.shape[-2:], dtype=torch.bool).tril()
+    if attn_mask is not None:
+        allowed = attn_mask.dtype == torch.bool
+        scores = scores.masked_fill(~attn_mask, -torch.inf) if allowed else scores + attn_mask
+    if logsumexp is None:
+        logsumexp = scores.logsumexp(-1)
+        nothing = logsumexp == -torch.inf
+        return scores.softmax(-1).masked_fill(nothing.unsqueeze(-1), 0), logsumexp.masked_fill(nothing, 0)
+    return (scores - logsumexp.unsqueeze(-1)).exp(), logsumexp
+
+
+def dropout_factors(seed: Tensor | None, weights: Tensor, dropout_p: float) -> Tensor | float:
+    """What dropout multiplies each attention weight by: 0 or 1 / (1 - p), the same for the same seed."""
+    if seed is None:
+        return 1.0
+    generator = torch.Generator(weights.device).manual_seed(int(seed))
+    kept = torch.rand(weights.shape, generator=generator, device=weights.device) >= dropout_p
+    return kept / (1 - dropout_p)
+
+
+def _apart(heads: Tensor, like: Tensor) -> Tensor:
+    """[B, H, S, D] in memory as [B, S, H, D]; not as a view of that, which could not be changed in place."""
+    apart = torch.empty_permuted(heads.shape, (0, 2, 1, 3), dtype=like.dtype, device=like.device)
+    return apart.copy_(heads)
+
+
+def gated_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    head_gate: Tensor | None,
+    attn_mask: Tensor | None,
+    seed: Tensor | None,
+    dropout_p: float,
+    is_causal: bool,
+    scale: float,
+    gate_grad: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The output, the output without gates where ``gate_grad``, and the logsumexp (see ops/gated_attention.py)."""
+    dtype = accumulation_dtype(query)
+    q, k, v = (x.to(dtype) for x in (query, key, value))
+    weights, logsumexp = _attention_weights(q, k, attn_mask, is_causal, scale, None)
+    attention = weights * dropout_factors(seed, weights, dropout_p) @ v
+    output = attention
+    if head_gate is not None:
+        gate = head_gate.to(dtype)[..., None, None]
+        output = attention * gate
+        if not gate_grad:
+            output = torch.where(gate == 0, 0, output)
+            logsumexp = torch.where(gate.squeeze(-1) == 0, 0, logsumexp)
+    ungated = _apart(attention, query) if gate_grad else query.new_empty(0)
+    return _apart(output, query), ungated, logsumexp
+
+
+def gated_attention_backward(
+    upstream: Tensor,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    head_gate: Tensor | None,
+    attn_mask: Tensor | None,
+    seed: Tensor | None,
+    output: Tensor,
+    logsumexp: Tensor,
+    dropout_p: float,
+    is_causal: bool,
+    scale: float,
+    gate_grad: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The gradients to query, key, value and, where ``gate_grad``, the gate: ``output`` is then that without gates."""
+    dtype = accumulation_dtype(query)
+    upstream, q, k, v = (x.to(dtype) for x in (upstream, query, key, value))
+    weights, _ = _attention_weights(q, k, attn_mask, is_causal, scale, logsumexp)
+    factors = dropout_factors(seed, weights, dropout_p)
+    mean = (upstream * output.to(dtype)).sum(-1, keepdim=True)  # under the weights, of their gradients
+    grad_gate = query.new_empty(0)
+    if head_gate is not None:
+        gate = head_gate.to(dtype)[..., None, None]
+        upstream = upstream * gate
+        if gate_grad:
+            by_example = mean.sum((-1, -2))
+            grad_gate = (by_example if head_gate.dim() == 2 else by_example.sum(0)).to(head_gate.dtype)
+            mean = mean * gate
+    grad_value = (weights * factors).mT @ upstream
+    grad_scores = scale * weights * (upstream @ v.mT * factors - mean)
+    grad_query, grad_key = grad_scores @ k, grad_scores.mT @ q
+    if head_gate is not None:
+        grad_query, grad_key, grad_value = (torch.where(gate == 0, 0, x) for x in (grad_query, grad_key, grad_value))
+    return _apart(grad_query, query), _apart(grad_key, query), _apart(grad_value, query), grad_gate
+
+
+def _activation(z: Tensor, kind: str) -> tuple[Tensor, Tensor]:
+    """The activation and its derivative."""
+    if kind == "relu":
+        return z.relu(), torch.where(z <= 0, 0.0, 1.0).to(z.dtype)
+    if kind == "gelu":  # z times the normal distribution function, whose derivative is the normal density
+        share = torch.special.erfc(-z / math.sqrt(2)) / 2
+        return z * share, share + z * (-z.square() / 2).exp() / math.sqrt(2 * math.pi)
+    if kind not in ("gelu_tanh", "silu"):
+        raise ValueError(f"activation is {kind!r}; expected gelu, gelu_tanh, relu or silu")
+    slope = torch.ones_like(z)  # z times the logistic function of u, of which slope is the derivative
+    u = z
+    if kind == "gelu_tanh":
+        u = math.sqrt(8 / math.pi) * z * (1 + 0.044715 * z.square())
+        slope = math.sqrt(8 / math.pi) * (1 + 3 * 0.044715 * z.square())
+    share = u.sigmoid()
+    return z * share, share + z * slope * share * (-u).sigmoid()
+
+
+def _neurons(h: Tensor, bias: Tensor | None, gate: Tensor | None) -> tuple[Tensor, Tensor]:
+    """The pre-activation, and the gate in a shape that multiplies it."""
+    dtype = accumulation_dtype(h)
+    z = h.to(dtype) if bias is None else h.to(dtype) + bias.to(dtype)
+    if gate is None:
+        return z, z.new_ones(())
+    between = (1,) * (h.dim() - 2) if gate.dim() == 2 else ()
+    return z, gate.to(dtype).view(*gate.shape[:-1], *between, gate.shape[-1])
+
+
+def bias_act_gate(h: Tensor, bias: Tensor | None, gate: Tensor | None, activation: str) -> Tensor:
+    """``gate * act(h + bias)`` for h [..., I], bias [I], gate [I] or [B, I] (see ops/bias_act_gate.py)."""
+    z, factor = _neurons(h, bias, gate)
+    return (factor * _activation(z, activation)[0]).to(h.dtype).contiguous()
+
+
+def bias_act_gate_backward(
+    upstream: Tensor,
+    h: Tensor,
+    bias: Tensor | None,
+    gate: Tensor | None,
+    activation: str,
+    want_bias: bool,
+    want_gate: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The gradients of h and, where asked for, of bias and gate."""
+    z, factor = _neurons(h, bias, gate)
+    value, slope = _activation(z, activation)
+    upstream = upstream.to(z.dtype)
+    grad = upstream * factor * slope
+    grad_bias = grad_gate = h.new_empty(0)
+    if want_bias and bias is not None:
+        grad_bias = grad[None].sum_to_size(bias.shape).to(bias.dtype)  # also of one row a new tensor
+    if want_gate and gate is not None:
+        grad_gate = (upstream * value).sum_to_size(factor.shape).view(gate.shape).to(gate.dtype)
+    return grad.to(h.dtype).contiguous(), grad_bias, grad_gate

@@ -1,0 +1,136 @@
+"""How a stage's model is trained: with transformers' Trainer, shared evenly by processes."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from accelerate import PartialState  # type: ignore[import-untyped]
+from transformers import PreTrainedModel
+from transformers.integrations.fsdp import is_fsdp_enabled
+from transformers.trainer_callback import ProgressCallback
+
+from fastdistill.data.metrics import compute_metrics
+from fastdistill.models.first_token import first_token_only
+from fastdistill.objectives.selection import EXAMPLE
+from fastdistill.recipes.examples import Examples
+from fastdistill.recipes.training import Teacher, Training
+from fastdistill.training.trainer import DistillationConfig, DistillationTrainer
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+
+
+def fit(
+    training: Training,
+    examples: Examples,
+    train_data: Dataset,
+    teacher: Teacher,
+    config: DistillationConfig,
+    checkpoint: str | None,
+) -> tuple[PreTrainedModel, dict[str, float], list[dict[str, float]]]:
+    """Train a copy of the model, from its checkpoint on, and evaluate it: the copy, what was measured, what was logged.
+
+    `train_data` has what the teacher says as columns where `teacher` is None. Processes (torchrun, accelerate launch)
+    share each batch, and find what one alone would, within rounding, but for dropout, whose numbers are each process's
+    own, and for objectives that choose among a batch's examples (`DeKD`): each process chooses among its share. FSDP's
+    parameters are gathered.
+    """
+    student = copy.deepcopy(training.model)
+    objective, callbacks = copy.deepcopy((training.objective, training.callbacks))  # which may learn, or remember
+    if EXAMPLE in objective.needs.columns:
+        train_data = train_data.add_column(EXAMPLE, np.arange(len(train_data)))
+    trainer = DistillationTrainer(
+        model=student,
+        teacher_model=teacher,
+        objective=objective,
+        args=config,
+        train_dataset=train_data,
+        eval_dataset=examples.validation,
+        processing_class=examples.tokenizer,
+        data_collator=examples.collate,
+        compute_metrics=compute_metrics(examples.task),
+        callbacks=list(callbacks),
+    )
+    trainer.remove_callback(ProgressCallback)
+    trainer.add_callback(_ProgressBar(training.name))
+    teachers = teacher.values() if isinstance(teacher, Mapping) else (teacher,)
+    with first_token_only(*(() if objective.needs.all_tokens else (student, *teachers))):
+        if training.epochs:
+            trainer.train(resume_from_checkpoint=checkpoint)
+        measured = trainer.evaluate()
+    return _whole(trainer, training.model), measured, trainer.state.log_history
+
+
+def config_of(
+    training: Training, folder: Path, *, seed: int, bf16: bool, checkpoints: int, tensorboard: bool
+) -> DistillationConfig:
+    """Trainer's arguments; `checkpoints` are how often it saves its state on its way."""
+    return DistillationConfig(
+        output_dir=str(folder),
+        num_train_epochs=training.epochs,
+        learning_rate=training.learning_rate,
+        per_device_train_batch_size=training.batch_size // PartialState().num_processes,
+        per_device_eval_batch_size=max(64, training.batch_size),
+        weight_decay=0.01,
+        warmup_steps=0.1,
+        seed=seed,
+        bf16=bf16,
+        use_cpu=not torch.accelerator.is_available(),
+        logging_steps=0.05,
+        save_strategy="steps" if checkpoints else "no",
+        save_steps=1 / (checkpoints + 1),
+        save_total_limit=1,
+        dataloader_pin_memory=torch.cuda.is_available(),
+        report_to="tensorboard" if tensorboard else "none",
+        log_level="error",
+        disable_tqdm=False,
+    )
+
+
+class _ProgressBar(ProgressCallback):
+    """Trainer's progress bar with the stage's name before and the loss behind, in place of a printed line a log."""
+
+    def __init__(self, name: str) -> None:
+        super().__init__()
+        self.name = name
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        super().on_train_begin(args, state, control, **kwargs)  # type: ignore[no-untyped-call]
+        if self.training_bar is not None:
+            self.training_bar.set_description(self.name)
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
+        if self.training_bar is not None and "loss" in logs:
+            hidden = ("grad_norm", "learning_rate", "epoch")  # and details, "entropy/0"
+            shown = {k: f"{v:.3g}" for k, v in logs.items() if k not in hidden and "/" not in k}
+            self.training_bar.set_postfix(shown)
+
+
+def check_processes(batch_size: int) -> None:
+    processes = PartialState().num_processes
+    if batch_size % processes:
+        raise ValueError(
+            f"--batch-size is {batch_size}, but {processes} processes share a batch; expected a multiple of {processes}"
+        )
+    if is_fsdp_enabled():
+        raise ValueError(
+            "accelerate's --fsdp_cpu_ram_efficient_loading is true, which gives all processes but the first models "
+            "without weights; expected false"
+        )
+
+
+def _whole(trainer: DistillationTrainer, like: PreTrainedModel) -> PreTrainedModel:
+    """The trained student; of a sharded one (FSDP) a copy, which has its weights in the main process only."""
+    if not trainer.is_fsdp_enabled:
+        student: PreTrainedModel = trainer.accelerator.unwrap_model(trainer.model)
+        return student
+    state = trainer.accelerator.get_state_dict(trainer.model)  # all processes send their shards
+    student = copy.deepcopy(like).to(trainer.args.device)  # type: ignore[arg-type]
+    if state:
+        student.load_state_dict(state)
+    return student

@@ -1,0 +1,1 @@
+"""The recipes themselves, one file a method."""

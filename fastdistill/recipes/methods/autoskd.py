@@ -1,0 +1,285 @@
+"""A team of teachers, one sampled at a time (AutoSKDBERT): how likely each should be is learned, and then tried."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import PartialState  # type: ignore[import-untyped]
+from rich.table import Table
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from fastdistill.autoskd.search import Found, Settings, search
+from fastdistill.autoskd.theta import random_distributions
+from fastdistill.data.tasks import Task
+from fastdistill.digest import model_digest
+from fastdistill.objectives.logits import TaskLoss
+from fastdistill.objectives.team import MTBERT, AvgKD, SampledTeacher
+from fastdistill.recipes import plots
+from fastdistill.recipes.comparison import Comparison, Learner
+from fastdistill.recipes.folder import UNFINISHED
+from fastdistill.recipes.methods.teams import Team, team_of
+from fastdistill.recipes.report import Report, finish, percent, summary
+from fastdistill.recipes.settings import AutoSKDSettings
+from fastdistill.recipes.stages import Stages
+from fastdistill.recipes.training import Trained, Training
+from fastdistill.teachers.team import TeacherTeam
+
+Theta = dict[str, float]
+"""How likely each teacher is."""
+
+Tried = dict[str, list[dict[str, dict[str, Any]]]]
+"""By kind ("autoskd", "random") and seed, the distributions that were tried, each with what its student reached."""
+
+
+def autoskd(settings: AutoSKDSettings) -> Report:
+    """Do the recipe, and write results.json and the plots.
+
+    1. The team is trained. Of text: the teacher is fine-tuned on the task, unless it is a classifier of it already, and
+       so are its first layers. Of images: networks are, from weights at random.
+    2. The team's logits on the training data are stored; no teacher runs from here on.
+    3. Search: the probabilities learn on one half of the data while a student learns on the other; after half of the
+       steps the weakest teachers are dropped. Snapshots of the rest of the way are the candidates.
+    4. With each candidate a student learns from the beginning, from one sampled teacher a step. The best on the
+       validation examples counts, and so does, to compare, the best of random distributions. (Both are the best of
+       many on the very examples that they are reported on: compare equal numbers of them.)
+
+    Each seed has a search of its own, and of images a student with weights of its own.
+    """
+    started = time.perf_counter()
+    if not settings.no_plots:
+        plots.require_matplotlib()
+    source = team_of(settings)
+    task = source.data.task
+    if settings.drop is not None and settings.drop >= source.teachers:
+        raise ValueError(f"--drop is {settings.drop}; expected fewer than the {source.teachers} teachers")
+    _search_settings(settings, source.learning_rate, drop=settings.drop or 0).schedule(len(source.data.train))
+    comparison = source.comparison()
+
+    team = source.train(comparison)
+    strongest = max(team, key=lambda name: team[name].result[task.metric])
+    students = {stages.seed: source.student(stages.seed) for stages in comparison.seeded}
+    _train_baselines(settings, comparison, source, students, team[strongest])
+    finetuned = comparison.results["finetuned"][task.metric]
+    weaker = sum(one.result[task.metric] < finetuned for one in team.values())
+    drop = min(weaker, len(team) - 1) if settings.drop is None else settings.drop
+
+    with_logits = comparison.stages.with_team(TeacherTeam({name: one.model for name, one in team.items()}))
+    runs = [
+        _Run(
+            comparison,
+            with_logits.seeded(stages.seed),
+            students[stages.seed],
+            tuple(team),
+            _search_settings(settings, source.learning_rate, drop, stages.seed),
+        )
+        for stages in comparison.seeded
+    ]
+    candidates = _try(settings, comparison, runs, tuple(team), strongest)
+
+    searches = [run.record() for run in runs]
+    tables = [_theta_table(task, comparison.results, runs[0].found), _candidates_table(task, candidates)]
+    drawn = [] if settings.no_plots else _plot(settings.output, comparison, runs[0].found, candidates)
+    more = {"team": list(team), "strongest": strongest, "drop": drop, "searches": searches, "candidates": candidates}
+    seconds = time.perf_counter() - started
+    return finish(settings.output, source.record(), task, comparison.results, seconds, *tables, plots=drawn, **more)
+
+
+def _train_baselines(
+    settings: AutoSKDSettings,
+    comparison: Comparison,
+    source: Team,
+    students: Mapping[int, PreTrainedModel],
+    strongest: Trained,
+) -> None:
+    """Without a teacher, down the chain, and from the strongest."""
+    learners: dict[str, Learner] = {"finetuned": (TaskLoss(settings.smoothing), None)}
+    if source.chain:
+        learners["takd"] = (comparison.kd, comparison.assistant(*source.chain[:-1]))
+    if settings.baselines:
+        learners["kd"] = (comparison.kd, strongest.model)
+    trained = comparison.train(
+        (stages, comparison.training(name, students[stages.seed], learner))
+        for name, learner in learners.items()
+        for stages in comparison.seeded
+    )
+    for name in learners:
+        comparison.summarize(name, [next(trained).result for _ in comparison.seeded])
+
+
+def _try(
+    settings: AutoSKDSettings, comparison: Comparison, runs: Sequence[_Run], names: tuple[str, ...], strongest: str
+) -> Tried:
+    """Students of all teachers at once, if baselines are asked for, and of what was learned or drawn; the best of each
+    kind go into the results."""
+    thetas = {"autoskd": [run.learned() for run in runs]}
+    if settings.random_candidates:
+        thetas["random"] = [run.random(settings.random_candidates) for run in runs]
+    mixed = {}
+    if settings.baselines:
+        temperature = settings.temperature
+        mixed = {
+            "single": AvgKD((strongest,), temperature),
+            "avgkd": AvgKD(names, temperature),
+            "mtbert": MTBERT(names, temperature),
+        }
+
+    def trials() -> Iterator[tuple[Stages, Training]]:
+        for name, objective in mixed.items():
+            for run in runs:
+                yield run.stages, comparison.training(name, run.student, (objective, None))
+        for by_seed in thetas.values():
+            for run, named in zip(runs, by_seed, strict=True):
+                for name, theta in named.items():
+                    yield run.stages, run.training(name, theta)
+
+    trained = comparison.train(trials())
+    for name in mixed:
+        comparison.summarize(name, [next(trained).result for _ in runs])
+    return {kind: _best(comparison, kind, by_seed, trained) for kind, by_seed in thetas.items()}
+
+
+def _best(
+    comparison: Comparison, kind: str, thetas: Iterable[Mapping[str, Theta]], trained: Iterator[Trained]
+) -> list[dict[str, dict[str, Any]]]:
+    """Of each seed's students the best into the results; what each distribution's student reached."""
+    metric, best, tried = comparison.metric, [], []
+    for named in thetas:
+        found = {name: next(trained).result for name in named}
+        name = max(found, key=lambda one: found[one][metric])
+        best.append((name, named[name], found[name]))
+        tried.append({one: {"theta": theta, metric: found[one][metric]} for one, theta in named.items()})
+    comparison.results[kind] = {
+        **summary(metric, [result for _, _, result in best]),
+        "theta": [theta for _, theta, _ in best],
+        "candidate": [name for name, _, _ in best],
+    }
+    return tried
+
+
+class _Run:
+    """The method with one seed."""
+
+    def __init__(
+        self,
+        comparison: Comparison,
+        stages: Stages,
+        student: PreTrainedModel,
+        names: tuple[str, ...],
+        settings: Settings,
+    ) -> None:
+        self.comparison, self.stages, self.student = comparison, stages, student
+        self.names, self.settings = names, settings
+        self.found = self._search()
+
+    def record(self) -> dict[str, Any]:
+        """Of the search."""
+        return {
+            "seed": self.stages.seed,
+            "steps": len(self.found.theta) - 1,
+            "selected_at": self.found.selected_at,
+            "theta": self._named(self.found.theta[-1]),
+        }
+
+    def learned(self) -> dict[str, Theta]:
+        """By what each candidate is called; of equal ones the first alone."""
+        named = {f"autoskd-{place}": self._named(theta) for place, theta in enumerate(self.found.candidates, 1)}
+        first = {tuple(theta.values()): name for name, theta in reversed(named.items())}
+        return {name: theta for name, theta in named.items() if first[tuple(theta.values())] == name}
+
+    def random(self, number: int) -> dict[str, Theta]:
+        generator = torch.Generator().manual_seed(self.stages.seed)
+        drawn = random_distributions(number, len(self.names), generator)
+        return {f"random-{place}": self._named(theta) for place, theta in enumerate(drawn, 1)}
+
+    def training(self, name: str, theta: Theta) -> Training:
+        objective = SampledTeacher(theta, self.settings.temperature, self.stages.seed)
+        return self.comparison.training(name, self.student, (objective, None))
+
+    def _named(self, theta: Tensor) -> Theta:
+        return dict(zip(self.names, theta.tolist(), strict=True))
+
+    def _search(self) -> Found:
+        stages = self.stages
+
+        def make(folder: Path) -> Callable[[], None]:
+            found = search(
+                self.student,
+                stages.examples.train,
+                self.names,
+                self.settings,
+                collate=stages.examples.collate,
+                checkpoint=folder / UNFINISHED,
+                checkpoints=stages.checkpoints,
+                device=PartialState().device,
+                bf16=stages.bf16,
+                progress=PartialState().is_main_process,
+            )
+            return lambda: found.save(folder / "theta.safetensors")
+
+        came_from = {"settings": asdict(self.settings), "names": list(self.names), "model": model_digest(self.student)}
+        return Found.load(stages.keep("search", came_from, make) / "theta.safetensors")
+
+
+def _search_settings(settings: AutoSKDSettings, learning_rate: float, drop: int, seed: int = 0) -> Settings:
+    return Settings(
+        method=settings.method,
+        order=settings.order,
+        drop=drop,
+        candidates=settings.candidates,
+        epochs=settings.search_epochs or 15.0,
+        batch_size=settings.batch_size,
+        learning_rate=learning_rate,
+        theta_learning_rate=settings.theta_learning_rate,
+        look_ahead=settings.look_ahead,
+        temperature=settings.temperature,
+        seed=seed,
+    )
+
+
+def _theta_table(task: Task, results: Mapping[str, Any], found: Found) -> Table:
+    """A teacher a row: its metric, and its probability after phase 1, after selection and phase 2, and in the best."""
+    table = Table("teacher", title=f"probabilities: {task.name}, first seed")
+    for column in (f"{task.metric} %", "before selection", "after", "at the end", "best candidate"):
+        table.add_column(column, justify="right")
+    best = results["autoskd"]["theta"][0]
+    for place, name in enumerate(found.names):
+        steps = (found.selected_at - 1, found.selected_at, -1)
+        shares = [*(float(found.theta[step, place]) for step in steps), best[name]]
+        table.add_row(name, percent(results[name], task.metric), *(f"{share:.3f}" for share in shares))
+    return table
+
+
+def _candidates_table(task: Task, candidates: Mapping[str, Sequence[Mapping[str, Any]]]) -> Table:
+    """Learned against random: the best, mean and worst of all seeds' students."""
+    table = Table("distributions", title=f"students: {task.name}, {task.metric} %")
+    for column in ("students", "best", "mean", "worst"):
+        table.add_column(column, justify="right")
+    for name, by_seed in candidates.items():
+        values = [100 * one[task.metric] for found in by_seed for one in found.values()]
+        shown = (max(values), statistics.fmean(values), min(values))
+        table.add_row({"autoskd": "learned"}.get(name, name), str(len(values)), *(f"{value:.1f}" for value in shown))
+    return table
+
+
+def _plot(output: Path, comparison: Comparison, found: Found, candidates: Tried) -> list[Path]:
+    """theta.svg and candidates.svg, which ranks students with the best first; both of the first seed."""
+    if not PartialState().is_main_process:
+        return []
+    metric, results = comparison.metric, comparison.results
+    curves: dict[str, dict[float, tuple[float, float]]] = {}
+    for name, by_seed in candidates.items():
+        ranked = sorted((one[metric] for one in by_seed[0].values()), reverse=True)
+        curves[{"autoskd": "learned"}.get(name, name)] = {rank: (v, 0.0) for rank, v in enumerate(ranked, 1)}
+    names = ("finetuned", "kd", "single", "avgkd", "mtbert")
+    lines = {name: results[name]["values"][0] for name in names if name in results}
+    return [
+        plots.probabilities_over_steps(output / "theta.svg", found.names, found.theta, found.selected_at),
+        plots.metric_by_share(output / "candidates.svg", "rank of the distribution", metric, curves, lines),
+    ]

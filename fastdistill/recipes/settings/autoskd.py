@@ -1,0 +1,101 @@
+"""What is asked of autoskd."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar, Literal
+
+from fastdistill.recipes.settings.fields import Choice, Integer, Listed, Text, flag, option
+from fastdistill.recipes.settings.shared import POSITIVE, TASK, TEACHER, PlotSettings, RecipeSettings
+
+
+@dataclass(frozen=True, kw_only=True)
+class AutoSKDSettings(RecipeSettings, PlotSettings):
+    """Settings of teams of which one teacher is sampled a step, `fastdistill.recipes.autoskd`."""
+
+    command: ClassVar[str] = "autoskd"
+    does: ClassVar[str] = (
+        "distil from a team of teachers, one sampled a step, as likely as is learned to be best (AutoSKDBERT)"
+    )
+    title: ClassVar[str] = "AutoSKDBERT"
+
+    task: str = option(kind=Text(), help=f"{TASK}; or a folder of images, train/CLASS/* and validation/CLASS/*")
+    teacher: str | None = option(None, kind=Text(), help=TEACHER)
+    baselines: bool = flag(
+        "students by plain distillation from the strongest of the team, with labels (kd) and with this method's loss "
+        "(single), and by all teachers at once (avgkd, mtbert)"
+    )
+    team: tuple[str, ...] | None = option(
+        None,
+        kind=Listed(Text()),
+        metavar="K,K[,...]",
+        help="layers of each of the team: the teacher's first, trained as a student is; its own number is the teacher "
+        "itself (default: 1,2,... to the teacher's); for images networks, as wrn-16-1,wrn-16-2,resnet-20",
+    )
+    student: str | None = option(
+        None, kind=Text(), metavar="NETWORK", help="for images, which network the student is, as wrn-10-1"
+    )
+    team_from: Literal["labels", "teacher"] = option(
+        "labels",
+        kind=Choice(("labels", "teacher")),
+        help="what those with fewer layers than the teacher learn from: the labels alone, or by plain distillation "
+        "from the teacher (default: %(default)s)",
+    )
+    temperature: float = option(
+        1.0,
+        kind=POSITIVE,
+        metavar="X",
+        help="of the softmax on both sides, in the search and for its students (default: %(default)g)",
+    )
+    method: Literal["sswo", "cr"] = option(
+        "sswo",
+        kind=Choice(("sswo", "cr")),
+        help="search by the sampled teacher's logits and weight alone (sswo), or by all teachers' mixed (cr) "
+        "(default: %(default)s)",
+    )
+    order: Literal[1, 2] = option(
+        2,
+        kind=Choice((1, 2)),
+        help="whether the weights' gradient looks a step of the student ahead (2) or not (1) (default: %(default)s)",
+    )
+    look_ahead: float | None = option(
+        None,
+        kind=POSITIVE,
+        metavar="X",
+        help="length of that step (default: --theta-learning-rate, as the paper has it)",
+    )
+    drop: int | None = option(
+        None,
+        kind=Integer(0),
+        metavar="M",
+        help="teachers dropped after half of the search, the least likely (default: as many as are weaker than the "
+        "student without teacher)",
+    )
+    candidates: int = option(
+        25,
+        kind=Integer(1),
+        metavar="N",
+        help="distributions taken from the search's second half, a student trained with each (default: %(default)s)",
+    )
+    random_candidates: int = option(
+        0,
+        kind=Integer(0),
+        metavar="N",
+        help="students of random distributions, to compare with (default: %(default)s)",
+    )
+    search_epochs: float | None = option(
+        None, kind=POSITIVE, metavar="N", help="of the search, over half the data (default: 15)"
+    )
+    theta_learning_rate: float = option(
+        1e-3,
+        kind=POSITIVE,
+        metavar="X",
+        help="of the distribution; the paper's are 3e-4 to 1e-3 (default: %(default)g)",
+    )
+
+    def check(self) -> None:
+        uses_kd = self.baselines or self.chain or self.team_from == "teacher"
+        if self.kd_temperature is not None and not uses_kd:
+            raise ValueError(
+                "--kd-temperature would have no effect: nothing learns by plain distillation; leave it out"
+            )

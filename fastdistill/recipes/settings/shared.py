@@ -1,0 +1,188 @@
+"""Settings that recipes share."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, ClassVar, Literal, get_args
+
+from fastdistill.recipes.settings.fields import Choice, Folder, Integer, Listed, Number, Settings, Text, flag, option
+
+SEED = Integer(0, 2**32 - 1)
+POSITIVE = Number(above=0)
+
+TASK = (
+    "a task's name (docstrings, which needs no network; sst2, mnli and the rest of GLUE; ag_news, emotion, imdb), or a "
+    "folder or file of jsonl[.gz], csv, tsv or parquet with columns sentence1[, sentence2], label"
+)
+TEACHER = "folder or hub name of a transformers encoder in safetensors, or minilm, which the extra 'demo' brings"
+STUDENT_LAYERS = "the teacher's layers that the student has"
+
+Divergence = Literal["forward_kl", "soft_ce", "reverse_kl"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunSettings(Settings):
+    """What to learn, from whom, and where to keep it; a student of the teacher's first layers."""
+
+    title: ClassVar[str] = "what to run"
+
+    task: str = option(kind=Text(), help=TASK)
+    teacher: str | None = option(kind=Text(), help=TEACHER)
+    student_layers: int | None = option(None, kind=Integer(1), metavar="K", help=STUDENT_LAYERS)
+    output: Path = option(
+        kind=Folder(),
+        metavar="DIR",
+        help="where models and results.json go; the same command with the same DIR goes on where it was interrupted",
+    )
+    max_train_examples: int | None = option(
+        None, kind=Integer(1), metavar="N", help="train on a random N (default: all)"
+    )
+    max_eval_examples: int | None = option(
+        None, kind=Integer(1), metavar="N", help="evaluate on a random N (default: all)"
+    )
+    max_length: int | None = option(
+        None, kind=Integer(3), metavar="N", help="tokens that an example is cut to (default: the task's)"
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainingSettings(Settings):
+    """How teachers and students are trained."""
+
+    title: ClassVar[str] = "training"
+
+    epochs: float = option(3.0, kind=POSITIVE, metavar="N", help="epochs of a student (default: %(default)g)")
+    teacher_epochs: float | None = option(
+        None,
+        kind=Number(low=0),
+        metavar="N",
+        help="epochs of the teacher's fine-tuning, 0 to take it as it is (default: 0 where its config names the task's "
+        "labels, else 2)",
+    )
+    batch_size: int = option(
+        32,
+        kind=Integer(1),
+        metavar="N",
+        help="examples in a training batch, all processes' together (default: %(default)s)",
+    )
+    learning_rate: float | None = option(
+        None,
+        kind=POSITIVE,
+        metavar="X",
+        help="peak learning rate of a student (default: 3e-4 for encoders of MiniLM's width, 384; less for wider, by "
+        "the square: 7.5e-5 for BERT-base)",
+    )
+    teacher_learning_rate: float | None = option(
+        None,
+        kind=POSITIVE,
+        metavar="X",
+        help="peak learning rate of the teacher's fine-tuning (default: a third of a student's default)",
+    )
+    label_smoothing: float | None = option(
+        None, kind=Number(low=0, below=1), metavar="X", help="of the students' labels (default: 0)"
+    )
+    seed: int = option(0, kind=SEED, metavar="N", help="(default: %(default)s)")
+    bf16: bool = flag(
+        "train and evaluate in bfloat16 mixed precision; scores of heads, neurons or weights stay float32"
+    )
+    checkpoints: int = option(
+        3,
+        kind=Integer(0),
+        metavar="N",
+        help="how often a model's training saves its state, to go on from if interrupted (default: %(default)s)",
+    )
+    tensorboard: bool = flag("write TensorBoard logs beside the models")
+
+    @property
+    def smoothing(self) -> float:
+        return self.label_smoothing or 0.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class ComparisonSettings(Settings):
+    """What else to train beside a method, how often, and where trainings run that do not wait for each other."""
+
+    title: ClassVar[str] = "comparison"
+
+    seeds: tuple[int, ...] | None = option(
+        None,
+        kind=Listed(SEED),
+        metavar="N[,N...]",
+        help="train every student once with each, and report mean and spread (default: --seed)",
+    )
+    baselines: bool = flag("a student that has no teacher, and one by plain distillation")
+    chain: tuple[int, ...] | None = option(
+        None,
+        kind=Listed(Integer(1)),
+        metavar="K,K[,...]",
+        help="a student by plain distillation down a chain of models with so many layers, such as 6,4,2 (TAKD)",
+    )
+    kd_temperature: float | None = option(
+        None,
+        kind=POSITIVE,
+        metavar="X",
+        help="of plain distillation: the assistants', the baseline's and the chain's (default: 2)",
+    )
+    executor: Literal["local", "ray"] = option(
+        "local",
+        kind=Choice(("local", "ray")),
+        help="train students one after another (local), or as many at a time as a Ray cluster has GPUs, or else CPUs "
+        "(ray: the cluster of RAY_ADDRESS, or this machine; --output and HF_HOME must be on a file system that all its "
+        "machines share) (default: %(default)s)",
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class RecipeSettings(RunSettings, TrainingSettings, ComparisonSettings):
+    """What every recipe is asked."""
+
+    command: ClassVar[str]
+    """The recipe's name."""
+    does: ClassVar[str]
+    """What it does, in a line."""
+
+    def record(self) -> dict[str, Any]:
+        """For results.json."""
+        return {"command": self.command, **asdict(self)}
+
+
+@dataclass(frozen=True, kw_only=True)
+class FirstLayersSettings(RecipeSettings):
+    """Those of a student that is a teacher's first layers."""
+
+    student_layers: int = option(kind=Integer(1), metavar="K", help=STUDENT_LAYERS)
+
+
+@dataclass(frozen=True, kw_only=True)
+class DistillationSettings(Settings):
+    """The objective that a student learns by from its teacher."""
+
+    title: ClassVar[str] = "distillation"
+
+    temperature: float | None = option(
+        None, kind=POSITIVE, metavar="X", help="of the softmax on both sides (default: 2)"
+    )
+    kd_weight: float = option(
+        1.0, kind=POSITIVE, metavar="X", help="weight of the teacher's term (default: %(default)g)"
+    )
+    ce_weight: float = option(1.0, kind=Number(low=0), metavar="X", help="weight of the labels' (default: %(default)g)")
+    divergence: Divergence | None = option(
+        None,
+        kind=Choice(get_args(Divergence)),
+        help="of the student's probabilities from the teacher's (default: forward_kl)",
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class PlotSettings(Settings):
+    """Whether plots are drawn."""
+
+    title: ClassVar[str] = "plots"
+
+    no_plots: bool = flag("draw none; they need matplotlib")
+
+
+def store_hidden_states() -> Any:
+    """The field of that name."""
+    return flag("run the teacher once, and keep its hidden states on disk: 4 bytes * (layers + 1) * width an example")

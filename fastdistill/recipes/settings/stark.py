@@ -1,0 +1,132 @@
+"""What is asked of stark."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal, get_args
+
+from fastdistill.recipes.settings.fields import Choice, Integer, Listed, Number, flag, option
+from fastdistill.recipes.settings.shared import (
+    POSITIVE,
+    DistillationSettings,
+    Divergence,
+    PlotSettings,
+    RecipeSettings,
+)
+
+Selection = Literal["knowledge", "random", "auto"]
+
+SPARSITIES = tuple(n / 10 for n in range(1, 10))
+
+
+@dataclass(frozen=True, kw_only=True)
+class StarkSettings(RecipeSettings, DistillationSettings, PlotSettings):
+    """Settings of sparse teachers, `fastdistill.recipes.stark`."""
+
+    command: ClassVar[str] = "stark"
+    does: ClassVar[str] = "prune a teacher of what its student finds unfriendly, and distil the sparse teacher (STARK)"
+    title: ClassVar[str] = "STARK"
+
+    divergence: Divergence | None = option(
+        None,
+        kind=Choice(get_args(Divergence)),
+        help="of the student's probabilities from the teacher's (default: soft_ce)",
+    )
+    student_sparsity: float | None = option(
+        None,
+        kind=Number(above=0, below=1),
+        metavar="X",
+        help="in the place of --student-layers: the student is the teacher without that share of its heads and "
+        "neurons, the least expressive (the paper's: 0.7)",
+    )
+    sparsity: tuple[float, ...] | None = option(
+        None,
+        kind=Listed(Number(above=0, below=1)),
+        metavar="X[,X...]",
+        help="shares of the teacher's heads and neurons that are removed, each tried (default: 0.1,0.2,...,0.9)",
+    )
+    selection: tuple[Selection, ...] = option(
+        ("knowledge",),
+        kind=Listed(Choice(get_args(Selection))),
+        metavar="S[,S...]",
+        help="what is removed: the least knowledgeable (knowledge), any (random), or the least knowledgeable up to the "
+        "first peak of the density of the heads' scores, which tries one sparsity alone (auto) (default: knowledge)",
+    )
+    tradeoff: float = option(
+        0.5,
+        kind=Number(low=0, most=1),
+        metavar="X",
+        help="weight of expressiveness against student-friendliness in a score (default: %(default)g)",
+    )
+    objective: Literal["kd", "pkd", "ckd"] = option(
+        "kd",
+        kind=Choice(("kd", "pkd", "ckd")),
+        help="how students learn: by logits alone (kd), or by hidden states too, of the first token (pkd) or the "
+        "relations of all tokens (ckd: its teachers run in every step) (default: %(default)s)",
+    )
+    hidden_weight: float | None = option(
+        None,
+        kind=POSITIVE,
+        metavar="X",
+        help="weight of the hidden states' term (default: 100 for pkd, 1 for ckd)",
+    )
+    unstructured: bool = flag("remove single weights of the encoder, by making them zero")
+    reduce: Literal["example", "batch"] = option(
+        "example",
+        kind=Choice(("example", "batch")),
+        help="sensitivities by example, or as in the published code by batch (default: %(default)s)",
+    )
+    score_on: Literal["train", "validation"] = option(
+        "train",
+        kind=Choice(("train", "validation")),
+        help="the examples that the teacher is scored on (default: %(default)s)",
+    )
+    round_to: int | None = option(
+        None, kind=Integer(1), metavar="N", help="round the neurons that a layer keeps to a multiple of N (default: 1)"
+    )
+    learning_rate_grid: tuple[float, ...] | None = option(
+        None,
+        kind=Listed(POSITIVE),
+        metavar="X[,X...]",
+        help="students' peak learning rates to try, of which the best on the validation examples counts; a chain's "
+        "assistants take the first (default: --learning-rate)",
+    )
+    batch_size_grid: tuple[int, ...] | None = option(
+        None,
+        kind=Listed(Integer(1)),
+        metavar="X[,X...]",
+        help="batch sizes of students to try, of which the best on the validation examples counts; a chain's "
+        "assistants take the first (default: --batch-size)",
+    )
+
+    @property
+    def sparsities(self) -> tuple[float, ...]:
+        return self.sparsity or SPARSITIES
+
+    def record(self) -> dict[str, Any]:
+        return {**super().record(), "sparsity": self.sparsities}
+
+    def check(self) -> None:
+        if (self.student_layers is None) == (self.student_sparsity is None):
+            raise ValueError("expected either --student-layers or --student-sparsity")
+        if self.student_layers is None and self.chain is not None:
+            raise ValueError("--chain is of layers, but the student has --student-sparsity; expected --student-layers")
+        if self.objective == "kd" and self.hidden_weight is not None:
+            raise ValueError(f"--hidden-weight is {self.hidden_weight}, but --objective kd has no hidden states")
+        if self.objective == "ckd" and self.student_layers == 1:
+            raise ValueError("--student-layers is 1; --objective ckd relates a token's states through 2 layers or more")
+        at_random = set(self.selection) == {"random"}
+        scored_by_units = self.student_sparsity is not None or not (self.unstructured or at_random)
+        ignored = {
+            "--reduce": self.reduce != "example" and not scored_by_units,
+            "--round-to": self.round_to is not None and self.unstructured,
+            "--tradeoff": self.tradeoff != 0.5 and at_random,
+            "--score-on": self.score_on != "train" and at_random and self.student_sparsity is None,
+            "--sparsity": self.sparsity is not None and set(self.selection) == {"auto"},
+            "--learning-rate": self.learning_rate is not None and self.learning_rate_grid is not None,
+            "--kd-temperature": self.kd_temperature is not None and not (self.baselines or self.chain),
+        }
+        if names := [name for name, is_ignored in ignored.items() if is_ignored]:
+            raise ValueError(f"{', '.join(names)} would have no effect beside the other options; leave it out")
+        if self.unstructured and "auto" in self.selection:
+            raise ValueError("--selection auto is by the scores of heads, which --unstructured does not have")

@@ -1,0 +1,293 @@
+"""How much a teacher's heads and neurons matter to itself, and to a student: sensitivities of gates, by example."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
+from torch import Tensor, nn
+from tqdm.auto import tqdm  # type: ignore[import-untyped]
+from transformers.modeling_outputs import SequenceClassifierOutput
+
+from fastdistill.digest import digest, model_digest, tensor_pieces
+from fastdistill.files import load_tensors, save_tensors
+from fastdistill.models.first_token import first_token_only
+from fastdistill.models.gates import Gates, gate
+from fastdistill.models.scores import Scores, mix
+from fastdistill.objectives.base import ATTENTION_MASK, LossFunction, Objective, as_objective
+from fastdistill.objectives.logits import MSE, LogitsKD, TaskLoss
+from fastdistill.ops.checks import check_choice
+from fastdistill.processes import rank_and_number, sum_over_processes
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from transformers import PreTrainedModel
+
+SAVE_EVERY = 64
+"""Batches between two writings of what was found so far."""
+
+
+@dataclass(frozen=True)
+class Sensitivities:
+    """What `score` found, each the mean over examples (or batches) of the gates' absolute gradients.
+
+    `expressiveness`, P, is that of the teacher's own loss, and `friendliness`, Q, that of the distillation loss between
+    the teacher and a trial student; None where there was no student.
+    """
+
+    expressiveness: Scores
+    friendliness: Scores | None
+
+    def knowledgeable(self, tradeoff: float = 0.5) -> Scores:
+        r""":math:`\lambda P + (1 - \lambda) Q`, each divided by its l2 norm within a layer (STARK, section 3.2).
+
+        Args:
+            tradeoff: :math:`\lambda`, from 0 to 1. Less than 1 needs a student.
+        """
+        mixed: Scores = mix(self.expressiveness, self.friendliness, tradeoff)
+        return mixed
+
+
+def score(
+    teacher: PreTrainedModel,
+    loader: Iterable[Mapping[str, Any]],
+    student: PreTrainedModel | None = None,
+    *,
+    objective: Objective | LossFunction | None = None,
+    reduce: Literal["example", "batch"] = "example",
+    checkpoint: str | Path | None = None,
+    progress: bool = True,
+) -> Sensitivities:
+    r"""The sensitivity of a teacher's losses to its heads and neurons.
+
+    .. math::
+        P = E_D \left| \frac{\partial L_{TK}}{\partial \xi} \right|, \qquad
+        Q = E_D \left| \frac{\partial L_{KD}}{\partial \xi} \right|
+
+    with gates :math:`\xi = 1` on every head and neuron (STARK, Yang et al. 2022, section 3.2). Both models are in eval
+    mode meanwhile, and as they were afterwards. Of each batch there is one forward pass, and with gates of its own for
+    each example one backward pass gives every example's gradient. Weights take no gradient. Of an objective that sees
+    the logits alone, a single backward pass serves both P and Q for two classes or regression; otherwise there are two.
+
+    Args:
+        teacher: a classifier, or regression model, that `fastdistill.gate` knows.
+        loader: yields dictionaries of the models' inputs with "labels".
+        student: the trial student, on the teacher's device; it takes the same inputs. None: P alone.
+        objective: :math:`L_{KD}`, a mean over examples, differentiated with respect to the teacher: by default soft
+            cross-entropy at temperature 2 without labels, as in the paper, or squared error for one output.
+        reduce: "example", the definition: the mean over labelled examples of absolute gradients. "batch", as the
+            published code: the mean over batches of the batch mean's absolute gradient.
+        checkpoint: a file in which what was found so far is kept every few batches; a call with the same models and
+            settings goes on from there, and skips the batches that it has seen. The loader must give the same ones in
+            the same order. Each process has its own. At the end it holds everything, and is yours to remove.
+        progress: whether to show a progress bar.
+
+    In a data-parallel run each process gives its own share of the data, and all get the sum of what they found.
+
+    Raises ValueError for a batch without labels or without a column that the objective needs, an unknown architecture,
+    data without a labelled example, a student that is the teacher itself, an objective that needs no teacher or
+    several, a checkpoint that is damaged or of other data, and a call within torch.inference_mode.
+    """
+    check_choice("reduce", reduce, ("example", "batch"))
+    if torch.is_inference_mode_enabled():
+        raise ValueError("score was called in torch.inference_mode, where there are no gradients; expected outside it")
+    chosen = objective_of(teacher, student, objective)
+    device = next(teacher.parameters()).device
+    narrowed = (teacher, student) if student is None or not chosen.needs.all_tokens else ()
+    with evaluating(teacher, student), first_token_only(*narrowed), gate(teacher) as gates:
+        sizes = [len(g) for g in gates.tensors]
+        widest = torch.float32 if device.type == "mps" else torch.float64
+        totals = torch.zeros(1 if student is None else 2, sum(sizes), dtype=widest, device=device)
+        kept = None
+        if checkpoint is not None:
+            kept = _Checkpoint(checkpoint, [teacher, student], (chosen.fingerprint, reduce))
+        count, done = (0, 0) if kept is None else kept.load(totals)
+        for number, batch in enumerate(tqdm(loader, desc="score", disable=not progress)):
+            if kept is not None:
+                kept.see(batch)
+            if number < done:
+                continue
+            count += _add(totals, teacher, student, gates, chosen, reduce, batch)
+            if kept is not None and (number + 1) % SAVE_EVERY == 0:
+                kept.save(totals, count)
+        if kept is not None:
+            kept.save(totals, count)
+    counted = torch.tensor(float(count), dtype=torch.float64, device=device)
+    sum_over_processes(totals, counted)
+    count = int(counted)
+    if not count:
+        raise ValueError("loader gave no labelled example; expected at least one")
+    found = [_split(row / count, sizes) for row in totals.float()]
+    return Sensitivities(found[0], found[1] if student is not None else None)
+
+
+def _add(
+    totals: Tensor,
+    teacher: PreTrainedModel,
+    student: PreTrainedModel | None,
+    gates: Gates,
+    objective: Objective,
+    reduce: str,
+    batch: dict[str, Any],
+) -> int:
+    """Add a batch's sensitivities to the totals; returns how many examples, or batches, they are of."""
+    features, columns, labels, labelled = split_batch(batch, objective, student, totals.device)
+    if not labelled:
+        return 0
+    gates.per_example(len(labels))
+    with torch.enable_grad():
+        outputs = teacher(**features)
+    losses: list[Callable[[Any], Tensor]] = [lambda theirs: TaskLoss()(theirs, None, labels) * labelled]
+    if student is not None:
+        with torch.no_grad():
+            answers = student(**features)
+        losses.append(lambda theirs: objective(answers, theirs, labels, **columns) * labelled)
+
+    if student is None or objective.needs.only:
+        found = _from_logits(gates, outputs.logits, losses, student is None or objective.needs.only == "probabilities")
+    else:
+        with torch.enable_grad():
+            values = [loss(outputs) for loss in losses]
+        found = [_gradients(gates, values[0], retain_graph=True), _gradients(gates, values[1])]
+    for total, gradients in zip(totals, found, strict=True):
+        total += gradients.abs().sum(0) if reduce == "example" else gradients.sum(0).abs() / labelled
+    return labelled if reduce == "example" else 1
+
+
+def _from_logits(
+    gates: Gates, logits: Tensor, losses: Sequence[Callable[[Any], Tensor]], of_softmax: bool
+) -> list[Tensor]:
+    """The gradients of losses that see the logits alone.
+
+    Losses `of_softmax` do not change when all logits of an example do alike. Of two classes their gradients are
+    multiples of (1, -1), as those of one output are of (1): that one vector goes back, and its result is multiplied."""
+    grad_outputs: list[Tensor] = []
+    for loss in losses:
+        leaf = logits.detach().requires_grad_()
+        with torch.enable_grad():
+            value = loss(SequenceClassifierOutput(logits=leaf))
+        grad_outputs += torch.autograd.grad(value, leaf)
+    if logits.dim() == 2 and (logits.shape[1] == 1 or (logits.shape[1] == 2 and of_softmax)):
+        vector = logits.new_tensor([1.0, -1.0])[: logits.shape[1]].expand_as(logits)
+        base = _gradients(gates, logits, vector)
+        return [base * factor[:, :1] for factor in grad_outputs]
+    last = len(grad_outputs) - 1
+    return [_gradients(gates, logits, row, retain_graph=place < last) for place, row in enumerate(grad_outputs)]
+
+
+def _gradients(
+    gates: Gates, outputs: Tensor, grad_output: Tensor | None = None, *, retain_graph: bool = False
+) -> Tensor:
+    """Every example's, ``[B, all gates]``; of a model without heads and neurons there are none."""
+    if not outputs.requires_grad:
+        return outputs.new_zeros(len(gates.heads[0]), 0)
+    found = torch.autograd.grad(outputs, gates.tensors, grad_output, retain_graph=retain_graph, materialize_grads=True)
+    return torch.cat(found, 1)
+
+
+def objective_of(
+    teacher: PreTrainedModel, student: PreTrainedModel | None, objective: Objective | LossFunction | None
+) -> Objective:
+    """The objective, checked, or the default."""
+    if student is teacher:
+        raise ValueError("student is the teacher itself; expected another model")
+    if objective is not None:
+        if student is None:
+            raise ValueError("objective is given but student is None; expected a student")
+        chosen = as_objective(objective)
+        if not chosen.needs.teacher or chosen.needs.teachers:
+            raise ValueError(f"objective is {chosen}; expected one of a single teacher's outputs")
+        return chosen
+    if teacher.config.num_labels == 1:
+        return MSE(label_weight=0.0)
+    return LogitsKD(temperature=2.0, divergence="soft_ce", ce_weight=0.0)
+
+
+def split_batch(
+    batch: Mapping[str, Any], objective: Objective, student: PreTrainedModel | None, device: torch.device
+) -> tuple[dict[str, Any], dict[str, Tensor], Tensor, int]:
+    """What of a batch the models take, what the objective takes, and the labels, of the examples that have one, on the
+    device; and how many labels there are."""
+    for column in ("labels", *objective.needs.columns):
+        if column not in batch:
+            raise ValueError(f"loader gave a batch without {column}: {', '.join(batch)}")
+    labels = batch["labels"]
+    there = labels == labels if labels.is_floating_point() else labels != -100
+    if labels.dim() == 1 and not there.all():
+        number = len(labels)
+        rows = {k: v for k, v in batch.items() if isinstance(v, Tensor) and v.shape[:1] == (number,)}
+        batch = {**batch, **{name: value[there] for name, value in rows.items()}}
+    labelled = int(there.sum())
+    batch = {k: v.to(device, non_blocking=True) if isinstance(v, Tensor) else v for k, v in batch.items()}
+    own = {name for name in objective.needs.columns if name != ATTENTION_MASK}
+    features = {name: value for name, value in batch.items() if name != "labels" and name not in own}
+    if student is not None and objective.needs.hidden_states:
+        features["output_hidden_states"] = True
+    return features, {name: batch[name] for name in objective.needs.columns}, batch["labels"], labelled
+
+
+def _split(values: Tensor, sizes: list[int]) -> Scores:
+    layers = [part.clone() for part in values.split(sizes)]
+    half = len(layers) // 2
+    return Scores(layers[:half], layers[half:])
+
+
+@contextmanager
+def evaluating(*models: nn.Module | None, trained: Sequence[nn.Parameter] = ()) -> Iterator[None]:
+    """Models in eval mode whose weights take no gradient, but for those `trained`; then as they were."""
+    modules = [module for model in models if model is not None for module in model.modules()]
+    modes = [module.training for module in modules]
+    weights = [weight for model in models if model is not None for weight in model.parameters()]
+    wanted = [weight.requires_grad for weight in weights]
+    for module in modules:
+        module.training = False
+    for weight in weights:
+        weight.requires_grad_(any(weight is one for one in trained))
+    try:
+        yield
+    finally:
+        for module, mode in zip(modules, modes, strict=True):
+            module.training = mode
+        for weight, flag in zip(weights, wanted, strict=True):
+            weight.requires_grad_(flag)
+
+
+class _Checkpoint:
+    """A file of what was found so far, with a hash of what it was found with."""
+
+    def __init__(self, path: str | Path, models: list[PreTrainedModel | None], settings: tuple[str, ...]) -> None:
+        rank, _ = rank_and_number()
+        self.path = Path(f"{path}.{rank}" if rank else path)
+        self.digest = digest([*settings, *(model_digest(model) for model in models if model is not None)])
+        self.number, self.seen = 0, ""  # batches so far, and a hash of them
+        self.done, self.expected = 0, ""  # the same of those that the file is of
+
+    def load(self, totals: Tensor) -> tuple[int, int]:
+        """Fills the totals; returns how many examples they are of, and of how many batches."""
+        if not self.path.is_file():
+            return 0, 0
+        tensors, metadata = load_tensors(self.path)
+        if metadata.get("digest") != self.digest:
+            return 0, 0
+        totals.copy_(tensors["totals"])
+        self.done, self.expected = int(metadata["done"]), metadata["seen"]
+        return int(metadata["count"]), self.done
+
+    def see(self, batch: Mapping[str, Any]) -> None:
+        self.number += 1
+        self.seen = digest([self.seen, *tensor_pieces({k: v for k, v in batch.items() if isinstance(v, Tensor)})])
+        self._check(self.number != self.done or self.seen == self.expected)
+
+    def save(self, totals: Tensor, count: int) -> None:
+        self._check(self.number >= self.done)
+        facts = {"digest": self.digest, "count": str(count), "done": str(self.number), "seen": self.seen}
+        save_tensors({"totals": totals.cpu()}, self.path, facts)
+
+    def _check(self, fits: bool) -> None:
+        if not fits:
+            raise ValueError(f"{self.path} is of other batches than loader gives; expected the same, or another file")

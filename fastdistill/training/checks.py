@@ -1,0 +1,175 @@
+"""What must hold before training starts: that objective, student, teachers and data go together."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import transformers
+from torch import nn
+
+from fastdistill.models.loading import from_pretrained, is_reshaped
+from fastdistill.objectives.base import ATTENTION_MASK, Objective
+from fastdistill.objectives.logits import MSE, LogitsKD
+from fastdistill.teachers.outputs import HIDDEN_STATES, LOGITS
+from fastdistill.training.sampling import columns_of
+
+TEACHER = "teacher"
+"""The name of a teacher that is the only one."""
+
+TeacherModel = nn.Module | str | Path
+
+
+def config_of(model: object, name: str) -> Any:
+    return getattr(getattr(model, "config", None), name, None)
+
+
+def default_objective(student: nn.Module) -> Objective:
+    return MSE() if config_of(student, "num_labels") == 1 else LogitsKD()
+
+
+def by_name(teacher_model: TeacherModel | Mapping[str, TeacherModel] | None) -> dict[str, TeacherModel]:
+    if isinstance(teacher_model, Mapping):
+        return dict(teacher_model)
+    return {} if teacher_model is None else {TEACHER: teacher_model}
+
+
+def own_columns(objective: Objective) -> tuple[str, ...]:
+    """A dataset's columns that the objective uses, and no model."""
+    names = objective.needs.teachers or (TEACHER,)
+    needed = (column for column in objective.needs.columns if column != ATTENTION_MASK)
+    return (*(name + kind for name in names for kind in (LOGITS, HIDDEN_STATES)), *needed)
+
+
+def argument_of(name: str) -> str:
+    """What the trainer's argument for the teacher of this name is called."""
+    return "teacher_model" if name == TEACHER else f"teacher_model[{name!r}]"
+
+
+def check_objective(
+    objective: Objective, student: nn.Module, teachers: Mapping[str, TeacherModel], dataset: Any
+) -> None:
+    labels = config_of(student, "num_labels")
+    if objective.needs.problem == "classification" and labels == 1:
+        raise ValueError(f"objective is {objective}, for classes, but model has one output; expected MSE or TaskLoss")
+    if objective.needs.problem == "regression" and labels not in (1, None):
+        raise ValueError(f"objective is {objective}, for one output, but model has {labels}; expected LogitsKD")
+    columns = set() if dataset is None else columns_of(dataset)
+    for column in objective.needs.columns:
+        if columns and column not in columns:
+            raise ValueError(f"train_dataset has no column {column!r}, which objective {objective} needs")
+    if not objective.needs.teacher:
+        if teachers:
+            raise ValueError(f"teacher_model is given but objective {objective} uses no teacher; expected None")
+        return
+    names = objective.needs.teachers or (TEACHER,)
+    if unknown := sorted(teachers.keys() - set(names)):
+        wanted = f"models by the names {', '.join(names)}" if objective.needs.teachers else "one model"
+        raise ValueError(f"teacher_model has {', '.join(unknown)}, but objective {objective} uses {wanted}")
+    for name in names:
+        _check_source(name, objective, teachers.get(name), labels, dataset, columns)
+    for argument, model in (("model", student), ("teacher_model", teachers.get(names[0]))):
+        if objective.needs.hidden_states and isinstance(model, nn.Module) and not _gives_hidden_states(model):
+            raise ValueError(
+                f"{argument} is a {type(model).__name__}, whose forward takes no output_hidden_states; "
+                f"objective {objective} needs hidden states"
+            )
+
+
+def _check_source(
+    name: str, objective: Objective, teacher: TeacherModel | None, labels: int | None, dataset: Any, columns: set[str]
+) -> None:
+    """That a teacher's outputs are to be had, from columns or a model."""
+    if name + LOGITS in columns:
+        is_first = name == (*objective.needs.teachers, TEACHER)[0]
+        if is_first and objective.needs.hidden_states and name + HIDDEN_STATES not in columns:
+            raise ValueError(
+                f"objective {objective} needs the teacher's hidden states, but the teacher is not run where "
+                f"train_dataset has the column {name + LOGITS!r}; expected a dataset without it, or with "
+                f"{name + HIDDEN_STATES!r} too"
+            )
+        sized = hasattr(dataset, "__len__") and len(dataset) > 0
+        if labels is not None and sized and (width := len(dataset[0][name + LOGITS])) != labels:
+            raise ValueError(f"train_dataset has {width} {name + LOGITS} an example but model {labels} labels")
+    elif teacher is None and columns:
+        raise ValueError(
+            f"{argument_of(name)} is None and train_dataset has no column {name + LOGITS!r}; "
+            f"objective {objective} needs one of them"
+        )
+
+
+def _gives_hidden_states(model: nn.Module) -> bool:
+    known = isinstance(model, transformers.PreTrainedModel)
+    return known or "output_hidden_states" in inspect.signature(model.forward).parameters
+
+
+def load_teacher(argument: str, teacher: TeacherModel, student: nn.Module) -> nn.Module:
+    if isinstance(teacher, nn.Module):
+        return teacher
+    if not isinstance(teacher, str | Path):
+        raise TypeError(f"{argument} is a {type(teacher).__name__}; expected a model, or its folder or name")
+    head = type(student).__name__.partition("For")[2]
+    auto = getattr(transformers, f"AutoModelFor{head}", None) if head else None
+    if auto is None:
+        raise TypeError(
+            f"{argument} is {str(teacher)!r}, but what to load it as beside a {type(student).__name__} is "
+            "not known; expected a model object"
+        )
+    if is_reshaped(transformers.AutoConfig.from_pretrained(teacher, trust_remote_code=False)):
+        return from_pretrained(teacher)
+    model, loading = auto.from_pretrained(
+        teacher, use_safetensors=True, trust_remote_code=False, output_loading_info=True
+    )
+    if missing := sorted(loading["missing_keys"]):
+        raise ValueError(
+            f"{argument} {str(teacher)!r} has no weights for {', '.join(missing)}; expected a model trained for {head}"
+        )
+    return model  # type: ignore[no-any-return]
+
+
+def check_teacher(argument: str, student: nn.Module, teacher: nn.Module, processing_class: Any) -> None:
+    if {id(p) for p in student.parameters()} & {id(p) for p in teacher.parameters()}:
+        raise ValueError(f"{argument} shares parameters with model, and would change with it; expected a copy")
+    ours, theirs = (getattr(model, "main_input_name", None) for model in (student, teacher))
+    if ours and theirs and ours != theirs:
+        raise ValueError(f"{argument} takes {theirs} but model takes {ours}; expected the same input")
+    ours, theirs = (config_of(model, "num_labels") for model in (student, teacher))
+    if ours and theirs and ours != theirs:
+        raise ValueError(f"{argument} has {theirs} labels but model has {ours}; expected the same labels")
+    _check_label_order(argument, config_of(student, "id2label") or {}, config_of(teacher, "id2label") or {})
+    _check_vocabulary(argument, student, teacher, processing_class)
+
+
+def _check_label_order(argument: str, student: dict[int, str], teacher: dict[int, str]) -> None:
+    """A label that both name must be at one place; "LABEL_0" and its like, config's default, name nothing."""
+    places = {str(name).casefold(): place for place, name in student.items() if name != f"LABEL_{place}"}
+    for place, name in teacher.items():
+        ours = places.get(str(name).casefold(), place)
+        if ours != place:
+            raise ValueError(
+                f"{argument}.config.id2label has {name!r} at {place} but model.config.id2label at {ours}; "
+                "expected the same order"
+            )
+
+
+def _check_vocabulary(argument: str, student: nn.Module, teacher: nn.Module, processing_class: Any) -> None:
+    """Compare the tokenizers, where the teacher's is beside its weights, or else the vocabularies' sizes."""
+    folder = getattr(teacher, "name_or_path", "")
+    if hasattr(processing_class, "get_vocab") and folder and (Path(folder) / "tokenizer_config.json").is_file():
+        tokenizer: Any = transformers.AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+        ours, theirs = processing_class.get_vocab(), tokenizer.get_vocab()
+        if ours != theirs:
+            token = min(token for token in ours.keys() | theirs.keys() if ours.get(token) != theirs.get(token))
+            raise ValueError(
+                f"processing_class has token {token!r} at {ours.get(token)} but {argument}'s tokenizer "
+                f"({folder}) at {theirs.get(token)}; both see the same input_ids: expected one vocabulary"
+            )
+        return
+    size, teacher_size = (config_of(model, "vocab_size") for model in (student, teacher))
+    if size and teacher_size and size != teacher_size:
+        raise ValueError(
+            f"{argument} has a vocabulary of {teacher_size} tokens but model of {size}; both see the same "
+            "input_ids: expected one vocabulary"
+        )

@@ -1,0 +1,342 @@
+"""Trains a student against a frozen teacher with transformers' Trainer."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from accelerate.data_loader import BatchSamplerShard  # type: ignore[import-untyped]
+from accelerate.utils import broadcast, gather_object  # type: ignore[import-untyped]
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from torch.utils.data import BatchSampler, DataLoader, RandomSampler, Sampler, SequentialSampler
+from transformers import Trainer, TrainingArguments
+from transformers.modeling_outputs import SequenceClassifierOutput
+
+from fastdistill.models.architectures import ARCHITECTURES, encoder_layers
+from fastdistill.models.sharing import CONFIG_KEY
+from fastdistill.objectives.base import LossFunction, Objective, as_needed, as_objective
+from fastdistill.objectives.logits import TaskLoss
+from fastdistill.processes import settle_at_exit
+from fastdistill.teachers.outputs import LOGITS, TeacherOutputs, stored_outputs
+from fastdistill.training.checks import (
+    TEACHER,
+    TeacherModel,
+    argument_of,
+    by_name,
+    check_objective,
+    check_teacher,
+    config_of,
+    default_objective,
+    load_teacher,
+    own_columns,
+)
+from fastdistill.training.sampling import EvenShares, LengthGroupedSampler, lengths_of
+
+OBJECTIVE_FILE = "objective.safetensors"
+"""Holds, within a checkpoint, what the objective itself has learned."""
+
+
+@dataclass
+class DistillationConfig(TrainingArguments):
+    """TrainingArguments whose batches hold examples of similar length, so that little of a batch is padding.
+
+    `DistillationTrainer` takes a plain TrainingArguments too. Nothing here is about the loss: that is its `objective`.
+    """
+
+    train_sampling_strategy: str = field(
+        default="group_by_length",
+        metadata={
+            "help": "Order of the training examples. 'group_by_length' batches examples of similar length, "
+            "in an order that depends on seed and epoch alone; without known lengths the order is 'random'.",
+            "choices": ["random", "sequential", "group_by_length", "batch_rebalance"],
+        },
+    )
+
+
+class DistillationTrainer(Trainer):
+    """A Trainer whose loss is an `Objective` of the student's and a frozen teacher's outputs.
+
+    Args:
+        model: the student.
+        args: a DistillationConfig or TrainingArguments.
+        teacher_model: a model, or the folder or hub name of one (safetensors), loaded with the student's kind
+            of head. It is never wrapped, optimised or saved; it moves to the student's device and runs in
+            eval mode, without gradients, under the same autocast. A model given as an object is frozen in
+            place, and stays so. None where the objective needs no teacher, or where the dataset's column
+            "teacher_logits" holds what it would say (`fastdistill.store`): for a batch that has it, no teacher is
+            run. (For an objective that needs hidden states "teacher_hidden_states" must be there too: the [CLS]
+            token's, of embeddings and layers.) Several teachers are given by name,
+            {"teacher": ..., "assistant": ...}; the columns of each begin with its name.
+        objective: an `Objective` or a function of (student outputs, teacher outputs, labels). By default
+            `LogitsKD`, or `MSE` for a student with one output. An objective that `needs` them lazily has the teacher's
+            outputs as `TeacherOutputs`, which runs when it is asked; for several teachers, a dictionary of them. What
+            an objective itself learns (its `module`) is optimised, clipped, saved and resumed with the student, and
+            averaged over processes.
+        **trainer: everything else that Trainer takes, by name.
+
+    Parts of the loss are logged by name beside "loss", which is their weighted sum, each averaged over the
+    steps since the last log; those of an integer dtype are numbers of something, and are summed. Micro-batches count by
+    their labelled examples, so that accumulated or data-parallel gradients are those of the whole batch, which
+    processes share evenly, an epoch's last and smaller one too; one without any teaches nothing, not even what the
+    teacher says of it. (Dropout draws other numbers in each process: only without it are results those of one process,
+    within rounding. Of a batch with fewer examples than processes some count twice.) Evaluation runs no teacher:
+    "eval_loss" is the task's own loss. `predict` keeps the dataset's order.
+
+    Raises ValueError or TypeError, naming the argument, where objective, models and data do not go together.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module | None = None,
+        args: TrainingArguments | None = None,
+        *,
+        teacher_model: TeacherModel | Mapping[str, TeacherModel] | None = None,
+        objective: Objective | LossFunction | None = None,
+        **trainer: Any,
+    ) -> None:
+        args = args if args is not None else DistillationConfig()
+        if trainer.get("compute_loss_func") is not None:
+            raise ValueError("compute_loss_func would be ignored; give the loss as objective")
+        if args.label_smoothing_factor:
+            raise ValueError(
+                f"args.label_smoothing_factor is {args.label_smoothing_factor} and would be ignored; "
+                "expected 0, and label_smoothing in the objective"
+            )
+        settle_at_exit()
+        super().__init__(model=model, args=args, **trainer)
+        self.model_accepts_loss_kwargs = True  # so that compute_loss is told num_items_in_batch, whatever the model
+        self._parts: dict[str, Tensor] = {}
+        self._parts_since = 0
+
+        student = self.accelerator.unwrap_model(self.model)
+        if self.is_fsdp_enabled:
+            _shard_by_layer(self.accelerator.state.fsdp_plugin, student)
+        given = by_name(teacher_model)
+        named = tuple(given) if isinstance(teacher_model, Mapping) else ()
+        self.objective: Objective = default_objective(student) if objective is None else as_objective(objective, named)
+        check_objective(self.objective, student, given, self.train_dataset)
+        self.teachers = {name: load_teacher(argument_of(name), model, student) for name, model in given.items()}
+        for name, teacher in self.teachers.items():
+            check_teacher(argument_of(name), student, teacher, self.processing_class)
+            teacher.requires_grad_(False).eval()
+            if getattr(teacher, "hf_device_map", None) is None:
+                teacher.to(self.args.device)
+        self._learned: list[nn.Parameter] = []
+        self._stepped = True
+        if self.objective.module is not None:
+            self._learned = list(self.objective.module.to(self.args.device).parameters())
+            if (self._learned or self.objective.needs.columns) and (self.is_deepspeed_enabled or self.is_fsdp_enabled):
+                does = "learns" if self._learned else "chooses from all data"
+                raise ValueError(f"objective {self.objective} {does}, which works neither with DeepSpeed nor FSDP")
+            broadcast(self._learned)
+
+    @property
+    def teacher_model(self) -> nn.Module | None:
+        """The teacher, or of several the first."""
+        return next(iter(self.teachers.values()), None)
+
+    # Loss
+
+    def compute_loss(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        return_outputs: bool = False,
+        num_items_in_batch: Tensor | int | None = None,
+    ) -> Any:
+        """The objective's loss in training, the task's own in evaluation."""
+        labels = inputs.get("labels")
+        own = ("labels", *own_columns(self.objective))
+        features = {name: value for name, value in inputs.items() if name not in own}
+        if not model.training:
+            student = model(**features)
+            new = slice(self._not_repeated(len(student.logits)))
+            counted = SequenceClassifierOutput(logits=student.logits[new])
+            loss = TaskLoss()(counted, None, None if labels is None else labels[new])
+            return (loss, student) if return_outputs else loss
+
+        needs = self.objective.needs
+        if needs.hidden_states:
+            features["output_hidden_states"] = True
+        teacher = self.teacher_outputs(features, inputs)
+        student = model(**features)
+        columns = {name: inputs[name] for name in needs.columns}
+        loss, parts = self.objective.parts(student, as_needed(self.objective, teacher), labels, **columns)
+        if labels is not None and num_items_in_batch is not None:
+            # The sum over micro-batches is then the mean of the step's labelled examples; processes are averaged.
+            processes = self.accelerator.num_processes if self.args.average_tokens_across_devices else 1
+            share = labels.ne(-100).sum() * processes / torch.as_tensor(num_items_in_batch).clamp(min=1)
+            loss = _weighted(loss, share)
+        else:  # Trainer divides the loss by the number of micro-batches
+            share = torch.full_like(loss.detach(), 1 / self.current_gradient_accumulation_steps)
+        self._count(parts, share)
+        return (loss, student) if return_outputs else loss
+
+    def _not_repeated(self, number: int) -> int:
+        """Of so many examples of an evaluation's batch those that do not just fill up this process's last one."""
+        state, place = self.accelerator.gradient_state, self.accelerator.process_index
+        if self.accelerator.num_processes == 1 or not state.end_of_dataloader or state.remainder <= 0:
+            return number
+        own = min(number, state.remainder - place * number)
+        return own if own > 0 else number  # of none, Trainer drops the loss
+
+    def teacher_outputs(self, features: dict[str, Any], inputs: Mapping[str, Any]) -> Any:
+        """What the teachers say to a batch of these features: what its columns hold of it, else the models' outputs.
+
+        `TeacherOutputs`, or for several teachers a dictionary of them."""
+        names = self.objective.needs.teachers
+        if not self.objective.needs.teacher:
+            return None
+        outputs = {}
+        for name in names or (TEACHER,):
+            model, stored = self.teachers.get(name), stored_outputs(name, inputs)
+            if model is None and stored is None:
+                missing = f"{argument_of(name)} is None and a batch has no {name + LOGITS!r}"
+                raise ValueError(f"{missing}; expected one of them")
+            outputs[name] = TeacherOutputs(model, features, stored=stored, autocast=self.accelerator.autocast)
+        return outputs if names else outputs[TEACHER]
+
+    # What the objective learns: beside the student, since it is no part of it
+
+    def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
+        is_new = self.optimizer is None
+        optimizer = super().create_optimizer(model)
+        if is_new and self._learned:
+            optimizer.add_param_group({"params": self._learned, "weight_decay": self.args.weight_decay})
+        return optimizer
+
+    def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
+        if self._stepped:
+            for parameter in self._learned:
+                parameter.grad = None
+        loss = super().training_step(*args, **kwargs)
+        self._stepped = self.accelerator.sync_gradients
+        if self._stepped:
+            for parameter in self._learned:
+                # another process may have learned where this one's loss did not depend on it: all take part
+                gradient = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
+                parameter.grad = self.accelerator.reduce(gradient, "mean")
+        return loss
+
+    def _clip_grad_norm(self, model: nn.Module) -> Any:
+        own = self.objective.module
+        together = model if own is None or not self._learned else nn.ModuleList([model, own])
+        return super()._clip_grad_norm(together)  # type: ignore[no-untyped-call]
+
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        super()._save_optimizer_and_scheduler(output_dir)
+        if self.objective.module is not None and self.args.should_save:
+            save_file(self.objective.module.state_dict(), Path(output_dir) / OBJECTIVE_FILE)
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        super()._load_optimizer_and_scheduler(checkpoint)
+        if self.objective.module is not None and checkpoint is not None:
+            self.objective.module.load_state_dict(load_file(Path(checkpoint) / OBJECTIVE_FILE))
+
+    # Parts of the loss: summed on their device, read when Trainer logs
+
+    def _count(self, parts: dict[str, Tensor], share: Tensor) -> None:
+        if not self._parts:
+            self._parts_since = self.state.global_step
+        for name, value in parts.items():
+            self._parts[name] = self._parts.get(name, 0) + (_weighted(value, share) if _is_mean(value) else value)
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        mine = [(name, _is_mean(part)) for name, part in self._parts.items()]
+        kinds = dict(gather_object(mine)) if "loss" in logs else {}
+        if kinds:  # a process may have had other parts than another
+            zero = torch.zeros((), device=self.args.device)
+            sums = torch.stack([self._parts.get(name, zero).float().mean() for name in kinds])
+            totals = zip(kinds.items(), self.accelerator.reduce(sums, "sum").tolist(), strict=True)
+            steps = (self.state.global_step - self._parts_since) * self.accelerator.num_processes
+            logs = {**logs, **{name: total / steps if is_mean else total for (name, is_mean), total in totals}}
+        if "loss" in logs or "train_loss" in logs:  # a log of training, or its end
+            self._parts = {}
+        super().log(logs, start_time)
+
+    # Data
+
+    def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
+        if not self.accelerator.is_fsdp2:
+            return super().evaluation_loop(*args, **kwargs)
+        if not self.accelerator._models:  # not trained yet, and accelerate shards a model with its optimizer only
+            self.model, self.optimizer = self.accelerator.prepare(self.model, self.create_optimizer())
+            self.model_wrapped = self.model
+        output = super().evaluation_loop(*args, **kwargs)
+        from torch.distributed.fsdp import FSDPModule  # where torch has it
+
+        model: Any = self.model
+        for module in model.modules():  # some are whole still after a forward pass; accelerate wants none
+            if isinstance(module, FSDPModule):
+                module.reshard()
+        return output
+
+    def prediction_step(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        prediction_loss_only: bool,
+        ignore_keys: list[str] | None = None,
+    ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+        own = own_columns(self.objective)
+        inputs = {name: value for name, value in inputs.items() if name not in own}
+        return super().prediction_step(model, inputs, prediction_loss_only, ignore_keys)
+
+    def _set_signature_columns_if_needed(self) -> None:
+        super()._set_signature_columns_if_needed()
+        columns: Any = self._signature_columns
+        columns.extend(name for name in own_columns(self.objective) if name not in columns)
+
+    def _get_dataloader(self, *args: Any, **kwargs: Any) -> DataLoader[Any]:
+        loader = super()._get_dataloader(*args, **kwargs)
+        shard: Any = getattr(loader, "batch_sampler", None)
+        is_sharded = isinstance(shard, BatchSamplerShard) and shard.num_processes > 1 and not shard.split_batches
+        if kwargs.get("is_training") and is_sharded and type(shard.batch_sampler) is BatchSampler:
+            # else accelerate would fill the last batch up with examples of the first
+            shard.batch_sampler = EvenShares(shard.batch_sampler, shard.num_processes)
+            shard.even_batches = False
+        return loader
+
+    def _get_train_sampler(self, train_dataset: Any = None) -> Sampler[int] | None:
+        dataset: Any = self.train_dataset if train_dataset is None else train_dataset
+        if self.args.train_sampling_strategy != "group_by_length" or not hasattr(dataset, "__len__"):
+            return super()._get_train_sampler(dataset)
+        lengths = lengths_of(dataset, self.args.length_column_name)
+        if lengths is None:
+            return RandomSampler(dataset)
+        # Trainer's own length-grouped order comes from the global generator: a run resumed within an epoch
+        # would see another one, and so would each process, once dropout has drawn differently in it.
+        step = self.args.train_batch_size * self.args.gradient_accumulation_steps * self.args.world_size
+        seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
+        return LengthGroupedSampler(lengths, step, seed, epoch=lambda: int(self.state.epoch or 0))
+
+    def _get_eval_sampler(self, eval_dataset: Any) -> Sampler[int] | None:
+        # Trainer's follows train_sampling_strategy, and would hand predictions back in another order.
+        if self.args.world_size > 1 or not hasattr(eval_dataset, "__len__"):
+            return None
+        return SequentialSampler(eval_dataset)
+
+
+def _weighted(value: Tensor, share: Tensor) -> Tensor:
+    """A mean over a micro-batch by its share of a step: of no examples, where it may be NaN, it is 0."""
+    return torch.where(share > 0, value * share, 0.0)
+
+
+def _is_mean(part: Tensor) -> bool:
+    return part.is_floating_point()
+
+
+def _shard_by_layer(plugin: Any, student: nn.Module) -> None:
+    """Unless it was said what to shard by. transformers would name BERT's embeddings too, but these accelerate shards
+    itself: it cannot do so twice. Layers that share weights are sharded as one, for they cannot be apart."""
+    if not isinstance(student, transformers.PreTrainedModel) or student.config.model_type not in ARCHITECTURES:
+        return
+    if config_of(student, CONFIG_KEY) is not None:
+        plugin.transformer_cls_names_to_wrap = []
+    elif not plugin.transformer_cls_names_to_wrap:
+        plugin.transformer_cls_names_to_wrap = [type(encoder_layers(student)[0]).__name__]

@@ -1,0 +1,158 @@
+"""AutoSKDBERT's search; tests/recipes/test_autoskd.py has the command."""
+
+from __future__ import annotations
+
+import itertools
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import datasets
+import pytest
+import torch
+from transformers import (
+    DataCollatorWithPadding,
+    ResNetConfig,
+    ResNetForImageClassification,
+    default_data_collator,
+)
+
+from fastdistill.autoskd import search as autoskd
+from fastdistill.autoskd.search import Found
+from tests import tiny
+from tests.searches import NAMES, SETTINGS, N, data, search
+
+EXACT = {"rtol": 0.0, "atol": 0.0}
+
+
+@pytest.mark.parametrize("method, order", [*itertools.product(autoskd.METHODS, (1, 2))])
+def test_a_search(method: Any, order: int) -> None:
+    student = tiny.bert(layers=1)
+    before = torch.get_rng_state()
+    found = search(student=student, settings=replace(SETTINGS, method=method, order=order))
+    assert torch.equal(torch.get_rng_state(), before)
+    assert found.theta.shape == (16, N)  # 20 examples, 3 batches, 5 epochs
+    assert found.selected_at == 8
+    torch.testing.assert_close(found.theta.sum(1), torch.ones(16, dtype=torch.float64))
+    assert (found.theta >= 0).all()
+    assert found.theta[0].tolist() == [1 / 3] * 3
+    assert (found.theta[:8] > 0).all()
+    dropped = found.theta[8] == 0
+    assert dropped.sum() == 1
+    assert ((found.theta[8:] == 0) == dropped).all()
+    torch.testing.assert_close(found.candidates, found.theta[[10, 13, 15]], **EXACT)
+    moved = (found.theta[1:8].diff(dim=0).abs() > 0).all(1)
+    assert moved.all()
+
+
+def test_sswo_moves_the_sampled_weight_alone() -> None:
+    """But for the division by the sum, which leaves the others' ratio as it was."""
+    found = search()
+    for before, after in itertools.pairwise(found.theta[:8]):
+        ratio = after / before
+        pairs = [torch.isclose(ratio[i], ratio[j], rtol=1e-12) for i, j in itertools.combinations(range(N), 2)]
+        assert sum(map(bool, pairs)) == 1
+
+
+def test_batches_are_those_of_either_half() -> None:
+    collate = DataCollatorWithPadding(tiny.tokenizer())
+    whole = autoskd._Search(tiny.bert(layers=1), data(), NAMES, SETTINGS, collate, torch.device("cpu"), False)
+    seen = [[half.rows(step) for step in range(3)] for half in whole.halves]
+    train, validation = (sorted(itertools.chain(*rows)) for rows in seen)
+    assert len(train) == len(validation) == 20
+    assert sorted(train + validation) == list(range(40))
+    assert whole.halves[0].rows(4) != seen[0][1]  # another order in another epoch
+    batch = whole._batch(whole.halves[0])
+    rows = whole.halves[0].rows(0)
+    expected = torch.tensor([[data()[f"{name}_logits"][row] for name in NAMES] for row in rows])
+    torch.testing.assert_close(batch.team, expected)
+
+
+def test_a_cut_off_search_goes_on_and_ends_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    whole, file, step = search(), tmp_path / "search.safetensors", autoskd._Search.step
+    done: list[int] = []
+    stops = [5, 14]  # before the selection, and after it
+
+    def cut(self: Any) -> None:
+        if stops and self.done == stops[0]:
+            raise KeyboardInterrupt(stops.pop(0))
+        done.append(self.done)
+        step(self)
+
+    monkeypatch.setattr(autoskd._Search, "step", cut)
+    while stops:
+        with pytest.raises(KeyboardInterrupt):
+            search(checkpoint=file, checkpoints=4)
+    again = search(checkpoint=file, checkpoints=4)
+    torch.testing.assert_close(again.theta, whole.theta, **EXACT)
+    torch.testing.assert_close(again.candidates, whole.candidates, **EXACT)
+    assert done == [*range(5), *range(3, 14), *range(12, 15)]
+    other = search(replace(SETTINGS, seed=1), checkpoint=file)
+    assert done[-15:] == list(range(15))  # of other settings: begun anew
+    assert not torch.equal(other.theta, whole.theta)
+    file.write_bytes(b"x")
+    with pytest.raises(ValueError, match="damaged"):
+        search(checkpoint=file)
+
+
+def test_what_was_found_is_kept(tmp_path: Path) -> None:
+    found = search()
+    found.save(tmp_path / "found.safetensors")
+    again = Found.load(tmp_path / "found.safetensors")
+    assert (again.names, again.selected_at) == (NAMES, 8)
+    torch.testing.assert_close(again.theta, found.theta, **EXACT)
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        ({"method": "softmax"}, "method is 'softmax'"),
+        ({"order": 3}, "order is 3"),
+        ({"order": 1, "look_ahead": 0.1}, "order 1 does not look ahead"),
+        ({"drop": 3}, "drop is 3; expected fewer than the 3 teachers"),
+        ({"candidates": 8}, "phase 2 has 7 of the 15 steps"),
+        ({"epochs": 0}, "epochs is 0"),
+        ({"theta_learning_rate": -1.0}, "theta_learning_rate is -1.0"),
+    ],
+)
+def test_what_cannot_be(change: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        search(replace(SETTINGS, **change))
+    with pytest.raises(ValueError, match="no column 'd_logits'"):
+        autoskd.search(tiny.bert(layers=1), data(), ("a", "d"), SETTINGS, collate=DataCollatorWithPadding(None))
+
+
+@pytest.mark.parametrize("checkpoints", [-1, 1.5, True])
+def test_checkpoints_are_a_number(checkpoints: Any) -> None:
+    with pytest.raises(ValueError, match=f"checkpoints is {checkpoints}; expected an integer of at least 0"):
+        search(checkpoints=checkpoints)
+    search(checkpoints=0)
+
+
+@pytest.mark.parametrize(
+    "logits, message",
+    [
+        ([[0.0, float("nan")]] * 40, "dataset has NaN or infinity in 'd_logits'; expected finite numbers"),
+        ([[0.0, float("-inf")]] * 40, "dataset has NaN or infinity in 'd_logits'"),
+        ([[0.0, 1.0, 2.0]] * 40, r"dataset has 'd_logits' of shape \[40, 3\]; expected \[N, 2\], as student's"),
+        ([0.0] * 40, r"dataset has 'd_logits' of shape \[40\]"),
+    ],
+)
+def test_logits_that_cannot_be(logits: Any, message: str) -> None:
+    dataset, collate = data().add_column("d_logits", logits), DataCollatorWithPadding(tiny.tokenizer())
+    with pytest.raises(ValueError, match=message):
+        autoskd.search(tiny.bert(layers=1), dataset, ("a", "d"), SETTINGS, collate=collate)
+
+
+def test_images_and_batch_norm() -> None:
+    """Nothing in a search is of text: a ResNet learns from stored logits, with theta's gradient through its step."""
+    torch.manual_seed(0)
+    config = ResNetConfig(embedding_size=8, hidden_sizes=[8, 16], depths=[1, 1], layer_type="basic", num_labels=3)
+    pixels, logits = torch.randn(24, 3, 8, 8), torch.randn(N, 24, 3)
+    columns = {f"{name}_logits": said.tolist() for name, said in zip(NAMES, logits, strict=True)}
+    images = datasets.Dataset.from_dict({"pixel_values": pixels.tolist(), "labels": [0, 1, 2] * 8} | columns)
+    settings = replace(SETTINGS, method="cr", candidates=2, batch_size=4, epochs=2)
+    student = ResNetForImageClassification(config)
+    found = autoskd.search(student, images, NAMES, settings, collate=default_data_collator)
+    torch.testing.assert_close(found.theta.sum(1), torch.ones(7, dtype=torch.float64))
+    assert (found.theta[-1] == 0).sum() == 1

@@ -1,0 +1,130 @@
+import warnings
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from transformers import EvalPrediction
+
+from fastdistill.data.metrics import compute_metrics
+from fastdistill.data.tasks import Task
+
+
+def task(metric, classes=2):
+    names = None if metric == "spearman" else tuple(f"class {k}" for k in range(classes))
+    return Task("t", ("sentence1",), names, metric, 8)
+
+
+def one_hot(classes, width=2):
+    return np.eye(width, dtype=np.float32)[np.asarray(classes)]
+
+
+def evaluate(metric, predictions, labels, classes=2):
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        found = compute_metrics(task(metric, classes))(EvalPrediction(predictions, np.asarray(labels)))
+    assert list(found) == [metric] and type(found[metric]) is float
+    return found[metric]
+
+
+def test_accuracy_takes_the_largest_logit():
+    logits = np.array([[0.1, 2.0, -1.0], [3.0, 2.9, 0.0], [-5.0, -4.0, -4.5]])
+    assert evaluate("accuracy", logits, [1, 0, 2], classes=3) == pytest.approx(2 / 3)
+
+
+def test_f1_of_two_classes_is_that_of_class_one():
+    # true positives 2, false positives 1, false negatives 1
+    assert evaluate("f1", one_hot([1, 1, 1, 0, 0]), [1, 1, 0, 1, 0]) == pytest.approx(4 / 6)
+
+
+def test_f1_of_more_classes_is_the_mean_over_classes():
+    predictions, labels = [0, 0, 1, 2], [0, 1, 1, 2]
+    assert evaluate("f1", one_hot(predictions, 3), labels, classes=3) == pytest.approx((2 / 3 + 2 / 3 + 1) / 3)
+
+
+def test_f1_without_a_right_prediction_is_zero():
+    assert evaluate("f1", one_hot([0, 0, 0]), [1, 1, 0]) == 0.0
+    assert evaluate("f1", one_hot([0, 0]), [0, 0]) == 0.0
+
+
+def test_matthews():
+    # TP 2, TN 1, FP 1, FN 1: (2*1 - 1*1) / sqrt(3*3*2*2)
+    assert evaluate("matthews", one_hot([1, 1, 1, 0, 0]), [1, 1, 0, 1, 0]) == pytest.approx(1 / 6)
+
+
+@pytest.mark.parametrize("shape", [(4,), (4, 1)])
+def test_spearman_follows_the_ranks(shape):
+    predictions = np.array([0.0, 10.0, 100.0, 90.0]).reshape(shape)
+    assert evaluate("spearman", predictions, [0.0, 1.0, 2.0, 3.0]) == pytest.approx(0.8)
+    assert evaluate("spearman", -predictions, [0.0, 1.0, 2.0, 3.0]) == pytest.approx(-0.8)
+
+
+@pytest.mark.parametrize("value", [0.0, 3.5, np.inf])
+def test_constant_scores_correlate_with_nothing(value):
+    assert evaluate("spearman", np.full(5, value), [1.0, 2.0, 3.0, 4.0, 5.0]) == 0.0
+    assert evaluate("spearman", np.arange(5.0), np.full(5, 2.0)) == 0.0
+
+
+@pytest.mark.parametrize("labels", [[0, 1, 1], [1, 1, 1], [0, 0, 0]])
+def test_constant_classes_have_no_matthews_correlation(labels):
+    assert evaluate("matthews", one_hot([1, 1, 1]), labels) == 0.0
+    assert evaluate("matthews", one_hot(labels), [1, 1, 1]) == 0.0
+
+
+def test_one_row():
+    assert evaluate("accuracy", one_hot([1]), [1]) == 1.0
+    assert evaluate("spearman", np.array([1.0]), [2.0]) == 0.0
+
+
+def test_of_a_tuple_the_first_entry_is_the_logits():
+    hidden_states = np.zeros((2, 7, 3))
+    assert evaluate("accuracy", (one_hot([1, 0]), hidden_states), [1, 1]) == 0.5
+
+
+@settings(deadline=None)
+@given(st.lists(st.tuples(st.integers(0, 3), st.integers(0, 3)), min_size=1, max_size=30))
+def test_bounds_and_perfection(pairs):
+    labels, predictions = map(list, zip(*pairs, strict=True))
+    for metric in ("accuracy", "f1", "matthews"):
+        assert -1.0 <= evaluate(metric, one_hot(predictions, 4), labels, classes=4) <= 1.0
+    assert evaluate("accuracy", one_hot(labels, 4), labels, classes=4) == 1.0
+    assert evaluate("f1", one_hot(labels, 4), labels, classes=4) == 1.0
+    if len(set(labels)) > 1:
+        assert evaluate("matthews", one_hot(labels, 4), labels, classes=4) == pytest.approx(1.0)
+        assert evaluate("spearman", np.exp(labels), np.asarray(labels, float)) == pytest.approx(1.0)
+
+
+@pytest.mark.parametrize("metric", ["accuracy", "f1", "matthews"])
+@pytest.mark.parametrize(
+    ("predictions", "labels", "message"),
+    [
+        (np.zeros((3, 3)), [0, 1, 0], r"predictions for 't' has shape \[3, 3\]; expected \[3, 2\]"),
+        (np.zeros((2, 2)), [0, 1, 0], r"has shape \[2, 2\]; expected \[3, 2\]"),
+        (np.zeros(3), [0, 1, 0], r"has shape \[3\]; expected \[3, 2\]"),
+        (np.zeros((3, 1, 2)), [0, 1, 0], r"has shape \[3, 1, 2\]; expected \[3, 2\]"),
+        (np.zeros((3, 2)), [[0], [1], [0]], r"labels has shape \[3, 1\]; expected \[N\], N at least 1"),
+        (np.zeros((0, 2)), [], r"labels has shape \[0\]; expected \[N\], N at least 1"),
+        (np.array([[0, 1], [np.nan, 0], [1, np.nan]]), [0, 1, 0], "predictions .* 2 of 6 are NaN"),
+        (np.zeros((3, 2)), [0, 2, 0], r"labels for 't' is int64 from 0 to 2; expected integers 0..1"),
+        (np.zeros((3, 2)), [0, -100, 0], "from -100 to 0"),
+        (np.zeros((3, 2)), [0.0, 1.0, 0.0], "not float64"),
+    ],
+)
+def test_unusable_classes_are_refused(metric, predictions, labels, message):
+    with pytest.raises(ValueError, match=message):
+        evaluate(metric, predictions, labels)
+
+
+@pytest.mark.parametrize(
+    ("predictions", "labels", "message"),
+    [
+        (np.zeros((3, 2)), [0.0, 1.0, 2.0], r"has shape \[3, 2\]; expected \[3\] or \[3, 1\]"),
+        (np.zeros((1, 3)), [0.0, 1.0, 2.0], r"has shape \[1, 3\]; expected \[3\] or \[3, 1\]"),
+        (np.array([0.0, np.nan, 1.0]), [0.0, 1.0, 2.0], "1 of 3 are NaN"),
+        (np.zeros(3), [0.0, np.nan, 2.0], "labels has NaN or infinity; expected finite numbers"),
+        (np.zeros(3), [0.0, np.inf, 2.0], "labels has NaN or infinity; expected finite numbers"),
+    ],
+)
+def test_unusable_scores_are_refused(predictions, labels, message):
+    with pytest.raises(ValueError, match=message):
+        evaluate("spearman", predictions, labels)

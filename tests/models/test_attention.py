@@ -1,0 +1,100 @@
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import fastdistill
+from fastdistill.models import attention
+from fastdistill.models.architectures import ARCHITECTURES
+from tests.encoders import classifier, inputs
+
+TEXT = sorted(ARCHITECTURES.keys() - {"vit"})
+PADDING = torch.tensor([[1] * 9, [1] * 4 + [0] * 5, [1] * 8 + [0]])
+
+
+def padded(kind: str) -> dict[str, Tensor]:
+    return {**inputs(kind, 3), "attention_mask": PADDING}
+
+
+def with_attention(kind: str, implementation: str, **changes: Any) -> Any:
+    """Set in the configuration, where MPNet takes it too, though its attention is always its own."""
+    model = classifier(kind, **changes)
+    model.config._attn_implementation = "eager" if kind == "mpnet" and implementation == "sdpa" else implementation
+    return model
+
+
+def as_it_is(model: Any) -> Any:
+    return model
+
+
+def compiled(model: Any) -> Any:
+    torch.compiler.reset()
+    return torch.compile(model, backend="eager", fullgraph=True)
+
+
+@pytest.fixture
+def masks(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, ...] | None]:
+    """The shapes of the masks that reach the op."""
+    seen: list[tuple[int, ...] | None] = []
+
+    def watched(query: Tensor, key: Tensor, value: Tensor, gate: Any, mask: Tensor | None, *options: Any) -> Tensor:
+        seen.append(None if mask is None else tuple(mask.shape))
+        return fastdistill.gated_attention(query, key, value, gate, mask, *options)
+
+    monkeypatch.setattr(attention, "gated_attention", watched)
+    return seen
+
+
+@pytest.mark.parametrize("run", [as_it_is, compiled])
+@pytest.mark.parametrize("kind", TEXT)
+def test_padding_is_a_mask_of_one_row(kind: str, run: Callable[[Any], Any], masks: list[Any]) -> None:
+    batch = padded(kind)
+    with torch.no_grad():
+        logits = run(with_attention(kind, "fastdistill"))(**batch).logits
+        torch.testing.assert_close(logits, with_attention(kind, "sdpa")(**batch).logits)
+    assert masks == [(3, 1, 1, 9)] * (0 if kind == "mpnet" else 4)
+
+
+@pytest.mark.parametrize("kind", ARCHITECTURES)
+def test_where_nothing_is_masked_there_is_no_mask(kind: str, masks: list[Any]) -> None:
+    batches = [inputs(kind)] if kind == "vit" else [inputs(kind), {**inputs(kind), "attention_mask": torch.ones(2, 9)}]
+    for batch in batches:
+        masks.clear()
+        with torch.no_grad():
+            logits = with_attention(kind, "fastdistill")(**batch).logits
+            torch.testing.assert_close(logits, with_attention(kind, "sdpa")(**batch).logits)
+            assert masks == [None] * (0 if kind == "mpnet" else 4)
+            torch.testing.assert_close(compiled(with_attention(kind, "fastdistill"))(**batch).logits, logits)
+
+
+def test_other_masks_have_a_row_for_each_query(masks: list[Any]) -> None:
+    batch = padded("bert")
+    with torch.no_grad():
+        logits = with_attention("bert", "fastdistill", is_decoder=True)(**batch).logits
+        torch.testing.assert_close(logits, with_attention("bert", "sdpa", is_decoder=True)(**batch).logits)
+    assert masks == [(3, 1, 9, 9)] * 4
+
+
+@pytest.mark.parametrize("gated", [False, True])
+def test_onnx_export(gated: bool, tmp_path: Path) -> None:
+    import onnxruntime
+
+    model, batch = with_attention("bert", "fastdistill"), padded("bert")
+    shape = {0: torch.export.Dim("batch"), 1: torch.export.Dim("length")}
+    with torch.no_grad(), fastdistill.gate(model) if gated else nullcontext() as gates:
+        if gates is not None:
+            gates.heads = [torch.tensor([0.0, 0.5])] * 4
+        torch.onnx.export(
+            model, (), tmp_path / "model.onnx", kwargs=batch, dynamic_shapes=dict.fromkeys(batch, shape), verbose=False
+        )
+        session = onnxruntime.InferenceSession(tmp_path / "model.onnx")
+        for tokens in (9, 5):
+            some = {name: tensor[:2, :tokens] for name, tensor in batch.items()}
+            (logits,) = session.run(None, {name: tensor.numpy() for name, tensor in some.items()})
+            torch.testing.assert_close(torch.from_numpy(logits), model(**some).logits, rtol=1e-4, atol=1e-4)

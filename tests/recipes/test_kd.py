@@ -1,0 +1,386 @@
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoModelForSequenceClassification, AutoTokenizer
+
+from fastdistill import recipes
+from fastdistill.cli import main
+from fastdistill.models.students import first_layers
+from fastdistill.recipes import KDSettings, fitting, folder
+from fastdistill.recipes.begin import begin
+from tests import commands, tiny
+
+ROOT = Path(__file__).parents[2]
+STAGES = ("teacher", "finetuned", "distilled")
+ENCODER = {"layers": 3}
+EXAMPLES = 96
+EVERYTHING = ()
+
+
+def command(sources: Path, output: Path, *more: str, task: str = "task", teacher: str = "encoder") -> list[str]:
+    """Two epochs of six steps a stage, unless `more` says otherwise."""
+    own = ("--student-layers", "1", "--epochs", "2", "--teacher-epochs", "2", "--teacher", str(sources / teacher))
+    return commands.command("kd", sources, output, *own, *more, task=task)
+
+
+def results(output: Path) -> dict[str, Any]:
+    return dict(json.loads((output / "results.json").read_text()))
+
+
+def metrics(output: Path) -> dict[str, dict[str, Any]]:
+    """All that is measured but time."""
+    return {
+        name: {key: found[key] for key in ("accuracy", "loss", "parameters")}
+        for name, found in results(output)["results"].items()
+    }
+
+
+def model(folder: Path) -> Any:
+    return AutoModelForSequenceClassification.from_pretrained(folder).eval()
+
+
+def test_a_run_leaves_models_and_results(finished: Path) -> None:
+    found = results(finished)
+    assert found["task"] == "task"
+    assert found["metric"] == "accuracy"
+    assert found["settings"]["epochs"] == 2
+    assert found["settings"]["objective"].startswith("LogitsKD(temperature=2.0")
+    assert found["versions"]["torch"] == torch.__version__
+    assert list(found["results"]) == list(STAGES)
+    for name in STAGES:
+        trained = model(finished / name)
+        measured = found["results"][name]
+        assert trained.config.num_hidden_layers == (3 if name == "teacher" else 1)
+        assert trained.config.id2label == {0: "0", 1: "1"}
+        assert measured["parameters"] == trained.num_parameters()
+        assert measured["examples_per_second"] > 0
+        assert AutoTokenizer.from_pretrained(finished / name).get_vocab() == tiny.tokenizer().get_vocab()
+        assert not list((finished / name).glob("checkpoint-*"))
+        assert not list((finished / name).glob("*.bin"))
+
+
+def test_the_metrics_are_those_of_the_models_on_disk(finished: Path) -> None:
+    data = [tiny.rows(24, 2)[i] for i in range(24)]
+    inputs = tiny.tokenizer()([row["sentence1"] for row in data], padding=True, return_tensors="pt")
+    inputs.pop("token_type_ids", None)
+    for name in STAGES:
+        with torch.no_grad():
+            predicted = model(finished / name)(**inputs).logits.argmax(-1).tolist()
+        right = sum(p == row["label"] for p, row in zip(predicted, data, strict=True))
+        assert metrics(finished)[name]["accuracy"] == pytest.approx(right / 24)
+
+
+def test_the_table_shows_every_model(sources: Path, finished: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    before = metrics(finished)
+    stamps = {path: path.stat().st_mtime_ns for path in finished.glob("*/model.safetensors")}
+    assert main(command(sources, finished)) == 0
+    said = capsys.readouterr()
+    for name in STAGES:
+        assert f"{100 * before[name]['accuracy']:.1f}" in next(row for row in said.out.splitlines() if name in row)
+        assert f"{name}: done earlier" in said.err.replace("\n", "")
+    assert metrics(finished) == before
+    assert {path: path.stat().st_mtime_ns for path in finished.glob("*/model.safetensors")} == stamps
+
+
+def test_both_students_begin_as_the_teachers_first_layers(
+    sources: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And see the same batches in the same order."""
+    begun, seen = {}, {}
+    compute = fitting.DistillationTrainer.compute_loss
+
+    def watched(self: Any, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
+        name = Path(self.args.output_dir).name
+        begun.setdefault(name, {key: value.clone() for key, value in model.state_dict().items()})
+        seen.setdefault(name, []).append(inputs["input_ids"].clone())
+        return compute(self, model, inputs, *args, **kwargs)
+
+    monkeypatch.setattr(fitting.DistillationTrainer, "compute_loss", watched)
+    assert main(command(sources, tmp_path / "run")) == 0
+    teacher = first_layers(model(tmp_path / "run" / "teacher"), 1).state_dict()
+    for name in ("finetuned", "distilled"):
+        torch.testing.assert_close(begun[name], teacher, rtol=0, atol=0)
+    assert len(seen["finetuned"]) == len(seen["distilled"])
+    assert all(map(torch.equal, seen["finetuned"], seen["distilled"]))
+
+
+class Cut(BaseException):
+    """As a kill would, this passes by every `except Exception`."""
+
+
+@pytest.mark.parametrize(
+    "stage, step",
+    [
+        ("teacher", 2),
+        ("teacher", "saving"),
+        ("finetuned", 5),
+        ("finetuned", "evaluating"),
+        ("distilled", 9),
+        ("distilled", "saving"),
+    ],
+)
+def test_a_run_that_was_cut_off_ends_as_one_that_was_not(
+    sources: Path, finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stage: str, step: int | str
+) -> None:
+    """Before and after the first checkpoint, in each epoch, within the writing of a checkpoint, and after training."""
+
+    def cut(self: Any, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if Path(args.output_dir).name == stage and state.global_step == step:
+            raise Cut
+
+    save, evaluate = fitting.DistillationTrainer._save_rng_state, fitting.DistillationTrainer.evaluate
+
+    def cut_saving(self: Any, output_dir: str) -> None:
+        if Path(self.args.output_dir).name == stage and self.state.global_step == 9:
+            raise Cut  # the model and optimiser are written, the state is not
+        save(self, output_dir)
+
+    def cut_evaluating(self: Any) -> Any:
+        if Path(self.args.output_dir).name == stage:
+            raise Cut
+        return evaluate(self)
+
+    with monkeypatch.context() as patch:
+        if step == "saving":
+            patch.setattr(fitting.DistillationTrainer, "_save_rng_state", cut_saving)
+        elif step == "evaluating":
+            patch.setattr(fitting.DistillationTrainer, "evaluate", cut_evaluating)
+        else:
+            patch.setattr(fitting._ProgressBar, "on_step_end", cut)
+        with pytest.raises(Cut):
+            main(command(sources, tmp_path))
+    assert not (tmp_path / "results.json").exists()
+    assert main(command(sources, tmp_path)) == 0
+    assert metrics(tmp_path) == metrics(finished)
+    assert results(tmp_path)["results"][stage]["resumed"] == (step != 2)
+    ours, theirs = (model(folder / "distilled").state_dict() for folder in (tmp_path, finished))
+    torch.testing.assert_close(ours, theirs, rtol=0, atol=0)
+
+
+def test_a_marker_that_was_cut_off_is_no_hindrance(sources: Path, tmp_path: Path) -> None:
+    (tmp_path / "teacher").mkdir()
+    (tmp_path / "teacher" / ".stage.json.4711").write_text('{"came_')
+    assert main(command(sources, tmp_path)) == 0
+
+
+def test_a_removal_that_was_cut_off_is_no_hindrance(
+    sources: Path, finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    output = tmp_path / "run"
+    shutil.copytree(finished, output)
+
+    def cut(path: Path, ignore_errors: bool = False) -> None:
+        if path.exists():
+            (path / "stage.json").unlink()
+            raise Cut
+
+    with monkeypatch.context() as patch:
+        patch.setattr(folder.shutil, "rmtree", cut)
+        with pytest.raises(Cut):
+            main(command(sources, output, "--epochs", "1"))
+    assert main(command(sources, output)) == 0
+    assert metrics(output) == metrics(finished)
+    assert not [path for path in output.iterdir() if path.name.startswith(".")]
+
+
+KILLED = """
+import os, signal, sys
+from fastdistill.cli import main
+from fastdistill.recipes import fitting
+
+def kill(self, args, state, control, **kwargs):
+    if args.output_dir.endswith("distilled") and state.global_step == 8:
+        os.kill(os.getpid(), signal.SIGKILL)
+
+fitting._ProgressBar.on_step_end = kill
+main(sys.argv[1:])
+"""
+
+
+def test_a_killed_process_is_taken_up_again(sources: Path, finished: Path, tmp_path: Path) -> None:
+    run = subprocess.run(
+        [sys.executable, "-c", KILLED, *command(sources, tmp_path)],
+        cwd=ROOT,
+        env=os.environ | {"OMP_NUM_THREADS": str(torch.get_num_threads())},
+        capture_output=True,
+        timeout=300,
+    )
+    assert run.returncode == -signal.SIGKILL, run.stderr.decode()
+    assert main(command(sources, tmp_path)) == 0
+    assert results(tmp_path)["results"]["distilled"]["resumed"]
+    assert {name: m["accuracy"] for name, m in metrics(tmp_path).items()} == {
+        name: m["accuracy"] for name, m in metrics(finished).items()
+    }
+
+
+@pytest.mark.parametrize(
+    "change, again",
+    [
+        (("--temperature", "5"), {"distilled"}),
+        (("--divergence", "reverse_kl"), {"distilled"}),
+        (("--ce-weight", "0.5"), {"distilled"}),
+        (("--label-smoothing", "0.1"), {"finetuned", "distilled"}),
+        (("--epochs", "1"), {"finetuned", "distilled"}),
+        (("--student-layers", "2"), {"finetuned", "distilled"}),
+        (("--teacher-learning-rate", "0.02"), set(STAGES)),
+        (("--max-train-examples", "80"), set(STAGES)),
+        (("--max-eval-examples", "20"), set(STAGES)),
+        (("--max-length", "5"), set(STAGES)),
+        (("--batch-size", "8"), set(STAGES)),
+        (("--seed", "1"), set(STAGES)),
+        (("--bf16",), set(STAGES)),
+        (("--checkpoints", "0", "--tensorboard"), set()),
+    ],
+)
+def test_a_changed_option_repeats_what_depends_on_it(
+    sources: Path,
+    finished: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    change: tuple[str, ...],
+    again: set[str],
+) -> None:
+    monkeypatch.setattr(fitting.DistillationTrainer, "train", lambda self, **options: None)
+    output = tmp_path / "run"
+    shutil.copytree(finished, output)
+    markers = {name: (output / name / "stage.json").read_text() for name in STAGES}
+    assert main(command(sources, output, *change)) == 0
+    assert {name for name in STAGES if (output / name / "stage.json").read_text() != markers[name]} == again
+
+
+def test_changed_data_repeat_everything(sources: Path, finished: Path, tmp_path: Path) -> None:
+    output, task = tmp_path / "run", tmp_path / "task"
+    shutil.copytree(finished, output)
+    shutil.copytree(sources / "task", task)
+    lines = (task / "train.jsonl").read_text().splitlines(keepends=True)
+    (task / "train.jsonl").write_text("".join([lines[1], lines[0], *lines[2:]]))
+    before = metrics(output)
+    assert main(command(tmp_path, output, teacher=os.path.relpath(sources / "encoder", tmp_path))) == 0
+    assert {name for name in STAGES if metrics(output)[name]["loss"] == before[name]["loss"]} == set()
+
+
+def test_a_classifier_of_the_task_is_not_fine_tuned(
+    sources: Path, finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    teacher = os.path.relpath(finished / "teacher", sources)
+    arguments = [a for a in command(sources, tmp_path, teacher=teacher)]
+    at = arguments.index("--teacher-epochs")
+    del arguments[at : at + 2]
+    assert main(arguments) == 0
+    assert "is a classifier of task already" in capsys.readouterr().out.replace("\n", " ")
+    assert metrics(tmp_path)["teacher"] == metrics(finished)["teacher"]
+    assert results(tmp_path)["settings"]["teacher_epochs"] == 0
+    torch.testing.assert_close(
+        model(tmp_path / "teacher").state_dict(), model(finished / "teacher").state_dict(), rtol=0, atol=0
+    )
+    assert metrics(tmp_path) == metrics(finished)
+    assert main([*arguments, "--seed", "1"]) == 0  # which the teacher does not depend on
+    assert metrics(tmp_path)["finetuned"] != metrics(finished)["finetuned"]
+
+
+def test_regression(sources: Path, tmp_path: Path) -> None:
+    assert main(command(sources, tmp_path, task="scores")) == 0
+    found = results(tmp_path)
+    assert found["metric"] == "spearman"
+    assert found["settings"]["objective"] == "MSE(kd_weight=1.0, label_weight=1.0)"
+    assert model(tmp_path / "distilled").config.problem_type == "regression"
+    assert all(-1 <= found["results"][name]["spearman"] <= 1 for name in STAGES)
+
+
+def test_tensorboard_logs_the_parts_of_the_loss(sources: Path, tmp_path: Path) -> None:
+    pytest.importorskip("tensorboard")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    assert main(command(sources, tmp_path, "--tensorboard")) == 0
+    files = (tmp_path / "distilled").rglob("events.out.tfevents*")
+    seen = {name for file in files for name in EventAccumulator(str(file)).Reload().Tags()["scalars"]}
+    assert {"train/loss", "train/kd", "train/ce", "eval/accuracy"} <= seen
+
+
+def test_other_peoples_files_are_left_alone(sources: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "teacher").mkdir()
+    (tmp_path / "teacher" / "thesis.txt").write_text("mine")
+    assert main(command(sources, tmp_path)) == 2
+    assert "holds something that is no stage of a run" in capsys.readouterr().err
+    assert (tmp_path / "teacher" / "thesis.txt").read_text() == "mine"
+
+
+@pytest.mark.parametrize("file, content", [("stage.json", "{"), ("model.safetensors", "no weights")])
+def test_a_damaged_stage_is_an_error(
+    sources: Path, finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], file: str, content: str
+) -> None:
+    output = tmp_path / "run"
+    shutil.copytree(finished, output)
+    (output / "teacher" / file).write_text(content)
+    assert main(command(sources, output)) == 2
+    assert "is damaged" in capsys.readouterr().err
+
+
+def test_an_interrupted_run_says_that_it_can_go_on(
+    sources: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def interrupt(*args: Any, **kwargs: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(fitting.DistillationTrainer, "train", interrupt)
+    assert main(command(sources, tmp_path)) == 130
+    assert "the same command goes on" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("width, rates", [(16, (3e-4, 1e-4)), (768, (7.5e-5, 2.5e-5))])
+def test_wide_encoders_learn_slower(sources: Path, tmp_path: Path, width: int, rates: tuple[float, float]) -> None:
+    tiny.model_folder(tmp_path, tiny.bert(layers=1, hidden_size=width).bert)
+    asked = KDSettings(task=str(sources / "task"), teacher=str(tmp_path), student_layers=1, output="o")
+    found = begin(asked)
+    assert (found.learning_rate, found.teacher_learning_rate) == pytest.approx(rates)
+    found = begin(replace(asked, learning_rate=0.1))
+    assert (found.learning_rate, found.teacher_learning_rate) == pytest.approx((0.1, rates[1]))
+    assert asked.learning_rate is None
+
+
+def test_more_is_compared(sources: Path, tmp_path: Path) -> None:
+    """Every seed in a folder of its own; plain distillation at its default is the method itself, and trained once."""
+    more = ("--seeds", "0,7", "--baselines", "--chain", "3,2,1", "--epochs", "1")
+    assert main(command(sources, tmp_path, *more)) == 0
+    found = results(tmp_path)["results"]
+    assert list(found) == ["teacher", "assistant-2", "finetuned", "takd", "distilled", "kd"]
+    assert found["kd"] == found["distilled"]
+    assert all(len(found[name]["values"]) == 2 for name in ("finetuned", "takd", "distilled"))
+    for seed in (0, 7):
+        assert {path.name for path in (tmp_path / f"seed-{seed}").iterdir()} == {"finetuned", "takd", "distilled"}
+    assert main(command(sources, tmp_path / "hot", "--baselines", "--kd-temperature", "5", "--epochs", "1")) == 0
+    assert {"kd", "distilled"} < {path.name for path in (tmp_path / "hot").iterdir()}
+
+
+def test_from_python(sources: Path, finished: Path, tmp_path: Path) -> None:
+    """What the command does."""
+    asked = KDSettings(
+        task=str(sources / "task"),
+        teacher=str(sources / "encoder"),
+        student_layers=1,
+        output=tmp_path / "run",
+        epochs=2,
+        teacher_epochs=2,
+        batch_size=16,
+        learning_rate=0.01,
+        teacher_learning_rate=0.01,
+    )
+    report = recipes.kd(asked)
+    assert metrics(tmp_path / "run") == metrics(finished)
+    assert report.record["settings"] == {**results(finished)["settings"], "output": tmp_path / "run"}
+    for name in STAGES:
+        assert report.results[name]["accuracy"] == metrics(finished)[name]["accuracy"]
+        assert f"{100 * report.results[name]['accuracy']:.1f}" in next(r for r in str(report).split("\n") if name in r)
+    assert report.file == tmp_path / "run" / "results.json"
+    assert report.plots == ()

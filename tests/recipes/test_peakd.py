@@ -1,0 +1,192 @@
+"""`fastdistill peakd` end to end."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import fastdistill
+from fastdistill.cli import main
+from fastdistill.recipes import fitting
+from fastdistill.recipes.methods.ptp import PTP_LABELS, ptp_labels
+from tests import commands, tiny
+from tests.records import record, untimed
+
+ENCODER = {"layers": 4}
+
+
+def command(sources: Path, output: Path, *more: str, task: str = "task") -> list[str]:
+    """One epoch of three steps a stage, unless `more` says otherwise."""
+    own = ("--student-layers", "2", "--checkpoints", "1")
+    return commands.command("peakd", sources, output, *own, *more, task=task)
+
+
+def measured(output: Path) -> Any:
+    return untimed(output, "results", "ptp")
+
+
+EVERYTHING = (
+    "--without", "sps", "--without", "ptp,swap", "--seeds", "0,7", "--threshold", "0.7,0.6",
+)  # fmt: skip
+STUDENTS = {"peakd": 4, "peakd-without-sps": 2, "peakd-without-swap-ptp": 4}
+
+
+def test_a_run_trains_all_that_was_asked_for(finished: Path) -> None:
+    found = record(finished)
+    assert list(found["results"]) == ["teacher", *STUDENTS]
+    parameters = {name: found["results"][name]["parameters"] for name in STUDENTS}
+    assert len(set(parameters.values())) == 1
+    for name, layers in STUDENTS.items():
+        assert found["results"][name]["layers"] == layers
+        for seed in (0, 7):
+            student = fastdistill.from_pretrained(finished / f"seed-{seed}" / name)
+            assert student.config.num_hidden_layers == layers
+            assert student.num_labels == 2
+            expected = {"layers": 2, "swap": "swap" not in name} if layers == 4 else None
+            assert getattr(student.config, "fastdistill_shared", None) == expected
+    assert list(found["ptp"]["students"]) == ["ptp", "ptp-without-sps"]
+    assert fastdistill.from_pretrained(finished / "seed-7" / "ptp").config.id2label == dict(enumerate(PTP_LABELS))
+
+
+def test_labels_are_what_the_teacher_says(finished: Path) -> None:
+    teacher, data = fastdistill.from_pretrained(finished / "teacher"), tiny.dataset(48, 1)
+    with torch.no_grad():
+        logits = torch.cat([teacher(torch.tensor([row["input_ids"]])).logits for row in data])
+    labels = ptp_labels(logits, torch.tensor(data["labels"][:]), (0.7, 0.6))
+    counts = record(finished)["ptp"]["labels"]["train"]
+    assert counts == {name: int((labels == number).sum()) for number, name in enumerate(PTP_LABELS)}
+    assert sum(record(finished)["ptp"]["labels"]["validation"].values()) == 24
+
+
+def test_where_students_begin(sources: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    begun: dict[str, Any] = {}
+    seen: dict[str, Any] = {}
+
+    class Watched(fitting.DistillationTrainer):
+        def train(self, *args: Any, **kwargs: Any) -> Any:
+            name = Path(self.args.output_dir).name
+            begun[name] = {key: value.clone() for key, value in self.model.state_dict().items()}
+            seen[name] = self.train_dataset["labels"][:], self.objective
+            return super().train(*args, **kwargs)
+
+    monkeypatch.setattr(fitting, "DistillationTrainer", Watched)
+    more = ("--without", "ptp", "--threshold", "1", "--beta", "5", "--alpha", "0.4")
+    assert main(command(sources, tmp_path / "run", *more)) == 0
+    assert record(tmp_path / "run")["ptp"]["labels"]["train"]["confidently correct"] == 0  # a class with no example
+    student = fastdistill.first_layers(fastdistill.from_pretrained(tmp_path / "run" / "teacher"), 2)
+    sps = fastdistill.shuffled_sharing(student)
+    torch.testing.assert_close(begun["peakd-without-ptp"], dict(sps.state_dict()), rtol=0, atol=0)
+    ptp = fastdistill.from_pretrained(tmp_path / "run" / "seed-0" / "ptp").state_dict()
+    for name, value in begun["peakd"].items():  # its own head, the encoder of the pretrained one
+        expected = sps.state_dict()[name] if name.startswith("classifier") else ptp[name]
+        torch.testing.assert_close(value, expected, rtol=0, atol=0)
+        assert name.startswith("classifier") or torch.equal(begun["ptp"][name], sps.state_dict()[name])
+    assert set(seen["ptp"][0]) <= {1, 3}
+    assert set(seen["peakd"][0]) == {0, 1}
+    terms = seen["peakd"][1].terms
+    assert {name: weight for name, (weight, _) in terms.items()} == {"ce": 0.6, "kd": 0.4, "pkd": 5.0}
+    assert (terms["kd"][1].temperature, terms["kd"][1].scale_by_temperature) == (10.0, True)
+
+
+def test_stored_hidden_states_teach_the_same(sources: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    teachers: dict[str, Any] = {}
+
+    class Watched(fitting.DistillationTrainer):
+        def train(self, *args: Any, **kwargs: Any) -> Any:
+            teachers[str(self.args.output_dir)] = self.teacher_model
+            return super().train(*args, **kwargs)
+
+    monkeypatch.setattr(fitting, "DistillationTrainer", Watched)
+    assert main(command(sources, tmp_path / "run")) == 0
+    shutil.copytree(tmp_path / "run", tmp_path / "stored")
+    shutil.rmtree(tmp_path / "stored" / "seed-0" / "peakd")
+    assert main(command(sources, tmp_path / "stored", "--store-hidden-states")) == 0
+    folders = [tmp_path / name / "seed-0" / "peakd" for name in ("run", "stored")]
+    assert [teachers[str(folder)] is None for folder in folders] == [False, True]
+    ours, theirs = (fastdistill.from_pretrained(folder).state_dict() for folder in folders)
+    torch.testing.assert_close(ours, theirs, rtol=1e-2, atol=1e-4)
+
+
+class Cut(BaseException):
+    """As a kill would, this passes by every `except Exception`."""
+
+
+def test_a_run_that_was_cut_off_ends_as_one_that_was_not(
+    sources: Path, finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    output = tmp_path / "run"
+    shutil.copytree(finished, output)
+    for name in ("ptp", "peakd"):
+        shutil.rmtree(output / "seed-7" / name)
+    for stage in ("ptp", "peakd"):
+
+        def cut(self: Any, args: Any, state: Any, control: Any, stage: str = stage, **kwargs: Any) -> None:
+            if Path(args.output_dir).name == stage and state.global_step == 3:
+                raise Cut
+
+        with monkeypatch.context() as patch:
+            patch.setattr(fitting._ProgressBar, "on_step_end", cut)
+            with pytest.raises(Cut):
+                main(command(sources, output, *EVERYTHING))
+        assert list(output.glob(f"seed-7/{stage}/checkpoint-2"))
+    assert main(command(sources, output, *EVERYTHING)) == 0
+    assert measured(output) == measured(finished)
+    ours, theirs = (fastdistill.from_pretrained(run / "seed-7" / "peakd").state_dict() for run in (output, finished))
+    torch.testing.assert_close(ours, theirs, rtol=0, atol=0)
+
+
+def test_another_threshold_repeats_the_pretraining(sources: Path, finished: Path, tmp_path: Path) -> None:
+    output = tmp_path / "run"
+    shutil.copytree(finished, output)
+    markers = {path.parent.name: path.read_text() for path in output.rglob("stage.json") if "seed-7" not in str(path)}
+    more = ("--without", "ptp,swap", "--threshold", "0.9")
+    assert main(command(sources, output, *more)) == 0
+    again = {name for name, text in markers.items() for path in [*output.glob(name), *output.glob(f"seed-0/{name}")]
+             if (path / "stage.json").read_text() != text}  # fmt: skip
+    assert again == {"ptp", "peakd"}
+
+
+@pytest.mark.parametrize(
+    "more, message",
+    [
+        (("--student-layers", "3"), "the student applies 6 layers, but the teacher has 4 to pair them with"),
+        (("--shared-layers", "3"), "--shared-layers is 3; the student has 2"),
+        (("--student-layers", "5"), "k is 5; expected from 1 to 4"),
+        (("--without", "sps,swap"), "swap changes nothing without sps"),
+        (("--without", "kd"), "'kd' is not among sps, swap, ptp"),
+        (("--threshold", "0.5"), "0.5 is not a finite number above 0.5"),
+        (("--threshold", "0.9,0.8,0.7"), "--threshold has 3 numbers; expected one or two"),
+        (("--kd-temperature", "3"), "--kd-temperature would have no effect"),
+        (("--store-hidden-states", "--beta", "0"), "--store-hidden-states would have no effect"),
+        (("--alpha", "1.1"), "1.1 is not a finite number of at least 0 and at most 1"),
+        (("--chain", "2,3"), "--chain is 2,3; expected falling numbers"),
+    ],
+)
+def test_what_cannot_be(
+    sources: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], more: tuple[str, ...], message: str
+) -> None:
+    try:
+        assert main(command(sources, tmp_path / "run", *more)) == 2
+    except SystemExit as stopped:
+        assert stopped.code == 2
+    assert message in " ".join(capsys.readouterr().err.split())
+    assert not (tmp_path / "run").exists()
+
+
+def test_regression_has_no_classes(sources: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(command(sources, tmp_path / "run", task="scores")) == 2
+    assert "scores is regression" in capsys.readouterr().err
+
+
+def test_layers_without_pairs(sources: Path, tmp_path: Path) -> None:
+    """More layers than the teacher's are fine where hidden states teach nothing."""
+    more = ("--student-layers", "3", "--beta", "0", "--baselines", "--epochs", "0.4")
+    assert main(command(sources, tmp_path / "run", *more)) == 0
+    found = record(tmp_path / "run")["results"]
+    assert list(found) == ["teacher", "finetuned", "kd", "peakd"]
+    assert found["peakd"]["layers"] == 6
+    assert found["peakd"]["parameters"] == found["kd"]["parameters"]

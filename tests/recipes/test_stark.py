@@ -1,0 +1,224 @@
+"""`fastdistill stark` end to end."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import fastdistill
+from fastdistill.cli import main
+from fastdistill.models.architectures import blocks, encoder_weights
+from fastdistill.recipes import fitting
+from tests import commands
+from tests.records import record, untimed
+
+ROOT = Path(__file__).parents[2]
+ENCODER = {"layers": 3, "num_attention_heads": 4}
+
+
+def command(sources: Path, output: Path, *more: str, task: str = "task", student: str = "layers") -> list[str]:
+    """One epoch of three steps a stage, unless `more` says otherwise."""
+    students = {"layers": ("--student-layers", "1"), "sparsity": ("--student-sparsity", "0.7")}
+    return commands.command("stark", sources, output, *students[student], *more, task=task)
+
+
+def measured(output: Path) -> Any:
+    return untimed(output, "results", "sparsities")
+
+
+EVERYTHING = (
+    "--sparsity", "0.25,0.5", "--selection", "knowledge,random,auto", "--baselines", "--chain", "3,2,1",
+    "--seeds", "0,7",
+)  # fmt: skip
+
+
+def test_a_run_trains_all_that_was_asked_for(finished: Path) -> None:
+    found = record(finished)
+    names = ["teacher", "finetuned", "assistant-2", "takd", "trial", "kd", "stark", "stark-rand", "stark-auto"]
+    assert sorted(found["results"]) == sorted(names)
+    assert found["results"]["kd"] == found["results"]["trial"]  # it is the trial itself
+    assert list(found["sparsities"]) == ["stark", "stark-rand", "stark-auto"]
+    for seed in (0, 7):
+        folder = finished / f"seed-{seed}"
+        students = {"stark-0.25", "stark-0.5", "stark-rand-0.25", "stark-rand-0.5", "stark-auto"}
+        teachers = {f"teacher-{name}" for name in students}
+        others = {"trial", "scores", "finetuned", "takd"}
+        assert {path.name for path in folder.iterdir()} == students | teachers | others
+    for plot in ("sparsities", "heads", "density-heads", "density-neurons"):
+        assert "<svg" in (finished / f"{plot}.svg").read_text()
+
+
+def test_teachers_are_really_smaller(finished: Path) -> None:
+    for name in ("stark", "stark-rand"):
+        for sparsity in (0.25, 0.5):
+            smaller = fastdistill.from_pretrained(finished / "seed-0" / f"teacher-{name}-{sparsity}")
+            assert sum(block.heads for block in blocks(smaller)) == 12 - round(12 * sparsity)
+            assert sum(block.neurons for block in blocks(smaller)) == 96 - round(96 * sparsity)
+            parameters = record(finished)["sparsities"][name][str(sparsity)]["teacher"]["parameters"]
+            assert parameters == smaller.num_parameters()
+
+
+def test_teachers_lack_what_has_the_lowest_scores(finished: Path) -> None:
+    seed, dense = finished / "seed-7", fastdistill.from_pretrained(finished / "teacher")
+    found = [fastdistill.Scores.load(seed / "scores" / f"{k}.safetensors") for k in ("expressiveness", "friendliness")]
+    scores = found[0].normalized().lerp(found[1].normalized(), 0.5)
+    expected = fastdistill.prune(dense, scores, 0.5)
+    sparse = fastdistill.from_pretrained(seed / "teacher-stark-0.5")
+    torch.testing.assert_close(sparse.state_dict(), expected.state_dict(), rtol=0, atol=0)
+    auto = record(finished)["sparsities"]["stark-auto"]["auto"]["sparsity"][1]
+    assert auto == scores.auto_sparsity()
+
+
+def test_the_best_student_counts(finished: Path) -> None:
+    found = record(finished)
+    for name in ("stark", "stark-rand", "stark-auto"):
+        for seed in range(2):
+            tried = {0.0: found["results"]["trial"]["values"][seed]} | {
+                one["sparsity"][seed]: one["student"]["values"][seed] for one in found["sparsities"][name].values()
+            }
+            assert found["results"][name]["values"][seed] == max(tried.values())
+            assert tried[found["results"][name]["sparsity"][seed]] == max(tried.values())
+
+
+def test_students_begin_alike(sources: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And see the same batches, with logits that their teacher gave once."""
+    begun: dict[str, Any] = {}
+    seen: dict[str, list[Any]] = {}
+    compute = fitting.DistillationTrainer.compute_loss
+
+    def watched(self: Any, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
+        name = Path(self.args.output_dir).name
+        if model.training:
+            begun.setdefault(name, {key: value.clone() for key, value in model.state_dict().items()})
+            seen.setdefault(name, []).append(dict(inputs))
+        return compute(self, model, inputs, *args, **kwargs)
+
+    monkeypatch.setattr(fitting.DistillationTrainer, "compute_loss", watched)
+    assert main(command(sources, tmp_path / "run", "--sparsity", "0.5", "--no-plots")) == 0
+    torch.testing.assert_close(begun["trial"], begun["stark-0.5"], rtol=0, atol=0)
+    teachers = {"trial": tmp_path / "run" / "teacher", "stark-0.5": tmp_path / "run" / "seed-0" / "teacher-stark-0.5"}
+    for name, folder in teachers.items():
+        teacher = fastdistill.from_pretrained(folder)
+        for batch in seen[name]:
+            with torch.no_grad():
+                logits = teacher(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits
+            torch.testing.assert_close(batch["teacher_logits"], logits, rtol=1e-4, atol=1e-5)
+    for ours, theirs in zip(seen["trial"], seen["stark-0.5"], strict=True):
+        assert torch.equal(ours["input_ids"], theirs["input_ids"])
+
+
+@pytest.mark.parametrize("objective", ["pkd", "ckd"])
+def test_other_objectives(sources: Path, tmp_path: Path, objective: str) -> None:
+    more = ("--objective", objective, "--sparsity", "0.5", "--student-layers", "2", "--baselines", "--no-plots")
+    assert main(command(sources, tmp_path / "run", *more)) == 0
+    assert {"kd", "finetuned", "trial", "stark"} < record(tmp_path / "run")["results"].keys()
+    assert objective.upper() in record(tmp_path / "run")["settings"]["objective"]
+
+
+def test_the_other_student(sources: Path, tmp_path: Path) -> None:
+    assert main(command(sources, tmp_path / "run", "--sparsity", "0.5", "--no-plots", student="sparsity")) == 0
+    student = fastdistill.from_pretrained(tmp_path / "run" / "seed-0" / "trial")
+    assert sum(block.heads for block in blocks(student)) == 12 - round(12 * 0.7)
+    assert len(blocks(student)) == 3
+
+
+def test_unstructured(sources: Path, tmp_path: Path) -> None:
+    more = ("--unstructured", "--sparsity", "0.3", "--selection", "knowledge,random", "--no-plots")
+    assert main(command(sources, tmp_path / "run", *more)) == 0
+    for name in ("stark", "stark-rand"):
+        teacher = fastdistill.from_pretrained(tmp_path / "run" / "seed-0" / f"teacher-{name}-0.3")
+        weights = [weight for _, weight in encoder_weights(teacher)]
+        zeros, total = sum(int((w == 0).sum()) for w in weights), sum(w.numel() for w in weights)
+        assert zeros == round(0.3 * total)
+
+
+def test_regression_and_the_published_codes_way(sources: Path, tmp_path: Path) -> None:
+    more = ("--sparsity", "0.5", "--reduce", "batch", "--score-on", "validation", "--tradeoff", "1", "--round-to", "8")
+    more = (*more, "--baselines", "--chain", "3,2,1", "--no-plots")
+    assert main(command(sources, tmp_path / "run", *more, task="scores")) == 0
+    assert {"finetuned", "takd", "trial", "stark"} < record(tmp_path / "run")["results"].keys()
+    assert not (tmp_path / "run" / "seed-0" / "scores" / "friendliness.safetensors").exists()
+    smaller = fastdistill.from_pretrained(tmp_path / "run" / "seed-0" / "teacher-stark-0.5")
+    assert {block.neurons % 8 for block in blocks(smaller)} == {0}
+
+
+def test_a_grid_keeps_the_best(sources: Path, tmp_path: Path) -> None:
+    more = ["--sparsity", "0.5", "--learning-rate-grid", "0.01,0.00001", "--batch-size-grid", "8,16", "--no-plots"]
+    arguments = command(sources, tmp_path / "run")
+    place = arguments.index("--learning-rate")
+    assert main([*arguments[:place], *arguments[place + 2 :], *more]) == 0
+    folders = sorted((tmp_path / "run" / "seed-0").glob("trial-*"))
+    assert [path.name for path in folders] == ["trial-0.01-16", "trial-0.01-8", "trial-1e-05-16", "trial-1e-05-8"]
+    values = [json.loads((path / "stage.json").read_text())["result"]["accuracy"] for path in folders]
+    assert record(tmp_path / "run")["results"]["trial"]["accuracy"] == max(values)
+
+
+PROGRAM = """
+import sys
+from fastdistill.sensitivity import units as scoring
+from fastdistill.cli import main
+scoring.SAVE_EVERY = 1
+sys.exit(main(sys.argv[1:]))
+"""
+
+
+@pytest.mark.parametrize(
+    "marker", ["seed-0/trial/checkpoint-*", "seed-0/scores/unfinished.safetensors", "seed-7/stark-rand-0.25/stage.json"]
+)
+def test_a_killed_run_goes_on(sources: Path, finished: Path, tmp_path: Path, marker: str) -> None:
+    """SIGKILL in the midst of a stage; the same command ends with the same results."""
+    output = tmp_path / "run"
+    shutil.copytree(finished / "teacher", output / "teacher")
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": str(torch.get_num_threads())}
+    arguments = command(sources, output, *EVERYTHING)
+    process = subprocess.Popen([sys.executable, "-c", PROGRAM, *arguments], env=environment, stderr=subprocess.DEVNULL)
+    while not list(output.glob(marker)):
+        assert process.poll() is None
+        time.sleep(0.002)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert not (output / "results.json").exists()
+    assert main(arguments) == 0
+    assert measured(output) == measured(finished)
+    assert not list(output.rglob("unfinished*"))
+
+
+@pytest.mark.parametrize(
+    "more, message",
+    [
+        (("--student-sparsity", "0.5"), "expected either --student-layers or --student-sparsity"),
+        (("--sparsity", "1"), "1 is not a finite number above 0 and below 1"),
+        (("--selection", "best"), "'best' is not among knowledge, random, auto"),
+        (("--hidden-weight", "2"), "--objective kd has no hidden states"),
+        (("--unstructured", "--selection", "auto"), "--unstructured does not have"),
+        (("--unstructured", "--round-to", "8"), "--round-to would have no effect"),
+        (("--unstructured", "--reduce", "batch"), "--reduce would have no effect"),
+        (("--selection", "random", "--tradeoff", "0.2"), "--tradeoff would have no effect"),
+        (("--selection", "random", "--score-on", "validation"), "--score-on would have no effect"),
+        (("--selection", "auto", "--sparsity", "0.2"), "--sparsity would have no effect"),
+        (("--learning-rate-grid", "0.1"), "--learning-rate would have no effect"),
+        (("--kd-temperature", "3"), "--kd-temperature would have no effect"),
+        (("--student-layers", "4"), "--student-layers is 4; the teacher has 3"),
+        (("--objective", "ckd"), "--student-layers is 1; --objective ckd"),
+        (("--chain", "2,3"), "--chain is 2,3; expected falling numbers"),
+    ],
+)
+def test_what_cannot_be(
+    sources: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], more: tuple[str, ...], message: str
+) -> None:
+    try:
+        assert main(command(sources, tmp_path / "run", *more)) == 2
+    except SystemExit as stopped:
+        assert stopped.code == 2
+    assert message in " ".join(capsys.readouterr().err.split())
+    assert not (tmp_path / "run").exists()

@@ -1,0 +1,21 @@
+"""The package's public names."""
+
+from __future__ import annotations
+
+import ast
+import inspect
+
+import fastdistill
+
+
+def test_every_public_name_is_there() -> None:
+    for name in fastdistill.__all__:
+        assert getattr(fastdistill, name) is not None
+
+
+def test_type_checkers_see_what_is_imported_lazily() -> None:
+    """The block that they read, against the table that is used."""
+    module = ast.parse(inspect.getsource(fastdistill))
+    [block] = [node for node in module.body if isinstance(node, ast.If)]
+    seen = {name.asname: node.module for node in block.body for name in node.names}  # type: ignore[attr-defined]
+    assert seen == {"ops": "fastdistill"} | {name: f"fastdistill.{place}" for name, place in fastdistill._LAZY.items()}

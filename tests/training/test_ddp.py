@@ -1,0 +1,86 @@
+"""Two processes against one: the same training, within float rounding."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch.nn.parallel import DistributedDataParallel
+
+from fastdistill import DistillationTrainer, LogitsKD
+from tests import tiny
+
+ROOT = Path(__file__).parents[2]
+
+
+def train(folder: Path, processes: int) -> None:
+    """Sixteen examples a step, with lengths that differ between processes. Plain gradient descent without dropout,
+    so that the results are as alike as the gradients."""
+    t = DistillationTrainer(
+        model=tiny.bert(1, dropout=0.0),
+        teacher_model=tiny.bert(2, layers=3),
+        objective=LogitsKD(kd_weight=0.7),
+        train_dataset=tiny.dataset(64),
+        eval_dataset=tiny.dataset(16, seed=3),
+        processing_class=tiny.tokenizer(),
+        args=tiny.config(
+            folder,
+            per_device_train_batch_size=8 // processes,
+            gradient_accumulation_steps=2,
+            num_train_epochs=2,
+            optim="sgd",
+            max_grad_norm=0.0,
+            logging_steps=2,
+        ),
+    )
+    t.train()
+    wrapped = [isinstance(m, DistributedDataParallel) for m in (t.model_wrapped, t.teacher_model)]
+    assert wrapped == [processes > 1, False]
+    loss = t.evaluate()["eval_loss"]
+    t.save_model()
+    if t.is_world_process_zero():
+        logs = [[entry[k] for k in ("loss", "kd", "ce")] for entry in t.state.log_history if "loss" in entry]
+        (folder / "seen.json").write_text(json.dumps({"logs": logs, "eval_loss": loss}))
+
+
+def results(folder: Path) -> tuple[dict[str, torch.Tensor], Any]:
+    return load_file(folder / "model.safetensors"), json.loads((folder / "seen.json").read_text())
+
+
+def test_two_processes_train_as_one(tmp_path: Path) -> None:
+    if not torch.distributed.is_available():
+        pytest.skip("torch was built without distributed")
+    train(tmp_path / "one", 1)
+    command = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc-per-node=2",
+        "-m",
+        "tests.training.test_ddp",
+    ]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    run = subprocess.run(
+        [*command, str(tmp_path / "two")], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300
+    )
+    assert run.returncode == 0, run.stderr
+    (one, seen), (two, seen_by_two) = results(tmp_path / "one"), results(tmp_path / "two")
+    start = tiny.bert(1).state_dict()
+    assert not torch.equal(one["classifier.weight"], start["classifier.weight"])
+    torch.testing.assert_close(two, one, rtol=1e-4, atol=1e-6)
+    assert len(seen["logs"]) == 4
+    for ours, theirs in zip(seen_by_two["logs"], seen["logs"], strict=True):
+        assert ours == pytest.approx(theirs, rel=1e-4)
+    assert seen_by_two["eval_loss"] == pytest.approx(seen["eval_loss"], rel=1e-4)
+
+
+if __name__ == "__main__":
+    train(Path(sys.argv[1]), int(os.environ["WORLD_SIZE"]))
