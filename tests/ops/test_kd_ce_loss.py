@@ -341,7 +341,7 @@ def logits(*shape: int, **options: Any) -> Tensor:
         ((logits(4, 3), logits(4, 3), logits(4, dtype=torch.bool)), {}, TypeError, "labels has dtype torch.bool"),
         ((logits(4, 3), logits(4, 3), logits(3, dtype=torch.int64)), {}, ValueError, r"labels has shape (3,)"),
         ((logits(4, 3), logits(4, 3), [0, 1, 2, 0]), {}, TypeError, "labels is a list"),
-        ((logits(4, 3), logits(4, 3)), dict(temperature=0), ValueError, "temperature is 0; expected a finite number >= 0.0001"),
+        ((logits(4, 3), logits(4, 3)), dict(temperature=0), ValueError, "is 0; expected a finite number >= 0.0001"),
         ((logits(4, 3), logits(4, 3)), dict(temperature=-1.0), ValueError, "temperature is -1.0"),
         ((logits(4, 3), logits(4, 3)), dict(temperature=math.inf), ValueError, "temperature is inf"),
         ((logits(4, 3), logits(4, 3)), dict(temperature=math.nan), ValueError, "temperature is nan"),
