@@ -154,7 +154,7 @@ def with_gradients(function: Callable[..., Tensor], inputs: list[Tensor], grad: 
     ("name", "grad"), [(name, grad) for name in FUNCTIONS for grad in {False, name in DIFFERENTIABLE}]
 )
 def test_compiles_whole(name: str, grad: bool, layout: str, dynamic: bool) -> None:
-    """With sizes and strides as Inductor asserts them. Nothing is computed around the op: that would take a compiler."""
+    """With sizes and strides as Inductor asserts them. Nothing is computed around the op: it would take a compiler."""
     torch.compiler.reset()
     function, shapes = FUNCTIONS[name]
     compiled = torch.compile(function, fullgraph=True, dynamic=dynamic)
