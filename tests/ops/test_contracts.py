@@ -234,6 +234,8 @@ def test_torch_func_derivatives_are_refused(name: str, transform: str) -> None:
         "vmap of grad": lambda: torch.vmap(torch.func.grad(scalar))(x[None]),
     }
     said = r"cannot be differentiated by torch.func.*expected torch.autograd.grad" if NATIVE.cpu else "functorch"
+    if transform == "jvp" and not NATIVE.cpu:
+        pytest.skip("torch.library's autograd in Python takes no notice of forward mode")
     with pytest.raises(RuntimeError, match=said):
         derive[transform]()
 
