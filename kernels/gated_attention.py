@@ -517,8 +517,8 @@ def _is_hopper() -> bool:
 
 
 def launch(
-    name: str, tensors: Sequence[Tensor], strides: Sequence[int], row_strides: Sequence[int], sizes: Sequence[int], numbers: Sequence[float],
-    options: Sequence[int], rows: int, pairs: int,
+    name: str, tensors: Sequence[Tensor], strides: Sequence[int], row_strides: Sequence[int], sizes: Sequence[int],
+    numbers: Sequence[float], options: Sequence[int], rows: int, pairs: int,
 ) -> tuple[Any, int]:  # fmt: skip
     """Launches a kernel, compiling it first if need be. Returns what Triton compiled and how many rows a program takes,
     0 for all of them."""

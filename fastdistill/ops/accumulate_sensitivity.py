@@ -80,7 +80,7 @@ def _check_column(name: str, column: Sequence[Tensor | None], totals: Sequence[T
     for i, (tensor, total) in enumerate(zip(column, totals, strict=True)):
         if tensor is None and name == "grads":
             continue
-        if not isinstance(tensor, Tensor) or tensor.dtype not in dtypes:
+        if not isinstance(tensor, Tensor) or tensor.dtype not in dtypes or tensor.is_nested:
             return check_tensor(f"{name}[{i}]", tensor, dtypes)
         if tensor is not total and tensor.shape != total.shape:
             raise ValueError(
