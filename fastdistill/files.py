@@ -55,6 +55,14 @@ def replacing(path: Path) -> Iterator[Path]:
         raise
 
 
+def check_file(argument: str, path: str | Path) -> None:
+    """Raises ValueError for a path where no file can be written."""
+    if Path(path).is_dir():
+        raise ValueError(f"{argument} is {path}, a folder; expected a file's name")
+    if not Path(path).parent.is_dir():
+        raise ValueError(f"{argument} is {path}, in a folder that is not there; expected one that is")
+
+
 def sync(path: Path) -> None:
     """Return when the disk has what was written to a file, or a folder's names."""
     descriptor = os.open(path, os.O_RDONLY)

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import nn
+from transformers import PreTrainedModel
 
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel
+from fastdistill.models.hooks import uncompiled
 
 SHOWN = 3
 """Names that a message has of each kind."""
@@ -38,6 +38,19 @@ def check_fit(
     if told := "; ".join(f"{kind} {', '.join(sorted(names)[:SHOWN])}" for kind, names in faults.items() if names):
         raise ValueError(f"{source} has weights and a config that do not go together: {told}")
     return sorted([*loading["missing_keys"], *sizes])
+
+
+def check_model(argument: str, model: object) -> None:
+    """Raises TypeError for what is no model of transformers, and ValueError for one without values."""
+    if not isinstance(uncompiled(model), PreTrainedModel):
+        raise TypeError(f"{argument} is a {type(model).__name__}; expected a transformers.PreTrainedModel")
+    check_has_values(argument, model)  # type: ignore[arg-type]
+
+
+def check_has_values(argument: str, model: nn.Module) -> None:
+    """Raises ValueError for a model on the meta device."""
+    if any(weight.is_meta for weight in model.parameters()):
+        raise ValueError(f"{argument} is on the meta device, where weights have no values; expected one that is loaded")
 
 
 def check_finite(what: str | Path, model: nn.Module) -> None:

@@ -54,7 +54,7 @@ def load_config(source: str | Path) -> Any:
 
 def _may_be_of_the_hub(name: str) -> bool:
     from huggingface_hub.errors import HFValidationError
-    from huggingface_hub.utils import validate_repo_id
+    from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
 
     try:
         validate_repo_id(name)

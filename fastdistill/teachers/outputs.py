@@ -17,6 +17,12 @@ HIDDEN_STATES = "_hidden_states"
 [CLS] token's states after the embeddings and each layer, hold what it would say."""
 
 
+def check_name(told: str, name: object) -> None:
+    """Raises ValueError for what cannot be a teacher's name, with which columns begin."""
+    if not isinstance(name, str) or not name.isidentifier():
+        raise ValueError(f"{told} {name!r}; expected a text of letters, digits and underscores")
+
+
 class TeacherOutputs:
     """A teacher's outputs on a batch, found when they are asked for: `run` gives those of the whole batch, and `rows`
     those of some rows, for which the model sees no others.

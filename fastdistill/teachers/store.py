@@ -29,10 +29,11 @@ from transformers.utils.generic import find_labels
 from fastdistill.digest import digest, model_digest, row_pieces, tensor_pieces
 from fastdistill.files import sync, writing
 from fastdistill.models.first_token import first_token_only
+from fastdistill.models.fit import check_model
 from fastdistill.models.hooks import refuse_hooked
 from fastdistill.objectives.pkd import hidden_states as all_states
 from fastdistill.processes import join
-from fastdistill.teachers.outputs import HIDDEN_STATES, LOGITS
+from fastdistill.teachers.outputs import HIDDEN_STATES, LOGITS, check_name
 
 Collate = Callable[[list[dict[str, Any]]], Mapping[str, Any]]
 
@@ -359,11 +360,9 @@ def _check(
     dataset: object, model: object, name: object, collate: object, batch_size: object, flags: Mapping[str, object]
 ) -> None:
     check_dataset(dataset)
-    if not isinstance(model, PreTrainedModel):
-        raise TypeError(f"model is a {type(model).__name__}; expected a transformers.PreTrainedModel")
+    check_model("model", model)
     refuse_hooked(model)
-    if not isinstance(name, str) or not name.isidentifier():
-        raise ValueError(f"name is {name!r}; expected a text of letters, digits and underscores")
+    check_name("name is", name)
     if not callable(collate):
         raise TypeError(f"collate is {collate!r}; expected a function from a list of examples to a batch")
     if not isinstance(batch_size, int) or isinstance(batch_size, bool):

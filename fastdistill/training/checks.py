@@ -11,7 +11,7 @@ import torch
 import transformers
 from torch import nn
 
-from fastdistill.models.fit import check_finite, check_fit
+from fastdistill.models.fit import check_finite, check_fit, check_has_values
 from fastdistill.models.loading import from_pretrained, is_reshaped
 from fastdistill.models.reading import load_config, reading
 from fastdistill.objectives.base import ATTENTION_MASK, Objective
@@ -149,6 +149,7 @@ def check_teacher(argument: str, student: nn.Module, teacher: nn.Module, process
         raise ValueError(f"{argument} has {theirs} labels but model has {ours}; expected the same labels")
     _check_label_order(argument, config_of(student, "id2label") or {}, config_of(teacher, "id2label") or {})
     _check_vocabulary(argument, student, teacher, processing_class)
+    check_has_values(argument, teacher)
     check_finite(argument, teacher)
 
 
