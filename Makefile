@@ -23,10 +23,10 @@ lint: $(VENV)/ready
 	$(BIN)/mypy
 
 # Builds, tests and measures on the GPU of this machine; installs nothing from outside. ONLY=kd_ce_loss: of one op;
-# OUTPUT: folder of the results; STAGES=benchmarks: without tests and recipes.
+# OUTPUT: folder of the results; STAGES=benchmarks: without tests and recipes; MINUTES: stop after so many.
 gpu: build/gpu
 	python3 -m benchmarks.gpu $(if $(ONLY),--only $(ONLY)) $(if $(OUTPUT),--output $(OUTPUT)) \
-		$(if $(STAGES),--stages $(STAGES))
+		$(if $(STAGES),--stages $(STAGES)) $(if $(MINUTES),--minutes $(MINUTES))
 
 # tests/cuda under compute-sanitizer, where there is one.
 gpu-sanitize: build/gpu

@@ -20,6 +20,7 @@ from benchmarks import harness
 DEAD = ("CUDA error", "CUDA driver error", "device-side assert")
 """Errors after which a process can do nothing more on its device."""
 DEVICE_LOST = 70  # exit status
+SLOW = ("torch.compile", "FlexAttention")
 
 
 class Log(harness.Recorder):
@@ -51,14 +52,15 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Leaves other processes' cases out, and what the log says was begun."""
+    """Leaves other processes' cases out, and what the log says was begun. What compiles comes last: should the time
+    run out, other measurements are there."""
     part, parts = map(int, config.getoption("--share").split("/"))
     path = config.getoption("--log")
     begun = {line.get("begun") for line in read(path)}
     cases = list(dict.fromkeys(map(_case, items)))
     kept = [item for item in items if cases.index(_case(item)) % parts == part and item.nodeid not in begun]
     config.hook.pytest_deselected(items=[item for item in items if item not in kept])
-    items[:] = kept
+    items[:] = sorted(kept, key=lambda item: any(name in item.nodeid for name in SLOW))
     _log().write(collected=[item.nodeid for item in kept])
 
 

@@ -25,6 +25,7 @@
 #include <optional>
 #include <string>
 #include <tuple>
+#include <vector>
 
 namespace fastdistill {
 namespace {
@@ -47,6 +48,27 @@ __device__ double block_sum(double x) {
   if (threadIdx.x >= kWarp)
     return 0;
   return lanes_sum<kWarp>(threadIdx.x < blockDim.x / kWarp ? of_warp[threadIdx.x] : 0);
+}
+
+constexpr int kMaxCluster = 8;
+
+// The sum over the first threads of a cluster's blocks, to the first of them, in the same order. All threads come, and
+// have before come to arrive_in_cluster.
+__device__ double cluster_sum(double x) {
+#if __CUDA_ARCH__ >= 900
+  const int blocks = cluster_size();
+  if (blocks > 1) {
+    __shared__ double of_block[kMaxCluster];
+    wait_for_arrivals(); // a block's memory is there once it runs
+    if (threadIdx.x == 0)
+      store_there(address_in(shared_address(of_block + cluster_rank()), 0), x);
+    sync_cluster();
+    x = 0;
+    for (int block = 0; block < blocks; ++block)
+      x += of_block[block];
+  }
+#endif
+  return x;
 }
 
 // How many rows count, to all threads of a block.
@@ -98,6 +120,10 @@ template <typename A, int kLanes, int kSize, int kBlock>
 __global__ void __launch_bounds__(kBlock, 1) few_classes(const __grid_constant__ Problem<A> problem) {
   constexpr A kInfinity = std::numeric_limits<A>::infinity();
   constexpr int kTeams = kBlock / kLanes;
+#if __CUDA_ARCH__ >= 900
+  if (cluster_size() > 1)
+    arrive_in_cluster();
+#endif
   const double divisor = problem.mean ? rows_that_count(problem) : 1;
   const int lane = threadIdx.x % kLanes;
   const auto at = [&](int i) { return i * kLanes + lane; };
@@ -155,8 +181,8 @@ __global__ void __launch_bounds__(kBlock, 1) few_classes(const __grid_constant__
           row_of(problem.teacher_grad, problem.teacher_type, row, problem.classes), problem.teacher_type, teacher, end, at);
   }
   if (!problem.losses) {
-    total = block_sum(total);
-    if (threadIdx.x == 0)
+    total = cluster_sum(block_sum(total));
+    if (threadIdx.x == 0 && (problem.totals || blockIdx.x == 0))
       leave_total(problem, total, divisor, blockIdx.x, gridDim.x);
   }
 }
@@ -180,14 +206,19 @@ __global__ void __launch_bounds__(kThreads, 1) any_rows(const __grid_constant__ 
         leave_loss(problem, row, A(0), total);
       continue;
     }
-    Sums<A> sums = careful_sums(problem, share);
-    sums = lanes_together<kWarp>(sums, problem.scale, problem.temperature, problem.divergence);
-    turn ^= 1;
-    if (lane == 0)
-      parts[turn][warp] = sums;
-    __syncthreads();
-    sums = lanes_together<kThreads / kWarp>(
-        parts[turn][lane % (kThreads / kWarp)], problem.scale, problem.temperature, problem.divergence);
+    const auto over_block = [&](Sums<A> sums) {
+      sums = lanes_together<kWarp>(sums, problem.scale, problem.temperature, problem.divergence);
+      turn ^= 1;
+      if (lane == 0)
+        parts[turn][warp] = sums;
+      __syncthreads();
+      return lanes_together<kThreads / kWarp>(
+          parts[turn][lane % (kThreads / kWarp)], problem.scale, problem.temperature, problem.divergence);
+    };
+    constexpr A kLowest = std::numeric_limits<A>::lowest();
+    Sums<A> sums = over_block(careful_sums(problem, share, kLowest, kLowest));
+    if (are_far(problem, sums))
+      sums = over_block(careful_sums(problem, share, sums.student_reference, sums.teacher_reference));
     if (threadIdx.x == 0) {
       const bool labelled = problem.task && label.valid;
       const A label_logit = labelled ? load_one<A>(share.student, problem.student_type, label.value) : A(0);
@@ -217,7 +248,7 @@ struct Ring {
   int consumers, slots, chunk, keep; // threads; slots; 16-byte vectors of a side in a slot; chunks
 };
 
-constexpr int kMaxStreamThreads = 480; // of a multiprocessor: 136 registers each, which the compiler needs
+constexpr int kMaxStreamThreads = 512; // of a multiprocessor: 128 registers each, which the compiler needs
 
 #if __CUDA_ARCH__ >= 900
 
@@ -357,7 +388,6 @@ __device__ void add_plainly(
 #pragma unroll
     for (int i = 0; i < kSize; ++i)
       sums.shifted += shifted[i];
-    sums.count += kSize;
   }
 }
 
@@ -431,7 +461,6 @@ __global__ void __launch_bounds__(kMaxStreamThreads, 1)
 #if __CUDA_ARCH__ >= 900
   constexpr int kSize = Share<T>::kSize;
   constexpr int kSides = kDivergence == Divergence::kNone ? 1 : 2;
-  constexpr float kLeast = -1e30f; // a reference below any of use, but finite
   extern __shared__ __align__(128) unsigned char memory[];
   const int blocks = cluster_size(), rank = cluster_rank(), cluster = blockIdx.x / blocks, clusters = gridDim.x / blocks;
   const int warps = ring.consumers / kWarp, parts = warps * blocks;
@@ -511,27 +540,58 @@ __global__ void __launch_bounds__(kMaxStreamThreads, 1)
       if (lane == 0)
         arrive(empty + 8 * slot);
     };
-    // The sums of all the cluster's warps, from each one's. A block of parts is written again only two exchanges on,
-    // for which every warp has first sent its own, and so read these.
+    // To each lane its part of what all the cluster's warps have summed. A block of parts is written again only two
+    // exchanges on, for which every warp has first given its own, and so read these.
     uint32_t turn = 0;
-    const auto exchange = [&](const Sums<float>& sums, float least, float unit) {
+    const auto exchange = [&](const Sums<float>& sums, const Sums<float>& nothing, const auto& join) {
       const uint32_t barrier = complete + 8 * (turn & 1);
       Sums<float>* const block = exchanged + (turn & 1) * parts;
-      if (thread == 0)
-        arrive_and_expect(barrier, parts * sizeof(Sums<float>));
-      if (lane < blocks) {
-        const uint32_t to = address_in(shared_address(block + rank * warps + warp), lane);
-        const uint32_t there = address_in(barrier, lane);
-        store_async(to, sums.student_reference, sums.teacher_reference, sums.student, sums.teacher, there);
-        store_async(to + 16, sums.task, sums.gap, sums.shifted, sums.count, there);
+      if (blocks == 1) {
+        if (lane == 0)
+          block[warp] = sums;
+        sync_threads_of(1, ring.consumers);
+      } else {
+        if (thread == 0)
+          arrive_and_expect(barrier, parts * sizeof(Sums<float>));
+        if (lane < blocks) {
+          const uint32_t to = address_in(shared_address(block + rank * warps + warp), lane);
+          const uint32_t there = address_in(barrier, lane);
+          store_async(to, sums.student_reference, sums.teacher_reference, sums.student, sums.teacher, there);
+          store_async(to + 16, sums.task, sums.gap, sums.shifted, sums.count, there);
+        }
+        wait_for_cluster(barrier, (turn >> 1) & 1);
       }
-      wait_for_cluster(barrier, (turn >> 1) & 1);
       ++turn;
-      Sums<float> mine = lane < parts ? block[lane] : sums_of_nothing(least);
+      Sums<float> mine = lane < parts ? block[lane] : nothing;
+#pragma unroll 1
       for (int i = lane + kWarp; i < parts; i += kWarp)
-        mine = together(mine, block[i], unit, problem.temperature, kDivergence);
-      return lanes_together<kWarp>(mine, unit, problem.temperature, kDivergence);
+        mine = join(mine, block[i]);
+      return mine;
     };
+    const auto over_lanes = [&](Sums<float> sums) {
+      sums.student = lanes_sum<kWarp>(sums.student);
+      if constexpr (kSides == 2) {
+        sums.teacher = lanes_sum<kWarp>(sums.teacher);
+        sums.gap = lanes_sum<kWarp>(sums.gap);
+      }
+      sums.task = lanes_sum<kWarp>(sums.task);
+      if (problem.power == 1)
+        sums.task = sums.student;
+      if (problem.smooth)
+        sums.shifted = lanes_sum<kWarp>(sums.shifted);
+      return sums;
+    };
+
+    // Any reference near the maximum is as good. All of the cluster take one that would have made the sums of the row
+    // before this one 1, and at first what its first logits suggest.
+    const auto usable = [](float reference) { return fabsf(reference) < 0x1p23f; };
+    const auto first_reference = [&](const void* logits, int64_t stride) {
+      const float x = widen(static_cast<const T*>(logits)[cluster * stride + lane]);
+      const float reference = lanes_max<kWarp>(x) * problem.scale;
+      return usable(reference) ? reference : 0.f;
+    };
+    float student_reference = first_reference(problem.student, problem.student_stride);
+    float teacher_reference = first_reference(problem.teacher, problem.teacher_stride);
 
     Cursor cursor;
     Label label = label_of(problem, cluster);
@@ -561,7 +621,7 @@ __global__ void __launch_bounds__(kMaxStreamThreads, 1)
           student_grad[edge] = narrow<T>(0.f);
         if (has_edge && problem.teacher_grad)
           teacher_grad[edge] = narrow<T>(0.f);
-        if (rank == 0 && thread == 0)
+        if (rank == 0 && thread == ring.consumers - 1)
           leave_loss(problem, row, 0.f, total);
         label = next;
         continue;
@@ -572,32 +632,15 @@ __global__ void __launch_bounds__(kMaxStreamThreads, 1)
         student_edge[0] = widen(student_row[edge]);
         teacher_edge[0] = widen(teacher_row[edge]);
       }
-      if (thread == 0 && problem.task && label.valid)
+      const bool has_loss = rank == 0 && thread == ring.consumers - 1;
+      if (has_loss && problem.task && label.valid)
         label_logit = widen(student_row[label.value]);
 
-      Sums<float> sums = sums_of_nothing(kLeast);
+      Sums<float> sums = {student_reference, teacher_reference, 0, 0, 0, 0, 0, 0};
       Cursor first_kept;
       for (int index = 0; index < chunks; ++index) {
         wait(full + 8 * cursor.slot, cursor.phase);
         const int count = min(ring.chunk, share.count - index * ring.chunk);
-        if (index == 0) { // any reference near the maximum is as good: what the warp sees first
-          float student_max = kLeast, teacher_max = kLeast;
-          if (thread < count) {
-            float x[kSize];
-            unpack(vector_at(cursor.slot, 0, thread), x, T());
-#pragma unroll
-            for (int i = 0; i < kSize; ++i)
-              student_max = fmaxf(student_max, x[i]);
-            if constexpr (kSides == 2) {
-              unpack(vector_at(cursor.slot, 1, thread), x, T());
-#pragma unroll
-              for (int i = 0; i < kSize; ++i)
-                teacher_max = fmaxf(teacher_max, x[i]);
-            }
-          }
-          sums.student_reference = lanes_max<kWarp>(student_max) * problem.scale;
-          sums.teacher_reference = lanes_max<kWarp>(teacher_max) * problem.scale;
-        }
         for (int i = thread; i < count; i += ring.consumers) {
           float student[kSize], teacher[kSize];
           unpack(vector_at(cursor.slot, 0, i), student, T());
@@ -613,24 +656,44 @@ __global__ void __launch_bounds__(kMaxStreamThreads, 1)
       }
       if (has_edge)
         add_plainly<kDivergence>(problem, sums, student_edge, teacher_edge);
-      if (problem.power == 1)
-        sums.task = sums.student;
-      add_lanes<kWarp>(sums);
-      sums = exchange(sums, kLeast, 1);
+      const Sums<float> none = {student_reference, teacher_reference, 0, 0, 0, 0, 0, 0};
+      sums = over_lanes(exchange(over_lanes(sums), none, [](Sums<float> a, const Sums<float>& b) {
+        a.student += b.student;
+        a.teacher += b.teacher;
+        a.task += b.task;
+        a.gap += b.gap;
+        a.shifted += b.shifted;
+        return a;
+      }));
 
-      const bool seen = sums.student > 0x1p-20f && (kSides == 1 || sums.teacher > 0x1p-20f);
-      const float most = sums.student + sums.teacher + sums.task + fabsf(sums.gap);
-      const bool plain = seen && most < 0x1p60f && // nor is one over it too small
-          fabsf(sums.student_reference) + (kSides == 2 ? fabsf(sums.teacher_reference) : 0.f) < 0x1p24f;
+      const auto ordinary = [](float sum) { return sum > 0x1p-30f && sum < 0x1p30f; }; // nor is one over it too small
+      const bool plain = ordinary(sums.student) && (kSides == 1 || ordinary(sums.teacher)) && sums.task > 0x1p-60f &&
+          sums.task < 0x1p60f && fabsf(sums.gap) < 0x1p60f && fabsf(sums.shifted) < 0x1p100f;
       RowShare<float> whole;
       if (!plain) { // an infinity, a NaN, or logits far apart or too large to scale first and shift after
         const int begin = rank == 0 ? 0 : share.begin();
         const int end = rank == blocks - 1 ? problem.classes : share.begin() + share.count * kSize;
         whole = share_of(problem, row, begin, end, thread, ring.consumers);
-        sums = lanes_together<kWarp>(careful_sums(problem, whole), problem.scale, problem.temperature, kDivergence);
-        sums = exchange(sums, std::numeric_limits<float>::lowest(), problem.scale);
+        const auto join = [&](const Sums<float>& a, const Sums<float>& b) {
+          return together(a, b, problem.scale, problem.temperature, kDivergence);
+        };
+        constexpr float kLowest = std::numeric_limits<float>::lowest();
+        sums.student_reference = sums.teacher_reference = kLowest;
+#pragma unroll 1
+        for (int pass = 0; pass < 2; ++pass) { // first for the references
+          sums = careful_sums(problem, whole, sums.student_reference, sums.teacher_reference);
+          sums = lanes_together<kWarp>(sums, problem.scale, problem.temperature, kDivergence);
+          sums = exchange(sums, sums_of_nothing(kLowest), join);
+          sums = lanes_together<kWarp>(sums, problem.scale, problem.temperature, kDivergence);
+        }
       }
-      if (rank == 0 && thread == 0) {
+      const float next_student = plain ? student_reference + log2_of(sums.student) : sums.student_reference * problem.scale;
+      const float next_teacher = plain ? teacher_reference + log2_of(sums.teacher) : sums.teacher_reference * problem.scale;
+      if (usable(next_student))
+        student_reference = next_student;
+      if (usable(next_teacher))
+        teacher_reference = next_teacher;
+      if (has_loss) {
         const float label_shifted = plain ? fmaf(label_logit, problem.scale, -sums.student_reference)
                                           : (label_logit - sums.student_reference) * problem.scale;
         const float loss = loss_of(problem, sums, label_shifted, kDivergence);
@@ -684,7 +747,7 @@ __global__ void __launch_bounds__(kMaxStreamThreads, 1)
       }
       label = next;
     }
-    if (!problem.losses && rank == 0 && thread == 0)
+    if (!problem.losses && rank == 0 && thread == ring.consumers - 1)
       leave_total(problem, total, divisor, cluster, clusters);
     __syncwarp();
   }
@@ -717,7 +780,7 @@ __global__ void __launch_bounds__(kThreads) add_up(const double* totals, int blo
 
 // Launches ---------------------------------------------------------------------------------------------------------
 
-constexpr int64_t kOneBlock = 49152; // up to as many logits a side, one block is faster than many and a second launch
+constexpr int64_t kOneBlock = 49152; // up to as many logits a side for each block, one cluster needs no second launch
 constexpr int64_t kCountedByAll = 4096; // labels that every block counts for itself
 constexpr int kCountBlocks = 128;
 
@@ -750,11 +813,23 @@ struct Device {
   }
 };
 
+// A contiguous tensor on a CUDA device; torch::stable::new_empty takes several times as long.
+Tensor empty(torch::headeronly::IntHeaderOnlyArrayRef shape, ScalarType type, int device) {
+  std::vector<int64_t> strides(shape.size());
+  int64_t stride = 1;
+  for (size_t i = shape.size(); i-- > 0; stride *= std::max<int64_t>(shape[i], 1))
+    strides[i] = stride;
+  const auto code = torch::stable::detail::to<int32_t>(torch::stable::detail::from(type));
+  AtenTensorHandle handle = nullptr;
+  TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(
+      shape.size(), shape.data(), strides.data(), code, aoti_torch_device_type_cuda(), device, &handle));
+  return Tensor(handle);
+}
+
 // How a launch goes, and what its blocks leave behind.
 struct Launch {
   cudaStream_t stream;
   const Device& device;
-  const Tensor& like; // on the device
   std::optional<Tensor> scratch = std::nullopt; // what a problem points to while its kernels are launched
 
   // Room for what so many blocks leave of a sum, unless there is one block.
@@ -762,8 +837,8 @@ struct Launch {
   void expect(Problem<A>& problem, int64_t blocks) {
     if (problem.losses || blocks == 1)
       return;
-    const int64_t size[] = {blocks + 1};
-    scratch = torch::stable::new_empty(like, {size, 1}, ScalarType::Double);
+    const int64_t size = blocks + 1;
+    scratch = empty({&size, 1}, ScalarType::Double, device.index);
     problem.totals = static_cast<double*>(scratch->mutable_data_ptr());
   }
 };
@@ -776,13 +851,33 @@ int tuned(const char* name, int value) {
   return value;
 }
 
+// A launch of clusters; attribute must outlive the result.
+cudaLaunchConfig_t config_of(const Launch& launch, int blocks, int threads, int cluster, cudaLaunchAttribute& attribute) {
+  attribute.id = cudaLaunchAttributeClusterDimension;
+  attribute.val.clusterDim = {static_cast<unsigned>(cluster), 1, 1};
+  cudaLaunchConfig_t config = {};
+  config.gridDim = blocks;
+  config.blockDim = threads;
+  config.stream = launch.stream;
+  config.attrs = &attribute;
+  config.numAttrs = launch.device.streams ? 1 : 0;
+  return config;
+}
+
 template <typename A, int kLanes, int kSize, int kBlock>
 int launch_few(Problem<A>& problem, Launch& launch) {
   const int64_t needed = (problem.rows * kLanes + kBlock - 1) / kBlock;
-  const bool one = !problem.losses && problem.rows * problem.classes <= kOneBlock;
-  const int64_t blocks = one ? 1 : std::min<int64_t>(needed, launch.device.multiprocessors * (2048 / kBlock));
-  launch.expect(problem, blocks);
-  few_classes<A, kLanes, kSize, kBlock><<<blocks, kBlock, 0, launch.stream>>>(problem);
+  int cluster = 1;
+  while (!problem.losses && launch.device.streams && cluster < kMaxCluster && cluster < needed)
+    cluster *= 2;
+  const bool one = !problem.losses && problem.rows * problem.classes <= kOneBlock * cluster;
+  const int64_t most = launch.device.multiprocessors * (2048 / kBlock);
+  const int blocks = one ? cluster : std::min<int64_t>(needed, most);
+  if (!one)
+    launch.expect(problem, blocks);
+  cudaLaunchAttribute attribute;
+  const auto config = config_of(launch, blocks, kBlock, one ? cluster : 1, attribute);
+  STD_CUDA_CHECK(cudaLaunchKernelEx(&config, few_classes<A, kLanes, kSize, kBlock>, problem));
   return blocks;
 }
 
@@ -800,16 +895,15 @@ struct StreamPlan {
 };
 
 // Rings for rows from kilobytes to megabytes. Of short rows several are under way on a multiprocessor, in blocks of
-// their own, so that one's exchange of sums hides behind others' work; a long one is a cluster's. What is under way
-// leaves room for more than half as much to be read ahead.
+// their own, so that one's exchange of sums hides behind others' work. What of a row its blocks do not hold is little
+// enough for L2 to keep.
 StreamPlan plan_stream(const Device& device, int64_t row_bytes, int sides) {
   constexpr int kReserved = 1024; // bytes of a block's shared memory that are the system's
-  constexpr int64_t kUnderWay = 139264; // bytes of rows on a multiprocessor
+  constexpr int64_t kBlockShare = 348160; // bytes of a row that are one block's
   StreamPlan plan;
-  int at_once = row_bytes <= kUnderWay / 3 ? 3 : row_bytes <= kUnderWay / 2 ? 2 : 1;
-  at_once = tuned("KD_AT_ONCE", at_once);
+  const int at_once = tuned("KD_AT_ONCE", row_bytes <= 40960 ? 4 : row_bytes <= 163840 ? 2 : 1);
   plan.cluster = 1;
-  while (plan.cluster < 8 && row_bytes > kUnderWay * plan.cluster)
+  while (plan.cluster < kMaxCluster && row_bytes > kBlockShare * plan.cluster)
     plan.cluster *= 2;
   plan.cluster = tuned("KD_CLUSTER", plan.cluster);
   Ring& ring = plan.ring;
@@ -830,15 +924,8 @@ int launch_stream(Problem<float>& problem, Launch& launch) {
   constexpr int kSides = kDivergence == Divergence::kNone ? 1 : 2;
   const StreamPlan plan = plan_stream(launch.device, int64_t{problem.classes} * sizeof(T) * kSides, kSides);
   cudaLaunchAttribute attribute;
-  attribute.id = cudaLaunchAttributeClusterDimension;
-  attribute.val.clusterDim = {static_cast<unsigned>(plan.cluster), 1, 1};
-  cudaLaunchConfig_t config = {};
-  config.gridDim = plan.cluster;
-  config.blockDim = plan.ring.consumers + kWarp;
+  auto config = config_of(launch, plan.cluster, plan.ring.consumers + kWarp, plan.cluster, attribute);
   config.dynamicSmemBytes = plan.memory;
-  config.stream = launch.stream;
-  config.attrs = &attribute;
-  config.numAttrs = 1;
 
   int clusters = 0; // that a device holds at once
   {
@@ -1020,6 +1107,7 @@ void run(
   problem.temperature = static_cast<A>(temperature);
   problem.scale = static_cast<A>(kLog2E / temperature);
   problem.kd_weight = static_cast<A>(none ? 0 : options.kd_weight);
+  problem.soft_weight = static_cast<A>(none ? 0 : options.kd_weight / temperature);
   problem.ce_weight = static_cast<A>(options.ce_weight);
   problem.label_smoothing = static_cast<A>(options.label_smoothing);
 
@@ -1027,12 +1115,12 @@ void run(
   const torch::stable::accelerator::DeviceGuard guard(device);
   void* stream = nullptr;
   TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(device, &stream));
-  Launch launch{static_cast<cudaStream_t>(stream), Device::at(device), student};
+  Launch launch{static_cast<cudaStream_t>(stream), Device::at(device)};
   std::optional<Tensor> counts;
   if (problem.mean && labels && problem.rows > kCountedByAll) {
     problem.count_blocks = std::min<int64_t>((problem.rows + kThreads - 1) / kThreads, kCountBlocks);
-    const int64_t size[] = {problem.count_blocks};
-    counts = torch::stable::new_empty(student, {size, 1}, ScalarType::Int);
+    const int64_t size = problem.count_blocks;
+    counts = empty({&size, 1}, ScalarType::Int, device);
     int* const to = static_cast<int*>(counts->mutable_data_ptr());
     count_labels<<<problem.count_blocks, kThreads, 0, launch.stream>>>(problem, to);
     problem.counts = to;
@@ -1067,14 +1155,15 @@ std::tuple<Tensor, Tensor, Tensor> kd_ce_loss(
     row_labels = torch::stable::contiguous(*labels);
   const bool wide = student.scalar_type() == ScalarType::Double || teacher.scalar_type() == ScalarType::Double;
   const auto shape = student_logits.sizes();
+  const auto device = student.get_device_index();
   const auto gradient = [&](const Tensor& logits, bool wanted) {
-    return wanted ? torch::stable::new_empty(logits, shape) : torch::stable::new_empty(logits, {0});
+    const int64_t none = 0;
+    return wanted ? empty(shape, logits.scalar_type(), device) : empty({&none, 1}, logits.scalar_type(), device);
   };
   const Tensor grad_student = gradient(student, student_grad), grad_teacher = gradient(teacher, teacher_grad);
   const bool reduced = reduction != "none";
   const auto dims = reduced ? size_t{0} : shape.size() - 1;
-  const Tensor loss =
-      torch::stable::new_empty(student, {shape.data(), dims}, wide ? ScalarType::Double : ScalarType::Float);
+  const Tensor loss = empty({shape.data(), dims}, wide ? ScalarType::Double : ScalarType::Float, device);
   if (student.numel() == 0) {
     if (reduced)
       torch::stable::fill_(loss, reduction == "mean" ? std::numeric_limits<double>::quiet_NaN() : 0);

@@ -35,7 +35,7 @@ struct Problem {
   Divergence divergence;
   bool unsigned_labels, task, smooth, mean;
   int power; // 1 if cross-entropy's exponentials are distillation's, 0 otherwise; n > 1 if n-th powers are as good
-  A temperature, scale, kd_weight, ce_weight, label_smoothing; // scale: log2(e) / temperature
+  A temperature, scale, kd_weight, soft_weight, ce_weight, label_smoothing; // log2(e), kd_weight over temperature
 };
 
 __device__ inline float exp2_of(float x) {
@@ -45,6 +45,12 @@ __device__ inline float exp2_of(float x) {
 }
 __device__ inline double exp2_of(double x) {
   return exp2(x);
+}
+
+__device__ inline float log2_of(float x) {
+  float result;
+  asm("lg2.approx.ftz.f32 %0, %1;" : "=f"(result) : "f"(x));
+  return result;
 }
 
 // Sums over part of a row: of the exponentials of both sides, of the student's at temperature 1, of the weighted gaps
@@ -208,14 +214,21 @@ struct Coefficients {
   A mean_gap, student, teacher, task, at_label, at_each;
 };
 
+__device__ inline float quotient(float a, float b) {
+  return __fdividef(a, b);
+}
+__device__ inline double quotient(double a, double b) {
+  return a / b;
+}
+
 template <typename A>
 __device__ Coefficients<A> coefficients_of(const Problem<A>& problem, const Sums<A>& sums, A share, Divergence divergence) {
-  const A soft = share * problem.kd_weight / problem.temperature, hard = share * problem.ce_weight;
+  const A soft = share * problem.soft_weight, hard = share * problem.ce_weight;
   Coefficients<A> result;
-  result.mean_gap = divergence == Divergence::kReverseKl ? sums.gap / sums.student : sums.gap / sums.teacher;
-  result.student = soft / sums.student;
-  result.teacher = soft / sums.teacher;
-  result.task = problem.task ? hard / sums.task : A(0);
+  result.mean_gap = quotient(sums.gap, divergence == Divergence::kReverseKl ? sums.student : sums.teacher);
+  result.student = quotient(soft, sums.student);
+  result.teacher = quotient(soft, sums.teacher);
+  result.task = problem.task ? quotient(hard, sums.task) : A(0);
   result.at_label = hard * (1 - problem.label_smoothing);
   result.at_each = problem.smooth ? hard * problem.label_smoothing / problem.classes : A(0);
   return result;
@@ -389,6 +402,13 @@ __device__ Gradients<A> gradients_of(
   return result;
 }
 
+// Whether sums must not be put together that are relative to other references: a sum of gaps would lose digits that the
+// gradients need.
+template <typename A>
+__device__ bool are_far(const Problem<A>& problem, const Sums<A>& sums) {
+  return !((fabs(sums.student_reference) + fabs(sums.teacher_reference)) * problem.scale < 256);
+}
+
 // The elements [begin, end) of a row, taken by a group of threads that sees them in packets.
 template <typename A>
 struct RowShare {
@@ -423,11 +443,11 @@ __device__ RowShare<A> share_of(const Problem<A>& problem, int64_t row, int begi
   return share;
 }
 
-// A thread's sums; the references, at last the largest logits that it saw, are logits.
+// A thread's sums, relative to the largest logits that it saw, if they are larger than the references to begin with.
 template <typename A>
-__device__ Sums<A> careful_sums(const Problem<A>& problem, const RowShare<A>& share) {
-  constexpr A kInfinity = std::numeric_limits<A>::infinity(), kLowest = std::numeric_limits<A>::lowest();
-  Sums<A> sums = sums_of_nothing<A>(kLowest);
+__device__ Sums<A> careful_sums(const Problem<A>& problem, const RowShare<A>& share, A student, A teacher) {
+  constexpr A kInfinity = std::numeric_limits<A>::infinity();
+  Sums<A> sums = {student, teacher, 0, 0, 0, 0, 0, 0};
   share.for_each_packet([&](const Packet& packet) {
     A student[kPacket], teacher[kPacket];
     load_packet(share.student, problem.student_type, packet, -kInfinity, student);

@@ -27,9 +27,9 @@ def triton_available() -> bool:
 def define(
     schema: str, reference: Callable[..., Any], fake: Callable[..., Any], *, triton: str | None = None
 ) -> Callable[..., Any]:
-    """Define ``fastdistill::<schema>``: ``reference`` on every device, ``fake`` for shapes, and on CUDA, by Triton, what
-    csrc/triton launches or else the function of the same name in ``fastdistill.kernels.<triton>``. C++ kernels register
-    themselves when they load."""
+    """Define ``fastdistill::<schema>``: ``reference`` on every device, ``fake`` for shapes, and on CUDA, by Triton,
+    what csrc/triton launches or else the function of the same name in ``fastdistill.kernels.<triton>``. C++ kernels
+    register themselves when they load."""
     name = schema[: schema.index("(")]
     OPS.append(name)
     LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag,))

@@ -18,6 +18,7 @@ from fastdistill import (
     select_uncertain,
     uncertainty,
 )
+from fastdistill.ops import ActiveNeurons
 
 pytestmark = pytest.mark.gpu
 
@@ -152,19 +153,23 @@ def test_with_gradients(case: str) -> None:
     check(lambda: with_gradients(function, made, wanted), filler(made, make))
 
 
-def test_gated_ffn_with_neurons_off() -> None:
-    """A mask is looked at before the capture, and stays the graph's; all else may change."""
+@pytest.mark.parametrize("wanted", [(), ("x",), ("x", "w_in", "b_in", "w_out", "b_out")], ids=len)
+def test_gated_ffn_with_neurons_off(wanted: tuple[str, ...]) -> None:
+    """Which neurons are on is found before the capture; all else may change."""
     torch.manual_seed(0)
-    made = ffn(256)
-    made["gate"][::2] = 0
-    wanted = ("x", "w_in", "b_in", "w_out", "b_out")
-    leaves = {name: x.requires_grad_(name in wanted) for name, x in made.items()}
-    mask = made["gate"].clone()
+    made = {name: x.requires_grad_(name in wanted) for name, x in ffn(256).items() if name != "gate"}
+    gate = normal(256)
+    gate[::2] = 0
+    active = ActiveNeurons(gate)
 
-    def fill() -> None:
-        filler(made, lambda: ffn(256) | {"gate": mask})()
+    def run() -> list[Tensor]:
+        output = gated_ffn(*made.values(), active)
+        if not wanted:
+            return [output]
+        grad_output = torch.arange(output.numel(), device="cuda", dtype=output.dtype).view_as(output).remainder(7)
+        return [output.detach(), *torch.autograd.grad(output, [made[name] for name in wanted], grad_output)]
 
-    check(lambda: with_gradients(gated_ffn, leaves, wanted), fill)
+    check(run, filler(made, lambda: {name: x for name, x in ffn(256).items() if name != "gate"}))
 
 
 def test_accumulate_sensitivity() -> None:

@@ -163,10 +163,11 @@ def test_scale_rows(device: str, dtype: torch.dtype, classes: int, nan_filled: N
     grad = torch.randn(6, classes, device=device).to(dtype)
     for upstream in (torch.tensor(1.0), torch.tensor(2.5), torch.tensor([1.0, 0.0, 1.0, -2.0, 0.5, 3.0])):
         expected = reference.scale_rows(grad, upstream.to(device))
-        in_place = grad.clone()
-        torch.ops.fastdistill.scale_rows_(in_place, upstream.to(device))
-        assert torch.equal(torch.ops.fastdistill.scale_rows(grad, upstream.to(device)), expected)
-        assert torch.equal(in_place, expected)
+        for laid_out in (grad, grad.T.contiguous().T, torch.cat([grad, grad], -1)[:, :classes]):
+            in_place = laid_out.clone(memory_format=torch.preserve_format)
+            torch.ops.fastdistill.scale_rows_(in_place, upstream.to(device))
+            assert torch.equal(torch.ops.fastdistill.scale_rows(laid_out, upstream.to(device)), expected)
+            assert torch.equal(in_place, expected)
 
 
 @pytest.mark.parametrize("dynamic", [False, True])
@@ -340,7 +341,7 @@ def logits(*shape: int, **options: Any) -> Tensor:
         ((logits(4, 3), logits(4, 3), logits(4, dtype=torch.bool)), {}, TypeError, "labels has dtype torch.bool"),
         ((logits(4, 3), logits(4, 3), logits(3, dtype=torch.int64)), {}, ValueError, r"labels has shape (3,)"),
         ((logits(4, 3), logits(4, 3), [0, 1, 2, 0]), {}, TypeError, "labels is a list"),
-        ((logits(4, 3), logits(4, 3)), dict(temperature=0), ValueError, "temperature is 0; expected a finite number >= 0.0001"),
+        ((logits(4, 3), logits(4, 3)), dict(temperature=0), ValueError, "is 0; expected a finite number >= 0.0001"),
         ((logits(4, 3), logits(4, 3)), dict(temperature=-1.0), ValueError, "temperature is -1.0"),
         ((logits(4, 3), logits(4, 3)), dict(temperature=math.inf), ValueError, "temperature is inf"),
         ((logits(4, 3), logits(4, 3)), dict(temperature=math.nan), ValueError, "temperature is nan"),

@@ -7,6 +7,8 @@ from pathlib import Path
 
 import pytest
 
+from fastdistill import recipes
+from fastdistill.recipes import KDSettings
 from fastdistill.recipes.output import claimed
 from fastdistill.recipes.report import write_json
 
@@ -86,3 +88,9 @@ def test_an_output_that_is_no_folder_is_named(tmp_path: Path) -> None:
             pass
     with pytest.raises(ValueError, match=f"--output is {file}, a file; expected a folder"), claimed(file, "kd"):
         pass
+
+
+def test_a_recipe_called_from_python_claims_its_folder(tmp_path: Path) -> None:
+    asked = KDSettings(task="docstrings", teacher="minilm", student_layers=1, output=tmp_path)
+    with claimed(tmp_path, "kd"), pytest.raises(ValueError, match="another run uses"):
+        recipes.kd(asked)
