@@ -133,7 +133,7 @@ __global__ void __launch_bounds__(kBlock, 1) few_classes(const __grid_constant__
        first += static_cast<int64_t>(gridDim.x) * kTeams) {
     const bool exists = first + threadIdx.x / kLanes < problem.rows;
     const int64_t row = exists ? first + threadIdx.x / kLanes : problem.rows - 1;
-    const Label label = label_of(problem, row);
+    const Label label = label_of(problem, load_label(problem, row));
     const void* const student_row = row_of(problem.student, problem.student_type, row, problem.student_stride);
     const void* const teacher_row = row_of(problem.teacher, problem.teacher_type, row, problem.teacher_stride);
     A student[kSize], teacher[kSize];
@@ -198,7 +198,7 @@ __global__ void __launch_bounds__(kThreads, 1) any_rows(const __grid_constant__ 
   double total = 0;
   int turn = 0;
   for (int64_t row = blockIdx.x; row < problem.rows; row += gridDim.x) {
-    const Label label = label_of(problem, row);
+    const Label label = label_of(problem, load_label(problem, row));
     const RowShare<A> share = share_of(problem, row, 0, problem.classes, threadIdx.x, kThreads);
     if (!label.counts) {
       zero_gradients(problem, share);
@@ -267,21 +267,22 @@ struct Cursor {
 template <typename T>
 struct Share {
   static constexpr int kSize = 16 / sizeof(T);
-  int head, tail; // elements before and after the row's vectors
-  int first, count; // of the block's vectors, in the row
+  int head; // elements before the row's vectors
+  int begin; // the share's first element in the row
+  int count, chunks; // vectors; and how many slots they take
 
-  __device__ Share(int64_t row, int classes, int rank, int blocks) {
+  __device__ Share(int64_t row, int classes, int rank, int blocks, int chunk) {
     head = static_cast<unsigned>(-(row * classes)) % kSize;
     const int vectors = (classes - head) / kSize, each = (vectors + blocks - 1) / blocks;
-    tail = classes - head - vectors * kSize;
-    first = min(rank * each, vectors);
+    const int first = min(rank * each, vectors);
+    begin = head + first * kSize;
     count = min(each, vectors - first);
+    chunks = (count + chunk - 1) / chunk;
   }
-  __device__ int chunks(int chunk) const {
-    return (count + chunk - 1) / chunk;
-  }
-  __device__ int begin() const {
-    return head + first * kSize;
+  // The same for all rows, if they are whole vectors: dividing takes longer than to ask.
+  __device__ void move_to(int64_t row, int classes, int rank, int blocks, int chunk) {
+    if (classes % kSize != 0)
+      *this = Share(row, classes, rank, blocks, chunk);
   }
 };
 
@@ -472,7 +473,9 @@ __global__ void __launch_bounds__(kMaxStreamThreads, 1)
   auto* const exchanged = reinterpret_cast<Sums<float>*>(memory + ring.slots * slot_bytes);
   const uint32_t full = shared_address(exchanged + 2 * parts), empty = full + 8 * ring.slots;
   const uint32_t complete = empty + 8 * ring.slots;
-  int& counted = *reinterpret_cast<int*>(exchanged + 2 * parts + (ring.slots + 1) / 2 + 1);
+  double& total = *reinterpret_cast<double*>(exchanged + 2 * parts + (ring.slots + 1) / 2 + 1);
+  int& counted = reinterpret_cast<int*>(&total)[2];
+  float& per_row = reinterpret_cast<float*>(&total)[3]; // what a row's loss counts
   if (threadIdx.x == 0) {
     for (int slot = 0; slot < ring.slots; ++slot) {
       init_barrier(full + 8 * slot, 1);
@@ -481,7 +484,7 @@ __global__ void __launch_bounds__(kMaxStreamThreads, 1)
     init_barrier(complete, 1);
     init_barrier(complete + 8, 1);
     publish_barriers();
-    counted = 0;
+    total = counted = 0;
   }
   __syncthreads();
   sync_cluster();
@@ -491,15 +494,17 @@ __global__ void __launch_bounds__(kMaxStreamThreads, 1)
     if (lane == 0) {
       const uint64_t once = evict_first(), twice = evict_last();
       Cursor cursor;
-      Label label = label_of(problem, cluster);
+      Share<T> share(cluster, problem.classes, rank, blocks, ring.chunk);
+      int64_t next_label = load_label(problem, cluster);
       for (int64_t row = cluster; row < problem.rows; row += clusters) {
-        const Label next = label_of(problem, min(row + clusters, problem.rows - 1));
+        const Label label = label_of(problem, next_label);
+        next_label = load_label(problem, min(row + clusters, problem.rows - 1));
         if (label.counts) {
-          const Share<T> share(row, problem.classes, rank, blocks);
-          const int chunks = share.chunks(ring.chunk);
+          share.move_to(row, problem.classes, rank, blocks, ring.chunk);
+          const int chunks = share.chunks;
           const int again = gradients ? max(chunks - ring.keep, 0) : 0;
-          const T* const student = static_cast<const T*>(problem.student) + row * problem.student_stride + share.begin();
-          const T* const teacher = static_cast<const T*>(problem.teacher) + row * problem.teacher_stride + share.begin();
+          const T* const student = static_cast<const T*>(problem.student) + row * problem.student_stride + share.begin;
+          const T* const teacher = static_cast<const T*>(problem.teacher) + row * problem.teacher_stride + share.begin;
           for (int i = 0; i < chunks + again; ++i) {
             const int index = i < chunks ? i : i - chunks;
             const int64_t offset = static_cast<int64_t>(index) * ring.chunk * kSize;
@@ -514,23 +519,21 @@ __global__ void __launch_bounds__(kMaxStreamThreads, 1)
             cursor.advance(ring.slots);
           }
         }
-        label = next;
       }
     }
     __syncwarp();
   } else {
     const int thread = threadIdx.x;
-    double divisor = 1, total = 0;
     if (problem.mean && problem.labels) {
       const int of_warp = __reduce_add_sync(kAll, count_share(problem, thread, ring.consumers));
       if (lane == 0)
         atomicAdd(&counted, of_warp);
       sync_threads_of(1, ring.consumers);
-      divisor = counted;
-    } else if (problem.mean) {
-      divisor = problem.rows;
     }
-    const float per_row = static_cast<float>(1 / divisor);
+    const auto divisor = [&] { return !problem.mean ? 1. : problem.labels ? counted : problem.rows; };
+    if (thread == 0)
+      per_row = static_cast<float>(1 / divisor());
+    sync_threads_of(1, ring.consumers);
 
     const auto vector_at = [&](int slot, int side, int i) {
       return reinterpret_cast<const uint4*>(memory + slot * slot_bytes + side * side_bytes)[i];
@@ -591,21 +594,23 @@ __global__ void __launch_bounds__(kMaxStreamThreads, 1)
       return usable(reference) ? reference : 0.f;
     };
     float student_reference = first_reference(problem.student, problem.student_stride);
-    float teacher_reference = first_reference(problem.teacher, problem.teacher_stride);
+    float teacher_reference = kSides == 2 ? first_reference(problem.teacher, problem.teacher_stride) : 0;
 
     Cursor cursor;
-    Label label = label_of(problem, cluster);
+    Share<T> share(cluster, problem.classes, rank, blocks, ring.chunk);
+    int64_t next_label = load_label(problem, cluster);
     for (int64_t row = cluster; row < problem.rows; row += clusters) {
-      const Label next = label_of(problem, min(row + clusters, problem.rows - 1));
-      const Share<T> share(row, problem.classes, rank, blocks);
-      const int chunks = share.chunks(ring.chunk);
+      const Label label = label_of(problem, next_label);
+      next_label = load_label(problem, min(row + clusters, problem.rows - 1));
+      share.move_to(row, problem.classes, rank, blocks, ring.chunk);
+      const int chunks = share.chunks;
       const int kept = gradients ? min(chunks, ring.keep) : 0;
       const T* const student_row = static_cast<const T*>(problem.student) + row * problem.student_stride;
       const T* const teacher_row = static_cast<const T*>(problem.teacher) + row * problem.teacher_stride;
       T* const student_grad = static_cast<T*>(problem.student_grad) + row * problem.classes;
       T* const teacher_grad = static_cast<T*>(problem.teacher_grad) + row * problem.classes;
       // what each lane of the first block's first warp has of the row's ends
-      const int edges = rank == 0 ? share.head + share.tail : 0;
+      const int edges = rank == 0 ? share.head + (problem.classes - share.head) % kSize : 0;
       const bool has_edge = thread < edges;
       const int edge = thread < share.head ? thread : problem.classes - edges + thread;
 
@@ -613,9 +618,9 @@ __global__ void __launch_bounds__(kMaxStreamThreads, 1)
         const uint4 zero = {0, 0, 0, 0};
         for (int i = thread; i < share.count; i += ring.consumers) {
           if (problem.student_grad)
-            __stcs(reinterpret_cast<uint4*>(student_grad + share.begin()) + i, zero);
+            __stcs(reinterpret_cast<uint4*>(student_grad + share.begin) + i, zero);
           if (problem.teacher_grad)
-            __stcs(reinterpret_cast<uint4*>(teacher_grad + share.begin()) + i, zero);
+            __stcs(reinterpret_cast<uint4*>(teacher_grad + share.begin) + i, zero);
         }
         if (has_edge && problem.student_grad)
           student_grad[edge] = narrow<T>(0.f);
@@ -623,21 +628,21 @@ __global__ void __launch_bounds__(kMaxStreamThreads, 1)
           teacher_grad[edge] = narrow<T>(0.f);
         if (rank == 0 && thread == ring.consumers - 1)
           leave_loss(problem, row, 0.f, total);
-        label = next;
         continue;
       }
 
-      float student_edge[1] = {0}, teacher_edge[1] = {0}, label_logit = 0;
+      // loaded ahead of their use, so not widened yet, which would wait for them
+      T student_end = T(), teacher_end = T(), label_logit = T();
       if (has_edge) {
-        student_edge[0] = widen(student_row[edge]);
-        teacher_edge[0] = widen(teacher_row[edge]);
+        student_end = student_row[edge];
+        teacher_end = teacher_row[edge];
       }
       const bool has_loss = rank == 0 && thread == ring.consumers - 1;
       if (has_loss && problem.task && label.valid)
-        label_logit = widen(student_row[label.value]);
+        label_logit = student_row[label.value];
 
       Sums<float> sums = {student_reference, teacher_reference, 0, 0, 0, 0, 0, 0};
-      Cursor first_kept;
+      int kept_slot = 0; // the first
       for (int index = 0; index < chunks; ++index) {
         wait(full + 8 * cursor.slot, cursor.phase);
         const int count = min(ring.chunk, share.count - index * ring.chunk);
@@ -651,11 +656,15 @@ __global__ void __launch_bounds__(kMaxStreamThreads, 1)
         if (index < chunks - kept)
           free_slot(cursor.slot);
         else if (index == chunks - kept)
-          first_kept = cursor;
+          kept_slot = cursor.slot;
         cursor.advance(ring.slots);
       }
-      if (has_edge)
+      float student_edge[1], teacher_edge[1];
+      if (has_edge) {
+        student_edge[0] = widen(student_end);
+        teacher_edge[0] = widen(teacher_end);
         add_plainly<kDivergence>(problem, sums, student_edge, teacher_edge);
+      }
       const Sums<float> none = {student_reference, teacher_reference, 0, 0, 0, 0, 0, 0};
       sums = over_lanes(exchange(over_lanes(sums), none, [](Sums<float> a, const Sums<float>& b) {
         a.student += b.student;
@@ -671,8 +680,8 @@ __global__ void __launch_bounds__(kMaxStreamThreads, 1)
           sums.task < 0x1p60f && fabsf(sums.gap) < 0x1p60f && fabsf(sums.shifted) < 0x1p100f;
       RowShare<float> whole;
       if (!plain) { // an infinity, a NaN, or logits far apart or too large to scale first and shift after
-        const int begin = rank == 0 ? 0 : share.begin();
-        const int end = rank == blocks - 1 ? problem.classes : share.begin() + share.count * kSize;
+        const int begin = rank == 0 ? 0 : share.begin;
+        const int end = rank == blocks - 1 ? problem.classes : share.begin + share.count * kSize;
         whole = share_of(problem, row, begin, end, thread, ring.consumers);
         const auto join = [&](const Sums<float>& a, const Sums<float>& b) {
           return together(a, b, problem.scale, problem.temperature, kDivergence);
@@ -687,15 +696,17 @@ __global__ void __launch_bounds__(kMaxStreamThreads, 1)
           sums = lanes_together<kWarp>(sums, problem.scale, problem.temperature, kDivergence);
         }
       }
-      const float next_student = plain ? student_reference + log2_of(sums.student) : sums.student_reference * problem.scale;
-      const float next_teacher = plain ? teacher_reference + log2_of(sums.teacher) : sums.teacher_reference * problem.scale;
-      if (usable(next_student))
-        student_reference = next_student;
-      if (usable(next_teacher))
-        teacher_reference = next_teacher;
+      const auto next = [&](float& reference, float sum, float largest) {
+        const float better = plain ? reference + log2_of(sum) : largest * problem.scale;
+        reference = usable(better) ? better : reference;
+      };
+      next(student_reference, sums.student, sums.student_reference);
+      if constexpr (kSides == 2)
+        next(teacher_reference, sums.teacher, sums.teacher_reference);
       if (has_loss) {
-        const float label_shifted = plain ? fmaf(label_logit, problem.scale, -sums.student_reference)
-                                          : (label_logit - sums.student_reference) * problem.scale;
+        const float logit = widen(label_logit);
+        const float label_shifted = plain ? fmaf(logit, problem.scale, -sums.student_reference)
+                                          : (logit - sums.student_reference) * problem.scale;
         const float loss = loss_of(problem, sums, label_shifted, kDivergence);
         leave_loss(problem, row, label.valid ? loss : not_a_number<float>(), total);
       }
@@ -708,9 +719,9 @@ __global__ void __launch_bounds__(kMaxStreamThreads, 1)
         for (int step = 0; step < chunks; ++step) {
           const bool was_kept = step < kept;
           const int index = was_kept ? chunks - kept + step : step - kept;
-          const int slot = was_kept ? first_kept.slot : cursor.slot;
+          const int slot = was_kept ? kept_slot : cursor.slot;
           if (was_kept) {
-            first_kept.advance(ring.slots);
+            kept_slot = slot + 1 == ring.slots ? 0 : slot + 1;
           } else {
             wait(full + 8 * slot, cursor.phase);
             cursor.advance(ring.slots);
@@ -723,17 +734,17 @@ __global__ void __launch_bounds__(kMaxStreamThreads, 1)
               unpack(vector_at(slot, 1, i), teacher, T());
             gradients_plainly<kDivergence>(problem, sums, coefficients, student, teacher);
             const int vector = index * ring.chunk + i;
-            const unsigned beside = static_cast<unsigned>(static_cast<int>(label.value) - share.begin() - vector * kSize);
+            const unsigned beside = static_cast<unsigned>(label.value - share.begin - vector * kSize);
             if (problem.student_grad) {
               if (beside < kSize) {
 #pragma unroll
                 for (int k = 0; k < kSize; ++k)
                   student[k] -= k == beside ? coefficients.at_label : 0;
               }
-              __stcs(reinterpret_cast<uint4*>(student_grad + share.begin()) + vector, pack(student, T()));
+              __stcs(reinterpret_cast<uint4*>(student_grad + share.begin) + vector, pack(student, T()));
             }
             if (problem.teacher_grad)
-              __stcs(reinterpret_cast<uint4*>(teacher_grad + share.begin()) + vector, pack(teacher, T()));
+              __stcs(reinterpret_cast<uint4*>(teacher_grad + share.begin) + vector, pack(teacher, T()));
           }
           free_slot(slot);
         }
@@ -745,10 +756,9 @@ __global__ void __launch_bounds__(kMaxStreamThreads, 1)
             teacher_grad[edge] = narrow<T>(teacher_edge[0]);
         }
       }
-      label = next;
     }
     if (!problem.losses && rank == 0 && thread == ring.consumers - 1)
-      leave_total(problem, total, divisor, cluster, clusters);
+      leave_total(problem, total, divisor(), cluster, clusters);
     __syncwarp();
   }
   sync_cluster(); // no block may leave while another writes into its memory

@@ -156,16 +156,22 @@ __device__ int64_t label_at(const Problem<A>& problem, int64_t row) {
 }
 
 struct Label {
-  int64_t value;
+  int value; // -1 if it is no class
   bool counts, valid; // not to be ignored; a class, or there are no labels
 };
 
+// What label_of makes of the label of a row: apart, for a load ahead of its use not to be waited for.
 template <typename A>
-__device__ Label label_of(const Problem<A>& problem, int64_t row) {
+__device__ int64_t load_label(const Problem<A>& problem, int64_t row) {
+  return problem.labels ? label_at(problem, row) : -1;
+}
+
+template <typename A>
+__device__ Label label_of(const Problem<A>& problem, int64_t loaded) {
   if (!problem.labels)
     return {-1, true, true};
-  const int64_t value = label_at(problem, row);
-  return {value, value != problem.ignore_index, value >= 0 && value < problem.classes};
+  const bool valid = loaded >= 0 && loaded < problem.classes;
+  return {valid ? static_cast<int>(loaded) : -1, loaded != problem.ignore_index, valid};
 }
 
 // This thread's part of how many rows count.
@@ -184,6 +190,13 @@ __device__ int count_share(const Problem<A>& problem, int thread, int threads) {
 
 // Loss and gradients from a row's sums ---------------------------------------------------------------------------------
 
+__device__ inline float quotient(float a, float b) {
+  return __fdividef(a, b);
+}
+__device__ inline double quotient(double a, double b) {
+  return a / b;
+}
+
 template <typename A>
 __device__ A loss_of(const Problem<A>& problem, const Sums<A>& sums, A label_shifted, Divergence divergence) {
   constexpr A kLn2 = 0.69314718055994530942;
@@ -191,8 +204,8 @@ __device__ A loss_of(const Problem<A>& problem, const Sums<A>& sums, A label_shi
   if (divergence != Divergence::kNone) {
     const bool reverse = divergence == Divergence::kReverseKl;
     const A weigher = reverse ? sums.student : sums.teacher, other = reverse ? sums.teacher : sums.student;
-    const A entropy = divergence == Divergence::kSoftCe ? log(other) : log(other / weigher);
-    loss = problem.kd_weight * (sums.gap / weigher * kLn2 + entropy);
+    const A entropy = divergence == Divergence::kSoftCe ? log(other) : log(quotient(other, weigher));
+    loss = problem.kd_weight * (quotient(sums.gap, weigher) * kLn2 + entropy);
   }
   if (problem.task) {
     const A unshift = problem.temperature * kLn2, log_sum = log(sums.task);
@@ -213,13 +226,6 @@ template <typename A>
 struct Coefficients {
   A mean_gap, student, teacher, task, at_label, at_each;
 };
-
-__device__ inline float quotient(float a, float b) {
-  return __fdividef(a, b);
-}
-__device__ inline double quotient(double a, double b) {
-  return a / b;
-}
 
 template <typename A>
 __device__ Coefficients<A> coefficients_of(const Problem<A>& problem, const Sums<A>& sums, A share, Divergence divergence) {
@@ -419,6 +425,7 @@ struct RowShare {
 
   template <typename Body>
   __device__ void for_each_packet(const Body& body) const {
+#pragma unroll 1
     for (int first = begin; first < end; first += threads * kPacket)
       body(aligned ? Packet{first + thread * kPacket, 1, end} : Packet{first + thread, threads, end});
   }
@@ -473,7 +480,7 @@ __device__ Sums<A> careful_sums(const Problem<A>& problem, const RowShare<A>& sh
 template <typename A>
 __device__ void careful_gradients(
     const Problem<A>& problem, const RowShare<A>& share, const Sums<A>& sums, const Coefficients<A>& coefficients,
-    int64_t label) {
+    int label) {
   share.for_each_packet([&](const Packet& packet) {
     A student[kPacket], teacher[kPacket];
     load_packet(share.student, problem.student_type, packet, A(0), student);
