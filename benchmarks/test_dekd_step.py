@@ -42,7 +42,7 @@ def step(loss: Callable[[Any, dict[str, Any], Any], Any]) -> Callable[[], None]:
 
 
 def plain(student: Any, answers: dict[str, Any], labels: Any) -> Any:
-    return LogitsKD(temperature=5.0)(student, answers["teacher"].whole, labels)
+    return LogitsKD(temperature=5.0)(student, answers["teacher"].run(), labels)
 
 
 def dekd(student: Any, answers: dict[str, Any], labels: Any) -> Any:
@@ -50,7 +50,7 @@ def dekd(student: Any, answers: dict[str, Any], labels: Any) -> Any:
 
 
 def whole_batch(student: Any, answers: dict[str, Any], labels: Any) -> Any:
-    return DeKD()(student, {name: outputs.whole for name, outputs in answers.items()}, labels)
+    return DeKD()(student, {name: outputs.run() for name, outputs in answers.items()}, labels)
 
 
 IMPLEMENTATIONS = {"plain KD": plain, "whole-batch teachers": whole_batch, OURS: dekd}

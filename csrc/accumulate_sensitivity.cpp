@@ -61,7 +61,8 @@ bool fits(const Tensor& x, const Tensor& total) {
 // A list or tuple, or None.
 struct Column {
   explicit Column(py::handle column)
-      : sequence(column), valid(column.is_none() || PyList_CheckExact(column.ptr()) || PyTuple_CheckExact(column.ptr())) {}
+      : sequence(column),
+        valid(column.is_none() || PyList_CheckExact(column.ptr()) || PyTuple_CheckExact(column.ptr())) {}
 
   py::handle operator[](Py_ssize_t i) const {
     return PySequence_Fast_GET_ITEM(sequence.ptr(), i);
@@ -138,7 +139,7 @@ bool same_order(const Tensor& total, const Tensor& other) {
       (total.is_non_overlapping_and_dense() && total.strides() == other.strides());
 }
 
-// csrc/cuda's kernel is told where the tensors are: a row of numbers for each, in a table for each combination of dtypes.
+// csrc/cuda's kernel is told where the tensors are: in a table for each combination of dtypes, by a row for each tensor.
 void accumulate_sensitivity_on_cuda(TensorList totals, TensorList grads, std::optional<TensorList> weights) {
   std::map<std::array<int64_t, 3>, std::vector<int64_t>> tables; // usually one
   std::deque<Tensor> copies;

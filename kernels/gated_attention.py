@@ -51,7 +51,7 @@ TILES: dict[str, dict[str, tuple[Tile, Tile]]] = {
         "single": ((16, 32, 4, 2, 255), (16, 16, 8, 2, 255)),
     },
     "key_value": {
-        "half, sm_90": ((32, 64, 4, 3, None), (32, 128, 8, 3, None)),
+        "half, sm_90": ((32, 64, 4, 3, 168), (64, 128, 8, 2, None)),
         "half": ((32, 64, 4, 2, None), (64, 64, 8, 2, None)),
         "half with extras": ((16, 32, 4, 2, 255), (16, 32, 4, 2, 255)),
         "single": ((32, 16, 4, 2, 255), (16, 16, 8, 2, 255)),
@@ -161,12 +161,13 @@ def _forward_kernel(
     ungated_ptr,  # like output; not written unless GATE_GRAD
     logsumexp_ptr,  # [B, H, queries], contiguous
     gate_ptr, mask_ptr, seed_ptr,  # not read unless GATED, MASK, DROPOUT
-    query_example: tl.int64, query_head: tl.int64, query_row: tl.int64,
-    key_example: tl.int64, key_head: tl.int64, key_row: tl.int64,
-    value_example: tl.int64, value_head: tl.int64, value_row: tl.int64,
-    output_example: tl.int64, output_head: tl.int64, output_row: tl.int64,
+    query_example: tl.int64, query_head: tl.int64,
+    key_example: tl.int64, key_head: tl.int64,
+    value_example: tl.int64, value_head: tl.int64,
+    output_example: tl.int64, output_head: tl.int64,
     gate_example: tl.int64, gate_head: tl.int64,
     mask_example: tl.int64, mask_head: tl.int64, mask_row: tl.int64, mask_column: tl.int64,
+    query_row: tl.int32, key_row: tl.int32, value_row: tl.int32, output_row: tl.int32,
     heads: tl.int32, queries: tl.int32, keys: tl.int32,
     scale: tl.float32, dropout_p: tl.float32,
     SIZE: tl.constexpr, BLOCK_SIZE: tl.constexpr, GATED: tl.constexpr, GATE_GRAD: tl.constexpr, MASK: tl.constexpr,
@@ -234,10 +235,11 @@ def _dots_kernel(
     dots_ptr,  # out [B, H, queries], contiguous: sums over channels of grad_output * gated output
     shares_ptr,  # out [B, H, blocks], contiguous: the blocks' sums of grad_output * output, if GATE_GRAD
     gate_ptr,
-    grad_output_example: tl.int64, grad_output_head: tl.int64, grad_output_row: tl.int64,
-    output_example: tl.int64, output_head: tl.int64, output_row: tl.int64,
+    grad_output_example: tl.int64, grad_output_head: tl.int64,
+    output_example: tl.int64, output_head: tl.int64,
     gate_example: tl.int64, gate_head: tl.int64,
     mask_example: tl.int64, mask_head: tl.int64, mask_row: tl.int64, mask_column: tl.int64,
+    grad_output_row: tl.int32, output_row: tl.int32,
     heads: tl.int32, queries: tl.int32, keys: tl.int32,
     scale: tl.float32, dropout_p: tl.float32,
     SIZE: tl.constexpr, BLOCK_SIZE: tl.constexpr, GATED: tl.constexpr, GATE_GRAD: tl.constexpr, MASK: tl.constexpr,
@@ -269,13 +271,14 @@ def _query_kernel(
     grad_output_ptr, query_ptr, key_ptr, value_ptr,
     grad_ptr,  # out
     logsumexp_ptr, dots_ptr, gate_ptr, mask_ptr, seed_ptr,
-    grad_output_example: tl.int64, grad_output_head: tl.int64, grad_output_row: tl.int64,
-    query_example: tl.int64, query_head: tl.int64, query_row: tl.int64,
-    key_example: tl.int64, key_head: tl.int64, key_row: tl.int64,
-    value_example: tl.int64, value_head: tl.int64, value_row: tl.int64,
-    grad_example: tl.int64, grad_head: tl.int64, grad_row: tl.int64,
+    grad_output_example: tl.int64, grad_output_head: tl.int64,
+    query_example: tl.int64, query_head: tl.int64,
+    key_example: tl.int64, key_head: tl.int64,
+    value_example: tl.int64, value_head: tl.int64,
+    grad_example: tl.int64, grad_head: tl.int64,
     gate_example: tl.int64, gate_head: tl.int64,
     mask_example: tl.int64, mask_head: tl.int64, mask_row: tl.int64, mask_column: tl.int64,
+    grad_output_row: tl.int32, query_row: tl.int32, key_row: tl.int32, value_row: tl.int32, grad_row: tl.int32,
     heads: tl.int32, queries: tl.int32, keys: tl.int32,
     scale: tl.float32, dropout_p: tl.float32,
     SIZE: tl.constexpr, BLOCK_SIZE: tl.constexpr, GATED: tl.constexpr, GATE_GRAD: tl.constexpr, MASK: tl.constexpr,
@@ -332,13 +335,14 @@ def _key_value_kernel(
     grad_output_ptr, query_ptr, key_ptr, value_ptr,
     grad_key_ptr, grad_value_ptr,  # out, of the same strides
     logsumexp_ptr, dots_ptr, gate_ptr, mask_ptr, seed_ptr,
-    grad_output_example: tl.int64, grad_output_head: tl.int64, grad_output_row: tl.int64,
-    query_example: tl.int64, query_head: tl.int64, query_row: tl.int64,
-    key_example: tl.int64, key_head: tl.int64, key_row: tl.int64,
-    value_example: tl.int64, value_head: tl.int64, value_row: tl.int64,
-    grad_example: tl.int64, grad_head: tl.int64, grad_row: tl.int64,
+    grad_output_example: tl.int64, grad_output_head: tl.int64,
+    query_example: tl.int64, query_head: tl.int64,
+    key_example: tl.int64, key_head: tl.int64,
+    value_example: tl.int64, value_head: tl.int64,
+    grad_example: tl.int64, grad_head: tl.int64,
     gate_example: tl.int64, gate_head: tl.int64,
     mask_example: tl.int64, mask_head: tl.int64, mask_row: tl.int64, mask_column: tl.int64,
+    grad_output_row: tl.int32, query_row: tl.int32, key_row: tl.int32, value_row: tl.int32, grad_row: tl.int32,
     heads: tl.int32, queries: tl.int32, keys: tl.int32,
     scale: tl.float32, dropout_p: tl.float32,
     SIZE: tl.constexpr, BLOCK_SIZE: tl.constexpr, GATED: tl.constexpr, GATE_GRAD: tl.constexpr, MASK: tl.constexpr,
@@ -409,15 +413,17 @@ def _whole_kernel(
     logsumexp_ptr,
     grad_gate_ptr,  # out [B, H], contiguous; not written unless GATE_GRAD
     gate_ptr, mask_ptr, seed_ptr,
-    grad_output_example: tl.int64, grad_output_head: tl.int64, grad_output_row: tl.int64,
-    query_example: tl.int64, query_head: tl.int64, query_row: tl.int64,
-    key_example: tl.int64, key_head: tl.int64, key_row: tl.int64,
-    value_example: tl.int64, value_head: tl.int64, value_row: tl.int64,
-    output_example: tl.int64, output_head: tl.int64, output_row: tl.int64,
-    grad_query_example: tl.int64, grad_query_head: tl.int64, grad_query_row: tl.int64,
-    grad_key_example: tl.int64, grad_key_head: tl.int64, grad_key_row: tl.int64,
+    grad_output_example: tl.int64, grad_output_head: tl.int64,
+    query_example: tl.int64, query_head: tl.int64,
+    key_example: tl.int64, key_head: tl.int64,
+    value_example: tl.int64, value_head: tl.int64,
+    output_example: tl.int64, output_head: tl.int64,
+    grad_query_example: tl.int64, grad_query_head: tl.int64,
+    grad_key_example: tl.int64, grad_key_head: tl.int64,
     gate_example: tl.int64, gate_head: tl.int64,
     mask_example: tl.int64, mask_head: tl.int64, mask_row: tl.int64, mask_column: tl.int64,
+    grad_output_row: tl.int32, query_row: tl.int32, key_row: tl.int32, value_row: tl.int32, output_row: tl.int32,
+    grad_query_row: tl.int32, grad_key_row: tl.int32,
     heads: tl.int32, queries: tl.int32, keys: tl.int32,
     scale: tl.float32, dropout_p: tl.float32,
     SIZE: tl.constexpr, BLOCK_SIZE: tl.constexpr, GATED: tl.constexpr, GATE_GRAD: tl.constexpr, MASK: tl.constexpr,
@@ -511,8 +517,8 @@ def _is_hopper() -> bool:
 
 
 def launch(
-    name: str, tensors: Sequence[Tensor], strides: Sequence[int], sizes: Sequence[int], numbers: Sequence[float],
-    options: Sequence[int], rows: int, pairs: int,
+    name: str, tensors: Sequence[Tensor], strides: Sequence[int], row_strides: Sequence[int], sizes: Sequence[int],
+    numbers: Sequence[float], options: Sequence[int], rows: int, pairs: int,
 ) -> tuple[Any, int]:  # fmt: skip
     """Launches a kernel, compiling it first if need be. Returns what Triton compiled and how many rows a program takes,
     0 for all of them."""
@@ -529,7 +535,7 @@ def launch(
     taken = {"whole": 0, "key_value": tile["KEYS"]}.get(name, tile["QUERIES"])
     programs = pairs * (triton.cdiv(rows, taken) if taken else 1)
     compiled = globals()[f"_{name}_kernel"][(programs,)](
-        *tensors, *strides, *sizes, *numbers,
+        *tensors, *strides, *row_strides, *sizes, *numbers,
         SIZE=size, BLOCK_SIZE=block_size, GATED=bool(gated), GATE_GRAD=bool(gate_grad), MASK=MASKS[mask],
         MASK_ROWS=bool(mask_rows), CAUSAL=bool(causal), DROPOUT=bool(dropout),
         UNIT=1.0 if MASKS[mask] == "float" else LOG2_E.value, EVEN_KEYS=keys % tile["KEYS"] == 0,

@@ -4,6 +4,10 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import pytest
+
+from fastdistill.cli import main
+
 
 def command(recipe: str, sources: Path, output: Path, *more: str, task: str = "task") -> list[str]:
     """One epoch a stage, unless `more` says otherwise."""
@@ -12,3 +16,17 @@ def command(recipe: str, sources: Path, output: Path, *more: str, task: str = "t
         "--epochs", "1", "--teacher-epochs", "1", "--batch-size", "16", "--learning-rate", "0.01",
         "--teacher-learning-rate", "0.01", *more,
     ]  # fmt: skip
+
+
+def refused(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> str:
+    """What a command says that exits with 2: one line."""
+    capsys.readouterr()
+    try:
+        status: object = main(arguments)
+    except SystemExit as exit:
+        status = exit.code
+    assert status == 2
+    said = capsys.readouterr()
+    assert said.err.count("\n") == 1
+    assert "Traceback" not in said.err
+    return said.err

@@ -9,25 +9,12 @@ import pytest
 
 from fastdistill.cli import RECIPES, main
 from tests import tiny
+from tests.commands import refused
 
 
 def command(task: object, teacher: object, output: Path, *more: str) -> list[str]:
     required = {"--task": task, "--teacher": teacher, "--student-layers": 1, "--output": output}
     return ["kd", *(str(part) for pair in required.items() for part in pair), *more]
-
-
-def refused(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> str:
-    """What a command says that exits with 2: one line."""
-    capsys.readouterr()
-    try:
-        status: object = main(arguments)
-    except SystemExit as exit:
-        status = exit.code
-    assert status == 2
-    said = capsys.readouterr()
-    assert said.err.count("\n") == 1
-    assert "Traceback" not in said.err
-    return said.err
 
 
 def test_help_names_every_command(capsys: pytest.CaptureFixture[str]) -> None:

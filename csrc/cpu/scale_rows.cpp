@@ -32,7 +32,7 @@ void scale(const Tensor& source, const Tensor& target, const Factor& factor) {
 void scale_into(const Tensor& source, const Tensor& target, const Tensor& upstream) {
   if (source.numel() == 0)
     return;
-  const Tensor rows = source.view({-1, source.size(-1)}), out = target.view(rows.sizes());
+  const Tensor rows = source.contiguous().view({-1, source.size(-1)}), out = target.view(rows.sizes());
   const Tensor factors = upstream.reshape({-1}).to(at::kDouble).contiguous();
   const double* factor = factors.const_data_ptr<double>();
   const int64_t step = upstream.dim() == 0 ? 0 : 1;
@@ -45,7 +45,13 @@ void scale_rows_(const Tensor& grad, const Tensor& upstream) {
   // The loss is usually differentiated as it is: nothing to do.
   if (upstream.dim() == 0 && upstream.item().toDouble() == 1.0)
     return;
-  scale_into(grad, grad, upstream);
+  if (grad.is_contiguous()) {
+    scale_into(grad, grad, upstream);
+  } else {
+    const Tensor scaled = empty_rows_like(grad);
+    scale_into(grad, scaled, upstream);
+    grad.copy_(scaled);
+  }
 }
 
 Tensor scale_rows(const Tensor& grad, const Tensor& upstream) {

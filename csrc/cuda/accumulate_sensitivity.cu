@@ -1,6 +1,6 @@
-// accumulate_sensitivity_ on CUDA: one launch for hundreds of tensors. Their addresses, from
-// csrc/accumulate_sensitivity.cpp, travel in the kernel's parameters, so that a CUDA graph keeps them; a block takes one
-// tile of one tensor. Formula: fastdistill/ops/accumulate_sensitivity.py.
+// accumulate_sensitivity_ on CUDA: one launch for hundreds of tensors. Their addresses, gathered by
+// csrc/accumulate_sensitivity.cpp, travel in the kernel's parameters, so that a CUDA graph keeps them; a block takes
+// one tile of one tensor. Formula: fastdistill/ops/accumulate_sensitivity.py.
 #include <torch/csrc/inductor/aoti_torch/c/shim.h>
 #include <torch/csrc/stable/accelerator.h>
 #include <torch/csrc/stable/library.h>
@@ -167,11 +167,10 @@ void add_products(const Tensor& table, int64_t total, int64_t grad, int64_t weig
   TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(device, &current));
   const auto stream = static_cast<cudaStream_t>(current);
   const auto* rows = static_cast<const int64_t*>(table.const_data_ptr());
-  STD_TORCH_CHECK(total == int64_t(ScalarType::Float) || total == int64_t(ScalarType::Double), "totals of dtype ", total);
-  if (total == int64_t(ScalarType::Float))
-    launch_for<float>(grad, weight, rows, table.size(0), stream);
-  else
+  if (static_cast<ScalarType>(total) == ScalarType::Double)
     launch_for<double>(grad, weight, rows, table.size(0), stream);
+  else
+    launch_for<float>(grad, weight, rows, table.size(0), stream);
 }
 
 } // namespace

@@ -15,7 +15,9 @@
 #include <cuda_fp16.h>
 #include <cuda_runtime.h>
 
+#include <algorithm>
 #include <cstdint>
+#include <cstring>
 #include <limits>
 #include <optional>
 #include <string>
@@ -33,7 +35,8 @@ using torch::stable::Tensor;
 enum class Activation { kGelu, kGeluTanh, kRelu, kSilu };
 
 constexpr int kWarp = 32, kWarps = 8, kThreads = kWarps * kWarp;
-constexpr int kRun = 128; // rows
+template <bool kGradient>
+constexpr int kRun = kGradient ? 128 : 64; // rows: a sum's, or as many as a gate is read for
 
 // What is computed in.
 template <typename T>
@@ -71,29 +74,36 @@ struct alignas(sizeof(T) * kWidth) Pack {
   }
 };
 
-template <typename T, int kWidth>
-__device__ Pack<T, kWidth> narrow(const Wide<T> (&from)[kWidth]) {
-  Pack<T, kWidth> to;
-  if constexpr (std::is_same_v<T, __nv_bfloat16> && kWidth > 1) {
-#pragma unroll
-    for (int i = 0; i < kWidth; i += 2)
-      *reinterpret_cast<__nv_bfloat162*>(to.values + i) = __floats2bfloat162_rn(from[i], from[i + 1]);
-  } else if constexpr (std::is_same_v<T, __half> && kWidth > 1) {
-#pragma unroll
-    for (int i = 0; i < kWidth; i += 2)
-      *reinterpret_cast<__half2*>(to.values + i) = __floats2half2_rn(from[i], from[i + 1]);
+template <typename T>
+__device__ unsigned pair_of(float low, float high) {
+  if constexpr (std::is_same_v<T, __nv_bfloat16>) {
+    const __nv_bfloat162 pair = __floats2bfloat162_rn(low, high);
+    return *reinterpret_cast<const unsigned*>(&pair);
   } else {
-#pragma unroll
-    for (int i = 0; i < kWidth; ++i) {
-      if constexpr (std::is_same_v<T, __nv_bfloat16>)
-        to.values[i] = __float2bfloat16_rn(from[i]);
-      else if constexpr (std::is_same_v<T, __half>)
-        to.values[i] = __float2half_rn(from[i]);
-      else
-        to.values[i] = from[i];
-    }
+    const __half2 pair = __floats2half2_rn(low, high);
+    return *reinterpret_cast<const unsigned*>(&pair);
   }
-  return to;
+}
+
+// One number, or 16 bytes of them in one store, which nvcc makes four of unless told.
+template <typename T, int kWidth>
+__device__ void store(T* to, const Wide<T> (&x)[kWidth]) {
+  if constexpr (kWidth == 1) {
+    if constexpr (std::is_same_v<T, __nv_bfloat16>)
+      *to = __float2bfloat16_rn(x[0]);
+    else if constexpr (std::is_same_v<T, __half>)
+      *to = __float2half_rn(x[0]);
+    else
+      *to = x[0];
+  } else {
+    uint4 bits;
+    if constexpr (kWidth == 8)
+      bits = {pair_of<T>(x[0], x[1]), pair_of<T>(x[2], x[3]), pair_of<T>(x[4], x[5]), pair_of<T>(x[6], x[7])};
+    else
+      memcpy(&bits, x, sizeof(bits));
+    asm volatile("st.global.v4.b32 [%0], {%1, %2, %3, %4};" ::"l"(to), "r"(bits.x), "r"(bits.y), "r"(bits.z), "r"(bits.w)
+                 : "memory");
+  }
 }
 
 // What is read or written once for many rows: of any dtype.
@@ -105,9 +115,17 @@ struct Vector {
 
 template <typename S, typename A, int kWidth>
 __device__ void read_as(const void* from, int64_t at, A (&to)[kWidth]) {
+  const S* const first = static_cast<const S*>(from) + at;
+  if (reinterpret_cast<uintptr_t>(first) % sizeof(Pack<S, kWidth>) == 0) {
+    const auto pack = *reinterpret_cast<const Pack<S, kWidth>*>(first);
 #pragma unroll
-  for (int k = 0; k < kWidth; ++k)
-    to[k] = widen(static_cast<const S*>(from)[at + k]);
+    for (int k = 0; k < kWidth; ++k)
+      to[k] = pack[k];
+  } else {
+#pragma unroll
+    for (int k = 0; k < kWidth; ++k)
+      to[k] = widen(first[k]);
+  }
 }
 
 template <typename A, int kWidth>
@@ -141,15 +159,15 @@ __device__ void write(const Vector<void*>& x, int64_t i, A value) {
   }
 }
 
-// exp(x), of 16-bit numbers in two instructions, which is more precise than they are.
+// exp(scale * x), of 16-bit numbers in two instructions, which is more precise than they are.
 template <bool kFast, typename A>
-__device__ A exp_of(A x) {
+__device__ A exp_of(A x, A scale) {
   if constexpr (kFast) {
     float result;
-    asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(result) : "f"(x * 1.44269504f));
+    asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(result) : "f"(x * (scale * 1.44269504f)));
     return result;
   } else {
-    return exp(x);
+    return exp(scale * x);
   }
 }
 
@@ -171,7 +189,7 @@ struct Point {
 // 1 / (1 + exp(-x)) and what it lacks to 1, both to their last digits.
 template <bool kFast, typename A>
 __device__ void sigmoid(A x, A& share, A& rest) {
-  const A e = exp_of<kFast>(-fabs(x)), larger = reciprocal(1 + e), smaller = e * larger;
+  const A e = exp_of<kFast>(fabs(x), A(-1)), larger = reciprocal(1 + e), smaller = e * larger;
   share = x < 0 ? smaller : larger;
   rest = x < 0 ? larger : smaller;
 }
@@ -179,7 +197,7 @@ __device__ void sigmoid(A x, A& share, A& rest) {
 // The standard normal distribution function and its density.
 template <bool kFast, typename A>
 __device__ void normal(A x, A& share, A& density) {
-  const A e = exp_of<kFast>(x * x * A(-0.5));
+  const A e = exp_of<kFast>(x * x, A(-0.5));
   density = e * A(0.3989422804014327);
   if constexpr (std::is_same_v<A, double>) {
     share = 0.5 * erfc(x * -0.7071067811865476);
@@ -232,7 +250,8 @@ struct Problem {
 
 // Over the warps of a block, of which each has a number for each column, to sums[row, first + column].
 template <int kColumns, typename A, int kWidth>
-__device__ void add_warps(const A (&sum)[kWidth], const Vector<void*>& sums, int64_t row, int64_t first, int64_t width) {
+__device__ void add_warps(
+    const A (&sum)[kWidth], const Vector<void*>& sums, int64_t row, int64_t first, int64_t width) {
   __shared__ A of_warp[kWarps][kColumns];
   const int lane = threadIdx.x % kWarp, column = threadIdx.x;
   __syncthreads();
@@ -249,8 +268,11 @@ __device__ void add_warps(const A (&sum)[kWidth], const Vector<void*>& sums, int
   }
 }
 
+template <typename T, bool kGradient>
+constexpr int kBlocks = sizeof(T) > 4 ? 2 : kGradient ? 3 : 5; // on a multiprocessor, as far as registers go
+
 template <typename T, int kWidth, Activation ACTIVATION, bool kGradient>
-__global__ void __launch_bounds__(kThreads, sizeof(T) > 4 ? 2 : kGradient ? 3 : 5) sweep(const __grid_constant__ Problem<T> problem) {
+__global__ void __launch_bounds__(kThreads, kBlocks<T, kGradient>) sweep(const __grid_constant__ Problem<T> problem) {
   using A = Wide<T>;
   constexpr int kRows = 2; // that a warp has under way
   constexpr int kColumns = kWarp * kWidth; // of a block
@@ -258,8 +280,8 @@ __global__ void __launch_bounds__(kThreads, sizeof(T) > 4 ? 2 : kGradient ? 3 : 
   const int run = blockIdx.x / problem.blocks, group = run / problem.runs;
   const int64_t first_column = static_cast<int64_t>(blockIdx.x % problem.blocks) * kColumns;
   const int64_t column = first_column + threadIdx.x % kWarp * kWidth;
-  const int64_t first_row = static_cast<int64_t>(run % problem.runs) * kRun;
-  const int rows = min(static_cast<int64_t>(kRun), problem.group_rows - first_row);
+  const int64_t first_row = static_cast<int64_t>(run % problem.runs) * kRun<kGradient>;
+  const int rows = min(static_cast<int64_t>(kRun<kGradient>), problem.group_rows - first_row);
   const bool inside = column < width; // which kWidth divides
 
   A bias[kWidth] = {}, gate[kWidth], bias_sum[kWidth] = {}, gate_sum[kWidth] = {};
@@ -300,7 +322,7 @@ __global__ void __launch_bounds__(kThreads, sizeof(T) > 4 ? 2 : kGradient ? 3 : 
             out[k] = at_z.value * gate[k];
           }
         }
-        *reinterpret_cast<Pack<T, kWidth>*>(problem.out + at + r * step) = narrow<T, kWidth>(out);
+        store(problem.out + at + r * step, out);
       }
     }
   }
@@ -394,7 +416,7 @@ void launch(Activation activation, Problem<T> problem, int64_t runs, cudaStream_
   const bool whole = problem.width % kVector == 0 && addresses % 16 == 0;
   const int columns = kWarp * (whole ? kVector : 1);
   problem.blocks = (problem.width + columns - 1) / columns;
-  const Kernel<T> kernel = whole ? kernel_of<T, kVector, kGradient>(activation) : kernel_of<T, 1, kGradient>(activation);
+  const auto kernel = whole ? kernel_of<T, kVector, kGradient>(activation) : kernel_of<T, 1, kGradient>(activation);
   kernel<<<grid(runs * problem.blocks), kThreads, 0, stream>>>(problem);
   STD_CUDA_KERNEL_LAUNCH_CHECK();
 }
@@ -450,7 +472,8 @@ Gradients run(
   constexpr ScalarType kType = std::is_same_v<A, double> ? ScalarType::Double : ScalarType::Float;
   const int64_t width = h.size(-1), groups = gate && gate->dim() == 2 ? gate->size(0) : 1;
   const int64_t group_rows = width * groups == 0 ? 0 : h.numel() / (width * groups);
-  const int64_t runs = (group_rows + kRun - 1) / kRun, parts = groups * runs;
+  const int64_t run_rows = upstream ? kRun<true> : kRun<false>;
+  const int64_t runs = (group_rows + run_rows - 1) / run_rows, parts = groups * runs;
   STD_TORCH_CHECK(parts <= std::numeric_limits<int>::max(), "h has too many rows");
 
   Gradients result{new_like(h)};
@@ -523,7 +546,10 @@ auto with_type(ScalarType type, const Body& body) {
 }
 
 Tensor bias_act_gate(
-    const Tensor& h, const std::optional<Tensor>& bias, const std::optional<Tensor>& gate, const std::string& activation) {
+    const Tensor& h,
+    const std::optional<Tensor>& bias,
+    const std::optional<Tensor>& gate,
+    const std::string& activation) {
   const Activation kind = activation_of(activation);
   return with_type(h.scalar_type(), [&]<typename T>(T) { return run<T>(h, bias, gate, kind).h; });
 }

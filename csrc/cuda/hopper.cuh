@@ -26,8 +26,15 @@ __device__ inline uint32_t cluster_size() {
 }
 
 // All threads of all blocks of the cluster.
+__device__ inline void arrive_in_cluster() {
+  asm volatile("barrier.cluster.arrive.release;" ::: "memory");
+}
+__device__ inline void wait_for_arrivals() {
+  asm volatile("barrier.cluster.wait.acquire;" ::: "memory");
+}
 __device__ inline void sync_cluster() {
-  asm volatile("barrier.cluster.arrive.release;\nbarrier.cluster.wait.acquire;" ::: "memory");
+  arrive_in_cluster();
+  wait_for_arrivals();
 }
 
 // The address, in the shared memory of another block of the cluster, of what is at address in this one's.
@@ -85,6 +92,11 @@ __device__ inline void copy_bulk(uint32_t to, const void* from, uint32_t bytes, 
       "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint [%0], [%1], %2, [%3], %4;" ::"r"(to),
       "l"(from), "r"(bytes), "r"(barrier), "l"(policy)
       : "memory");
+}
+
+// Into the shared memory of a block of the cluster.
+__device__ inline void store_there(uint32_t to, double x) {
+  asm volatile("st.shared::cluster.f64 [%0], %1;" ::"r"(to), "d"(x) : "memory");
 }
 
 // 16 bytes into the shared memory of a block of the cluster, reported to a barrier there.

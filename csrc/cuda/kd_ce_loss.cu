@@ -25,6 +25,7 @@
 #include <optional>
 #include <string>
 #include <tuple>
+#include <vector>
 
 namespace fastdistill {
 namespace {
@@ -47,6 +48,27 @@ __device__ double block_sum(double x) {
   if (threadIdx.x >= kWarp)
     return 0;
   return lanes_sum<kWarp>(threadIdx.x < blockDim.x / kWarp ? of_warp[threadIdx.x] : 0);
+}
+
+constexpr int kMaxCluster = 8;
+
+// The sum over the first threads of a cluster's blocks, to the first of them, in the same order. All threads come, and
+// have before come to arrive_in_cluster.
+__device__ double cluster_sum(double x) {
+#if __CUDA_ARCH__ >= 900
+  const int blocks = cluster_size();
+  if (blocks > 1) {
+    __shared__ double of_block[kMaxCluster];
+    wait_for_arrivals(); // a block's memory is there once it runs
+    if (threadIdx.x == 0)
+      store_there(address_in(shared_address(of_block + cluster_rank()), 0), x);
+    sync_cluster();
+    x = 0;
+    for (int block = 0; block < blocks; ++block)
+      x += of_block[block];
+  }
+#endif
+  return x;
 }
 
 // How many rows count, to all threads of a block.
@@ -98,6 +120,10 @@ template <typename A, int kLanes, int kSize, int kBlock>
 __global__ void __launch_bounds__(kBlock, 1) few_classes(const __grid_constant__ Problem<A> problem) {
   constexpr A kInfinity = std::numeric_limits<A>::infinity();
   constexpr int kTeams = kBlock / kLanes;
+#if __CUDA_ARCH__ >= 900
+  if (cluster_size() > 1)
+    arrive_in_cluster();
+#endif
   const double divisor = problem.mean ? rows_that_count(problem) : 1;
   const int lane = threadIdx.x % kLanes;
   const auto at = [&](int i) { return i * kLanes + lane; };
@@ -107,7 +133,7 @@ __global__ void __launch_bounds__(kBlock, 1) few_classes(const __grid_constant__
        first += static_cast<int64_t>(gridDim.x) * kTeams) {
     const bool exists = first + threadIdx.x / kLanes < problem.rows;
     const int64_t row = exists ? first + threadIdx.x / kLanes : problem.rows - 1;
-    const Label label = label_of(problem, row);
+    const Label label = label_of(problem, load_label(problem, row));
     const void* const student_row = row_of(problem.student, problem.student_type, row, problem.student_stride);
     const void* const teacher_row = row_of(problem.teacher, problem.teacher_type, row, problem.teacher_stride);
     A student[kSize], teacher[kSize];
@@ -155,8 +181,8 @@ __global__ void __launch_bounds__(kBlock, 1) few_classes(const __grid_constant__
           row_of(problem.teacher_grad, problem.teacher_type, row, problem.classes), problem.teacher_type, teacher, end, at);
   }
   if (!problem.losses) {
-    total = block_sum(total);
-    if (threadIdx.x == 0)
+    total = cluster_sum(block_sum(total));
+    if (threadIdx.x == 0 && (problem.totals || blockIdx.x == 0))
       leave_total(problem, total, divisor, blockIdx.x, gridDim.x);
   }
 }
@@ -172,7 +198,7 @@ __global__ void __launch_bounds__(kThreads, 1) any_rows(const __grid_constant__ 
   double total = 0;
   int turn = 0;
   for (int64_t row = blockIdx.x; row < problem.rows; row += gridDim.x) {
-    const Label label = label_of(problem, row);
+    const Label label = label_of(problem, load_label(problem, row));
     const RowShare<A> share = share_of(problem, row, 0, problem.classes, threadIdx.x, kThreads);
     if (!label.counts) {
       zero_gradients(problem, share);
@@ -180,14 +206,19 @@ __global__ void __launch_bounds__(kThreads, 1) any_rows(const __grid_constant__ 
         leave_loss(problem, row, A(0), total);
       continue;
     }
-    Sums<A> sums = careful_sums(problem, share);
-    sums = lanes_together<kWarp>(sums, problem.scale, problem.temperature, problem.divergence);
-    turn ^= 1;
-    if (lane == 0)
-      parts[turn][warp] = sums;
-    __syncthreads();
-    sums = lanes_together<kThreads / kWarp>(
-        parts[turn][lane % (kThreads / kWarp)], problem.scale, problem.temperature, problem.divergence);
+    const auto over_block = [&](Sums<A> sums) {
+      sums = lanes_together<kWarp>(sums, problem.scale, problem.temperature, problem.divergence);
+      turn ^= 1;
+      if (lane == 0)
+        parts[turn][warp] = sums;
+      __syncthreads();
+      return lanes_together<kThreads / kWarp>(
+          parts[turn][lane % (kThreads / kWarp)], problem.scale, problem.temperature, problem.divergence);
+    };
+    constexpr A kLowest = std::numeric_limits<A>::lowest();
+    Sums<A> sums = over_block(careful_sums(problem, share, kLowest, kLowest));
+    if (are_far(problem, sums))
+      sums = over_block(careful_sums(problem, share, sums.student_reference, sums.teacher_reference));
     if (threadIdx.x == 0) {
       const bool labelled = problem.task && label.valid;
       const A label_logit = labelled ? load_one<A>(share.student, problem.student_type, label.value) : A(0);
@@ -217,7 +248,7 @@ struct Ring {
   int consumers, slots, chunk, keep; // threads; slots; 16-byte vectors of a side in a slot; chunks
 };
 
-constexpr int kMaxStreamThreads = 480; // of a multiprocessor: 136 registers each, which the compiler needs
+constexpr int kMaxStreamThreads = 512; // of a multiprocessor: 128 registers each, which the compiler needs
 
 #if __CUDA_ARCH__ >= 900
 
@@ -236,21 +267,22 @@ struct Cursor {
 template <typename T>
 struct Share {
   static constexpr int kSize = 16 / sizeof(T);
-  int head, tail; // elements before and after the row's vectors
-  int first, count; // of the block's vectors, in the row
+  int head; // elements before the row's vectors
+  int begin; // the share's first element in the row
+  int count, chunks; // vectors; and how many slots they take
 
-  __device__ Share(int64_t row, int classes, int rank, int blocks) {
+  __device__ Share(int64_t row, int classes, int rank, int blocks, int chunk) {
     head = static_cast<unsigned>(-(row * classes)) % kSize;
     const int vectors = (classes - head) / kSize, each = (vectors + blocks - 1) / blocks;
-    tail = classes - head - vectors * kSize;
-    first = min(rank * each, vectors);
+    const int first = min(rank * each, vectors);
+    begin = head + first * kSize;
     count = min(each, vectors - first);
+    chunks = (count + chunk - 1) / chunk;
   }
-  __device__ int chunks(int chunk) const {
-    return (count + chunk - 1) / chunk;
-  }
-  __device__ int begin() const {
-    return head + first * kSize;
+  // The same for all rows, if they are whole vectors: dividing takes longer than to ask.
+  __device__ void move_to(int64_t row, int classes, int rank, int blocks, int chunk) {
+    if (classes % kSize != 0)
+      *this = Share(row, classes, rank, blocks, chunk);
   }
 };
 
@@ -357,7 +389,6 @@ __device__ void add_plainly(
 #pragma unroll
     for (int i = 0; i < kSize; ++i)
       sums.shifted += shifted[i];
-    sums.count += kSize;
   }
 }
 
@@ -431,7 +462,6 @@ __global__ void __launch_bounds__(kMaxStreamThreads, 1)
 #if __CUDA_ARCH__ >= 900
   constexpr int kSize = Share<T>::kSize;
   constexpr int kSides = kDivergence == Divergence::kNone ? 1 : 2;
-  constexpr float kLeast = -1e30f; // a reference below any of use, but finite
   extern __shared__ __align__(128) unsigned char memory[];
   const int blocks = cluster_size(), rank = cluster_rank(), cluster = blockIdx.x / blocks, clusters = gridDim.x / blocks;
   const int warps = ring.consumers / kWarp, parts = warps * blocks;
@@ -443,7 +473,9 @@ __global__ void __launch_bounds__(kMaxStreamThreads, 1)
   auto* const exchanged = reinterpret_cast<Sums<float>*>(memory + ring.slots * slot_bytes);
   const uint32_t full = shared_address(exchanged + 2 * parts), empty = full + 8 * ring.slots;
   const uint32_t complete = empty + 8 * ring.slots;
-  int& counted = *reinterpret_cast<int*>(exchanged + 2 * parts + (ring.slots + 1) / 2 + 1);
+  double& total = *reinterpret_cast<double*>(exchanged + 2 * parts + (ring.slots + 1) / 2 + 1);
+  int& counted = reinterpret_cast<int*>(&total)[2];
+  float& per_row = reinterpret_cast<float*>(&total)[3]; // what a row's loss counts
   if (threadIdx.x == 0) {
     for (int slot = 0; slot < ring.slots; ++slot) {
       init_barrier(full + 8 * slot, 1);
@@ -452,7 +484,7 @@ __global__ void __launch_bounds__(kMaxStreamThreads, 1)
     init_barrier(complete, 1);
     init_barrier(complete + 8, 1);
     publish_barriers();
-    counted = 0;
+    total = counted = 0;
   }
   __syncthreads();
   sync_cluster();
@@ -462,15 +494,17 @@ __global__ void __launch_bounds__(kMaxStreamThreads, 1)
     if (lane == 0) {
       const uint64_t once = evict_first(), twice = evict_last();
       Cursor cursor;
-      Label label = label_of(problem, cluster);
+      Share<T> share(cluster, problem.classes, rank, blocks, ring.chunk);
+      int64_t next_label = load_label(problem, cluster);
       for (int64_t row = cluster; row < problem.rows; row += clusters) {
-        const Label next = label_of(problem, min(row + clusters, problem.rows - 1));
+        const Label label = label_of(problem, next_label);
+        next_label = load_label(problem, min(row + clusters, problem.rows - 1));
         if (label.counts) {
-          const Share<T> share(row, problem.classes, rank, blocks);
-          const int chunks = share.chunks(ring.chunk);
+          share.move_to(row, problem.classes, rank, blocks, ring.chunk);
+          const int chunks = share.chunks;
           const int again = gradients ? max(chunks - ring.keep, 0) : 0;
-          const T* const student = static_cast<const T*>(problem.student) + row * problem.student_stride + share.begin();
-          const T* const teacher = static_cast<const T*>(problem.teacher) + row * problem.teacher_stride + share.begin();
+          const T* const student = static_cast<const T*>(problem.student) + row * problem.student_stride + share.begin;
+          const T* const teacher = static_cast<const T*>(problem.teacher) + row * problem.teacher_stride + share.begin;
           for (int i = 0; i < chunks + again; ++i) {
             const int index = i < chunks ? i : i - chunks;
             const int64_t offset = static_cast<int64_t>(index) * ring.chunk * kSize;
@@ -485,23 +519,21 @@ __global__ void __launch_bounds__(kMaxStreamThreads, 1)
             cursor.advance(ring.slots);
           }
         }
-        label = next;
       }
     }
     __syncwarp();
   } else {
     const int thread = threadIdx.x;
-    double divisor = 1, total = 0;
     if (problem.mean && problem.labels) {
       const int of_warp = __reduce_add_sync(kAll, count_share(problem, thread, ring.consumers));
       if (lane == 0)
         atomicAdd(&counted, of_warp);
       sync_threads_of(1, ring.consumers);
-      divisor = counted;
-    } else if (problem.mean) {
-      divisor = problem.rows;
     }
-    const float per_row = static_cast<float>(1 / divisor);
+    const auto divisor = [&] { return !problem.mean ? 1. : problem.labels ? counted : problem.rows; };
+    if (thread == 0)
+      per_row = static_cast<float>(1 / divisor());
+    sync_threads_of(1, ring.consumers);
 
     const auto vector_at = [&](int slot, int side, int i) {
       return reinterpret_cast<const uint4*>(memory + slot * slot_bytes + side * side_bytes)[i];
@@ -511,41 +543,74 @@ __global__ void __launch_bounds__(kMaxStreamThreads, 1)
       if (lane == 0)
         arrive(empty + 8 * slot);
     };
-    // The sums of all the cluster's warps, from each one's. A block of parts is written again only two exchanges on,
-    // for which every warp has first sent its own, and so read these.
+    // To each lane its part of what all the cluster's warps have summed. A block of parts is written again only two
+    // exchanges on, for which every warp has first given its own, and so read these.
     uint32_t turn = 0;
-    const auto exchange = [&](const Sums<float>& sums, float least, float unit) {
+    const auto exchange = [&](const Sums<float>& sums, const Sums<float>& nothing, const auto& join) {
       const uint32_t barrier = complete + 8 * (turn & 1);
       Sums<float>* const block = exchanged + (turn & 1) * parts;
-      if (thread == 0)
-        arrive_and_expect(barrier, parts * sizeof(Sums<float>));
-      if (lane < blocks) {
-        const uint32_t to = address_in(shared_address(block + rank * warps + warp), lane);
-        const uint32_t there = address_in(barrier, lane);
-        store_async(to, sums.student_reference, sums.teacher_reference, sums.student, sums.teacher, there);
-        store_async(to + 16, sums.task, sums.gap, sums.shifted, sums.count, there);
+      if (blocks == 1) {
+        if (lane == 0)
+          block[warp] = sums;
+        sync_threads_of(1, ring.consumers);
+      } else {
+        if (thread == 0)
+          arrive_and_expect(barrier, parts * sizeof(Sums<float>));
+        if (lane < blocks) {
+          const uint32_t to = address_in(shared_address(block + rank * warps + warp), lane);
+          const uint32_t there = address_in(barrier, lane);
+          store_async(to, sums.student_reference, sums.teacher_reference, sums.student, sums.teacher, there);
+          store_async(to + 16, sums.task, sums.gap, sums.shifted, sums.count, there);
+        }
+        wait_for_cluster(barrier, (turn >> 1) & 1);
       }
-      wait_for_cluster(barrier, (turn >> 1) & 1);
       ++turn;
-      Sums<float> mine = lane < parts ? block[lane] : sums_of_nothing(least);
+      Sums<float> mine = lane < parts ? block[lane] : nothing;
+#pragma unroll 1
       for (int i = lane + kWarp; i < parts; i += kWarp)
-        mine = together(mine, block[i], unit, problem.temperature, kDivergence);
-      return lanes_together<kWarp>(mine, unit, problem.temperature, kDivergence);
+        mine = join(mine, block[i]);
+      return mine;
+    };
+    const auto over_lanes = [&](Sums<float> sums) {
+      sums.student = lanes_sum<kWarp>(sums.student);
+      if constexpr (kSides == 2) {
+        sums.teacher = lanes_sum<kWarp>(sums.teacher);
+        sums.gap = lanes_sum<kWarp>(sums.gap);
+      }
+      sums.task = lanes_sum<kWarp>(sums.task);
+      if (problem.power == 1)
+        sums.task = sums.student;
+      if (problem.smooth)
+        sums.shifted = lanes_sum<kWarp>(sums.shifted);
+      return sums;
     };
 
+    // Any reference near the maximum is as good. All of the cluster take one that would have made the sums of the row
+    // before this one 1, and at first what its first logits suggest.
+    const auto usable = [](float reference) { return fabsf(reference) < 0x1p23f; };
+    const auto first_reference = [&](const void* logits, int64_t stride) {
+      const float x = widen(static_cast<const T*>(logits)[cluster * stride + lane]);
+      const float reference = lanes_max<kWarp>(x) * problem.scale;
+      return usable(reference) ? reference : 0.f;
+    };
+    float student_reference = first_reference(problem.student, problem.student_stride);
+    float teacher_reference = kSides == 2 ? first_reference(problem.teacher, problem.teacher_stride) : 0;
+
     Cursor cursor;
-    Label label = label_of(problem, cluster);
+    Share<T> share(cluster, problem.classes, rank, blocks, ring.chunk);
+    int64_t next_label = load_label(problem, cluster);
     for (int64_t row = cluster; row < problem.rows; row += clusters) {
-      const Label next = label_of(problem, min(row + clusters, problem.rows - 1));
-      const Share<T> share(row, problem.classes, rank, blocks);
-      const int chunks = share.chunks(ring.chunk);
+      const Label label = label_of(problem, next_label);
+      next_label = load_label(problem, min(row + clusters, problem.rows - 1));
+      share.move_to(row, problem.classes, rank, blocks, ring.chunk);
+      const int chunks = share.chunks;
       const int kept = gradients ? min(chunks, ring.keep) : 0;
       const T* const student_row = static_cast<const T*>(problem.student) + row * problem.student_stride;
       const T* const teacher_row = static_cast<const T*>(problem.teacher) + row * problem.teacher_stride;
       T* const student_grad = static_cast<T*>(problem.student_grad) + row * problem.classes;
       T* const teacher_grad = static_cast<T*>(problem.teacher_grad) + row * problem.classes;
       // what each lane of the first block's first warp has of the row's ends
-      const int edges = rank == 0 ? share.head + share.tail : 0;
+      const int edges = rank == 0 ? share.head + (problem.classes - share.head) % kSize : 0;
       const bool has_edge = thread < edges;
       const int edge = thread < share.head ? thread : problem.classes - edges + thread;
 
@@ -553,51 +618,34 @@ __global__ void __launch_bounds__(kMaxStreamThreads, 1)
         const uint4 zero = {0, 0, 0, 0};
         for (int i = thread; i < share.count; i += ring.consumers) {
           if (problem.student_grad)
-            __stcs(reinterpret_cast<uint4*>(student_grad + share.begin()) + i, zero);
+            __stcs(reinterpret_cast<uint4*>(student_grad + share.begin) + i, zero);
           if (problem.teacher_grad)
-            __stcs(reinterpret_cast<uint4*>(teacher_grad + share.begin()) + i, zero);
+            __stcs(reinterpret_cast<uint4*>(teacher_grad + share.begin) + i, zero);
         }
         if (has_edge && problem.student_grad)
           student_grad[edge] = narrow<T>(0.f);
         if (has_edge && problem.teacher_grad)
           teacher_grad[edge] = narrow<T>(0.f);
-        if (rank == 0 && thread == 0)
+        if (rank == 0 && thread == ring.consumers - 1)
           leave_loss(problem, row, 0.f, total);
-        label = next;
         continue;
       }
 
-      float student_edge[1] = {0}, teacher_edge[1] = {0}, label_logit = 0;
+      // loaded ahead of their use, so not widened yet, which would wait for them
+      T student_end = T(), teacher_end = T(), label_logit = T();
       if (has_edge) {
-        student_edge[0] = widen(student_row[edge]);
-        teacher_edge[0] = widen(teacher_row[edge]);
+        student_end = student_row[edge];
+        teacher_end = teacher_row[edge];
       }
-      if (thread == 0 && problem.task && label.valid)
-        label_logit = widen(student_row[label.value]);
+      const bool has_loss = rank == 0 && thread == ring.consumers - 1;
+      if (has_loss && problem.task && label.valid)
+        label_logit = student_row[label.value];
 
-      Sums<float> sums = sums_of_nothing(kLeast);
-      Cursor first_kept;
+      Sums<float> sums = {student_reference, teacher_reference, 0, 0, 0, 0, 0, 0};
+      int kept_slot = 0; // the first
       for (int index = 0; index < chunks; ++index) {
         wait(full + 8 * cursor.slot, cursor.phase);
         const int count = min(ring.chunk, share.count - index * ring.chunk);
-        if (index == 0) { // any reference near the maximum is as good: what the warp sees first
-          float student_max = kLeast, teacher_max = kLeast;
-          if (thread < count) {
-            float x[kSize];
-            unpack(vector_at(cursor.slot, 0, thread), x, T());
-#pragma unroll
-            for (int i = 0; i < kSize; ++i)
-              student_max = fmaxf(student_max, x[i]);
-            if constexpr (kSides == 2) {
-              unpack(vector_at(cursor.slot, 1, thread), x, T());
-#pragma unroll
-              for (int i = 0; i < kSize; ++i)
-                teacher_max = fmaxf(teacher_max, x[i]);
-            }
-          }
-          sums.student_reference = lanes_max<kWarp>(student_max) * problem.scale;
-          sums.teacher_reference = lanes_max<kWarp>(teacher_max) * problem.scale;
-        }
         for (int i = thread; i < count; i += ring.consumers) {
           float student[kSize], teacher[kSize];
           unpack(vector_at(cursor.slot, 0, i), student, T());
@@ -608,31 +656,57 @@ __global__ void __launch_bounds__(kMaxStreamThreads, 1)
         if (index < chunks - kept)
           free_slot(cursor.slot);
         else if (index == chunks - kept)
-          first_kept = cursor;
+          kept_slot = cursor.slot;
         cursor.advance(ring.slots);
       }
-      if (has_edge)
+      float student_edge[1], teacher_edge[1];
+      if (has_edge) {
+        student_edge[0] = widen(student_end);
+        teacher_edge[0] = widen(teacher_end);
         add_plainly<kDivergence>(problem, sums, student_edge, teacher_edge);
-      if (problem.power == 1)
-        sums.task = sums.student;
-      add_lanes<kWarp>(sums);
-      sums = exchange(sums, kLeast, 1);
+      }
+      const Sums<float> none = {student_reference, teacher_reference, 0, 0, 0, 0, 0, 0};
+      sums = over_lanes(exchange(over_lanes(sums), none, [](Sums<float> a, const Sums<float>& b) {
+        a.student += b.student;
+        a.teacher += b.teacher;
+        a.task += b.task;
+        a.gap += b.gap;
+        a.shifted += b.shifted;
+        return a;
+      }));
 
-      const bool seen = sums.student > 0x1p-20f && (kSides == 1 || sums.teacher > 0x1p-20f);
-      const float most = sums.student + sums.teacher + sums.task + fabsf(sums.gap);
-      const bool plain = seen && most < 0x1p60f && // nor is one over it too small
-          fabsf(sums.student_reference) + (kSides == 2 ? fabsf(sums.teacher_reference) : 0.f) < 0x1p24f;
+      const auto ordinary = [](float sum) { return sum > 0x1p-30f && sum < 0x1p30f; }; // nor is one over it too small
+      const bool plain = ordinary(sums.student) && (kSides == 1 || ordinary(sums.teacher)) && sums.task > 0x1p-60f &&
+          sums.task < 0x1p60f && fabsf(sums.gap) < 0x1p60f && fabsf(sums.shifted) < 0x1p100f;
       RowShare<float> whole;
       if (!plain) { // an infinity, a NaN, or logits far apart or too large to scale first and shift after
-        const int begin = rank == 0 ? 0 : share.begin();
-        const int end = rank == blocks - 1 ? problem.classes : share.begin() + share.count * kSize;
+        const int begin = rank == 0 ? 0 : share.begin;
+        const int end = rank == blocks - 1 ? problem.classes : share.begin + share.count * kSize;
         whole = share_of(problem, row, begin, end, thread, ring.consumers);
-        sums = lanes_together<kWarp>(careful_sums(problem, whole), problem.scale, problem.temperature, kDivergence);
-        sums = exchange(sums, std::numeric_limits<float>::lowest(), problem.scale);
+        const auto join = [&](const Sums<float>& a, const Sums<float>& b) {
+          return together(a, b, problem.scale, problem.temperature, kDivergence);
+        };
+        constexpr float kLowest = std::numeric_limits<float>::lowest();
+        sums.student_reference = sums.teacher_reference = kLowest;
+#pragma unroll 1
+        for (int pass = 0; pass < 2; ++pass) { // first for the references
+          sums = careful_sums(problem, whole, sums.student_reference, sums.teacher_reference);
+          sums = lanes_together<kWarp>(sums, problem.scale, problem.temperature, kDivergence);
+          sums = exchange(sums, sums_of_nothing(kLowest), join);
+          sums = lanes_together<kWarp>(sums, problem.scale, problem.temperature, kDivergence);
+        }
       }
-      if (rank == 0 && thread == 0) {
-        const float label_shifted = plain ? fmaf(label_logit, problem.scale, -sums.student_reference)
-                                          : (label_logit - sums.student_reference) * problem.scale;
+      const auto next = [&](float& reference, float sum, float largest) {
+        const float better = plain ? reference + log2_of(sum) : largest * problem.scale;
+        reference = usable(better) ? better : reference;
+      };
+      next(student_reference, sums.student, sums.student_reference);
+      if constexpr (kSides == 2)
+        next(teacher_reference, sums.teacher, sums.teacher_reference);
+      if (has_loss) {
+        const float logit = widen(label_logit);
+        const float label_shifted = plain ? fmaf(logit, problem.scale, -sums.student_reference)
+                                          : (logit - sums.student_reference) * problem.scale;
         const float loss = loss_of(problem, sums, label_shifted, kDivergence);
         leave_loss(problem, row, label.valid ? loss : not_a_number<float>(), total);
       }
@@ -645,9 +719,9 @@ __global__ void __launch_bounds__(kMaxStreamThreads, 1)
         for (int step = 0; step < chunks; ++step) {
           const bool was_kept = step < kept;
           const int index = was_kept ? chunks - kept + step : step - kept;
-          const int slot = was_kept ? first_kept.slot : cursor.slot;
+          const int slot = was_kept ? kept_slot : cursor.slot;
           if (was_kept) {
-            first_kept.advance(ring.slots);
+            kept_slot = slot + 1 == ring.slots ? 0 : slot + 1;
           } else {
             wait(full + 8 * slot, cursor.phase);
             cursor.advance(ring.slots);
@@ -660,17 +734,17 @@ __global__ void __launch_bounds__(kMaxStreamThreads, 1)
               unpack(vector_at(slot, 1, i), teacher, T());
             gradients_plainly<kDivergence>(problem, sums, coefficients, student, teacher);
             const int vector = index * ring.chunk + i;
-            const unsigned beside = static_cast<unsigned>(static_cast<int>(label.value) - share.begin() - vector * kSize);
+            const unsigned beside = static_cast<unsigned>(label.value - share.begin - vector * kSize);
             if (problem.student_grad) {
               if (beside < kSize) {
 #pragma unroll
                 for (int k = 0; k < kSize; ++k)
                   student[k] -= k == beside ? coefficients.at_label : 0;
               }
-              __stcs(reinterpret_cast<uint4*>(student_grad + share.begin()) + vector, pack(student, T()));
+              __stcs(reinterpret_cast<uint4*>(student_grad + share.begin) + vector, pack(student, T()));
             }
             if (problem.teacher_grad)
-              __stcs(reinterpret_cast<uint4*>(teacher_grad + share.begin()) + vector, pack(teacher, T()));
+              __stcs(reinterpret_cast<uint4*>(teacher_grad + share.begin) + vector, pack(teacher, T()));
           }
           free_slot(slot);
         }
@@ -682,10 +756,9 @@ __global__ void __launch_bounds__(kMaxStreamThreads, 1)
             teacher_grad[edge] = narrow<T>(teacher_edge[0]);
         }
       }
-      label = next;
     }
-    if (!problem.losses && rank == 0 && thread == 0)
-      leave_total(problem, total, divisor, cluster, clusters);
+    if (!problem.losses && rank == 0 && thread == ring.consumers - 1)
+      leave_total(problem, total, divisor(), cluster, clusters);
     __syncwarp();
   }
   sync_cluster(); // no block may leave while another writes into its memory
@@ -717,7 +790,7 @@ __global__ void __launch_bounds__(kThreads) add_up(const double* totals, int blo
 
 // Launches ---------------------------------------------------------------------------------------------------------
 
-constexpr int64_t kOneBlock = 49152; // up to as many logits a side, one block is faster than many and a second launch
+constexpr int64_t kOneBlock = 49152; // up to as many logits a side for each block, one cluster needs no second launch
 constexpr int64_t kCountedByAll = 4096; // labels that every block counts for itself
 constexpr int kCountBlocks = 128;
 
@@ -750,11 +823,23 @@ struct Device {
   }
 };
 
+// A contiguous tensor on a CUDA device; torch::stable::new_empty takes several times as long.
+Tensor empty(torch::headeronly::IntHeaderOnlyArrayRef shape, ScalarType type, int device) {
+  std::vector<int64_t> strides(shape.size());
+  int64_t stride = 1;
+  for (size_t i = shape.size(); i-- > 0; stride *= std::max<int64_t>(shape[i], 1))
+    strides[i] = stride;
+  const auto code = torch::stable::detail::to<int32_t>(torch::stable::detail::from(type));
+  AtenTensorHandle handle = nullptr;
+  TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(
+      shape.size(), shape.data(), strides.data(), code, aoti_torch_device_type_cuda(), device, &handle));
+  return Tensor(handle);
+}
+
 // How a launch goes, and what its blocks leave behind.
 struct Launch {
   cudaStream_t stream;
   const Device& device;
-  const Tensor& like; // on the device
   std::optional<Tensor> scratch = std::nullopt; // what a problem points to while its kernels are launched
 
   // Room for what so many blocks leave of a sum, unless there is one block.
@@ -762,8 +847,8 @@ struct Launch {
   void expect(Problem<A>& problem, int64_t blocks) {
     if (problem.losses || blocks == 1)
       return;
-    const int64_t size[] = {blocks + 1};
-    scratch = torch::stable::new_empty(like, {size, 1}, ScalarType::Double);
+    const int64_t size = blocks + 1;
+    scratch = empty({&size, 1}, ScalarType::Double, device.index);
     problem.totals = static_cast<double*>(scratch->mutable_data_ptr());
   }
 };
@@ -776,13 +861,33 @@ int tuned(const char* name, int value) {
   return value;
 }
 
+// A launch of clusters; attribute must outlive the result.
+cudaLaunchConfig_t config_of(const Launch& launch, int blocks, int threads, int cluster, cudaLaunchAttribute& attribute) {
+  attribute.id = cudaLaunchAttributeClusterDimension;
+  attribute.val.clusterDim = {static_cast<unsigned>(cluster), 1, 1};
+  cudaLaunchConfig_t config = {};
+  config.gridDim = blocks;
+  config.blockDim = threads;
+  config.stream = launch.stream;
+  config.attrs = &attribute;
+  config.numAttrs = launch.device.streams ? 1 : 0;
+  return config;
+}
+
 template <typename A, int kLanes, int kSize, int kBlock>
 int launch_few(Problem<A>& problem, Launch& launch) {
   const int64_t needed = (problem.rows * kLanes + kBlock - 1) / kBlock;
-  const bool one = !problem.losses && problem.rows * problem.classes <= kOneBlock;
-  const int64_t blocks = one ? 1 : std::min<int64_t>(needed, launch.device.multiprocessors * (2048 / kBlock));
-  launch.expect(problem, blocks);
-  few_classes<A, kLanes, kSize, kBlock><<<blocks, kBlock, 0, launch.stream>>>(problem);
+  int cluster = 1;
+  while (!problem.losses && launch.device.streams && cluster < kMaxCluster && cluster < needed)
+    cluster *= 2;
+  const bool one = !problem.losses && problem.rows * problem.classes <= kOneBlock * cluster;
+  const int64_t most = launch.device.multiprocessors * (2048 / kBlock);
+  const int blocks = one ? cluster : std::min<int64_t>(needed, most);
+  if (!one)
+    launch.expect(problem, blocks);
+  cudaLaunchAttribute attribute;
+  const auto config = config_of(launch, blocks, kBlock, one ? cluster : 1, attribute);
+  STD_CUDA_CHECK(cudaLaunchKernelEx(&config, few_classes<A, kLanes, kSize, kBlock>, problem));
   return blocks;
 }
 
@@ -800,16 +905,15 @@ struct StreamPlan {
 };
 
 // Rings for rows from kilobytes to megabytes. Of short rows several are under way on a multiprocessor, in blocks of
-// their own, so that one's exchange of sums hides behind others' work; a long one is a cluster's. What is under way
-// leaves room for more than half as much to be read ahead.
+// their own, so that one's exchange of sums hides behind others' work. What of a row its blocks do not hold is little
+// enough for L2 to keep.
 StreamPlan plan_stream(const Device& device, int64_t row_bytes, int sides) {
   constexpr int kReserved = 1024; // bytes of a block's shared memory that are the system's
-  constexpr int64_t kUnderWay = 139264; // bytes of rows on a multiprocessor
+  constexpr int64_t kBlockShare = 348160; // bytes of a row that are one block's
   StreamPlan plan;
-  int at_once = row_bytes <= kUnderWay / 3 ? 3 : row_bytes <= kUnderWay / 2 ? 2 : 1;
-  at_once = tuned("KD_AT_ONCE", at_once);
+  const int at_once = tuned("KD_AT_ONCE", row_bytes <= 40960 ? 4 : row_bytes <= 163840 ? 2 : 1);
   plan.cluster = 1;
-  while (plan.cluster < 8 && row_bytes > kUnderWay * plan.cluster)
+  while (plan.cluster < kMaxCluster && row_bytes > kBlockShare * plan.cluster)
     plan.cluster *= 2;
   plan.cluster = tuned("KD_CLUSTER", plan.cluster);
   Ring& ring = plan.ring;
@@ -830,15 +934,8 @@ int launch_stream(Problem<float>& problem, Launch& launch) {
   constexpr int kSides = kDivergence == Divergence::kNone ? 1 : 2;
   const StreamPlan plan = plan_stream(launch.device, int64_t{problem.classes} * sizeof(T) * kSides, kSides);
   cudaLaunchAttribute attribute;
-  attribute.id = cudaLaunchAttributeClusterDimension;
-  attribute.val.clusterDim = {static_cast<unsigned>(plan.cluster), 1, 1};
-  cudaLaunchConfig_t config = {};
-  config.gridDim = plan.cluster;
-  config.blockDim = plan.ring.consumers + kWarp;
+  auto config = config_of(launch, plan.cluster, plan.ring.consumers + kWarp, plan.cluster, attribute);
   config.dynamicSmemBytes = plan.memory;
-  config.stream = launch.stream;
-  config.attrs = &attribute;
-  config.numAttrs = 1;
 
   int clusters = 0; // that a device holds at once
   {
@@ -1020,6 +1117,7 @@ void run(
   problem.temperature = static_cast<A>(temperature);
   problem.scale = static_cast<A>(kLog2E / temperature);
   problem.kd_weight = static_cast<A>(none ? 0 : options.kd_weight);
+  problem.soft_weight = static_cast<A>(none ? 0 : options.kd_weight / temperature);
   problem.ce_weight = static_cast<A>(options.ce_weight);
   problem.label_smoothing = static_cast<A>(options.label_smoothing);
 
@@ -1027,12 +1125,12 @@ void run(
   const torch::stable::accelerator::DeviceGuard guard(device);
   void* stream = nullptr;
   TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(device, &stream));
-  Launch launch{static_cast<cudaStream_t>(stream), Device::at(device), student};
+  Launch launch{static_cast<cudaStream_t>(stream), Device::at(device)};
   std::optional<Tensor> counts;
   if (problem.mean && labels && problem.rows > kCountedByAll) {
     problem.count_blocks = std::min<int64_t>((problem.rows + kThreads - 1) / kThreads, kCountBlocks);
-    const int64_t size[] = {problem.count_blocks};
-    counts = torch::stable::new_empty(student, {size, 1}, ScalarType::Int);
+    const int64_t size = problem.count_blocks;
+    counts = empty({&size, 1}, ScalarType::Int, device);
     int* const to = static_cast<int*>(counts->mutable_data_ptr());
     count_labels<<<problem.count_blocks, kThreads, 0, launch.stream>>>(problem, to);
     problem.counts = to;
@@ -1067,14 +1165,15 @@ std::tuple<Tensor, Tensor, Tensor> kd_ce_loss(
     row_labels = torch::stable::contiguous(*labels);
   const bool wide = student.scalar_type() == ScalarType::Double || teacher.scalar_type() == ScalarType::Double;
   const auto shape = student_logits.sizes();
+  const auto device = student.get_device_index();
   const auto gradient = [&](const Tensor& logits, bool wanted) {
-    return wanted ? torch::stable::new_empty(logits, shape) : torch::stable::new_empty(logits, {0});
+    const int64_t none = 0;
+    return wanted ? empty(shape, logits.scalar_type(), device) : empty({&none, 1}, logits.scalar_type(), device);
   };
   const Tensor grad_student = gradient(student, student_grad), grad_teacher = gradient(teacher, teacher_grad);
   const bool reduced = reduction != "none";
   const auto dims = reduced ? size_t{0} : shape.size() - 1;
-  const Tensor loss =
-      torch::stable::new_empty(student, {shape.data(), dims}, wide ? ScalarType::Double : ScalarType::Float);
+  const Tensor loss = empty({shape.data(), dims}, wide ? ScalarType::Double : ScalarType::Float, device);
   if (student.numel() == 0) {
     if (reduced)
       torch::stable::fill_(loss, reduction == "mean" ? std::numeric_limits<double>::quiet_NaN() : 0);

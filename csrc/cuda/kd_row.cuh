@@ -35,7 +35,7 @@ struct Problem {
   Divergence divergence;
   bool unsigned_labels, task, smooth, mean;
   int power; // 1 if cross-entropy's exponentials are distillation's, 0 otherwise; n > 1 if n-th powers are as good
-  A temperature, scale, kd_weight, ce_weight, label_smoothing; // scale: log2(e) / temperature
+  A temperature, scale, kd_weight, soft_weight, ce_weight, label_smoothing; // log2(e), kd_weight over temperature
 };
 
 __device__ inline float exp2_of(float x) {
@@ -45,6 +45,12 @@ __device__ inline float exp2_of(float x) {
 }
 __device__ inline double exp2_of(double x) {
   return exp2(x);
+}
+
+__device__ inline float log2_of(float x) {
+  float result;
+  asm("lg2.approx.ftz.f32 %0, %1;" : "=f"(result) : "f"(x));
+  return result;
 }
 
 // Sums over part of a row: of the exponentials of both sides, of the student's at temperature 1, of the weighted gaps
@@ -150,16 +156,22 @@ __device__ int64_t label_at(const Problem<A>& problem, int64_t row) {
 }
 
 struct Label {
-  int64_t value;
+  int value; // -1 if it is no class
   bool counts, valid; // not to be ignored; a class, or there are no labels
 };
 
+// What label_of makes of the label of a row: apart, for a load ahead of its use not to be waited for.
 template <typename A>
-__device__ Label label_of(const Problem<A>& problem, int64_t row) {
+__device__ int64_t load_label(const Problem<A>& problem, int64_t row) {
+  return problem.labels ? label_at(problem, row) : -1;
+}
+
+template <typename A>
+__device__ Label label_of(const Problem<A>& problem, int64_t loaded) {
   if (!problem.labels)
     return {-1, true, true};
-  const int64_t value = label_at(problem, row);
-  return {value, value != problem.ignore_index, value >= 0 && value < problem.classes};
+  const bool valid = loaded >= 0 && loaded < problem.classes;
+  return {valid ? static_cast<int>(loaded) : -1, loaded != problem.ignore_index, valid};
 }
 
 // This thread's part of how many rows count.
@@ -178,6 +190,13 @@ __device__ int count_share(const Problem<A>& problem, int thread, int threads) {
 
 // Loss and gradients from a row's sums ---------------------------------------------------------------------------------
 
+__device__ inline float quotient(float a, float b) {
+  return __fdividef(a, b);
+}
+__device__ inline double quotient(double a, double b) {
+  return a / b;
+}
+
 template <typename A>
 __device__ A loss_of(const Problem<A>& problem, const Sums<A>& sums, A label_shifted, Divergence divergence) {
   constexpr A kLn2 = 0.69314718055994530942;
@@ -185,8 +204,8 @@ __device__ A loss_of(const Problem<A>& problem, const Sums<A>& sums, A label_shi
   if (divergence != Divergence::kNone) {
     const bool reverse = divergence == Divergence::kReverseKl;
     const A weigher = reverse ? sums.student : sums.teacher, other = reverse ? sums.teacher : sums.student;
-    const A entropy = divergence == Divergence::kSoftCe ? log(other) : log(other / weigher);
-    loss = problem.kd_weight * (sums.gap / weigher * kLn2 + entropy);
+    const A entropy = divergence == Divergence::kSoftCe ? log(other) : log(quotient(other, weigher));
+    loss = problem.kd_weight * (quotient(sums.gap, weigher) * kLn2 + entropy);
   }
   if (problem.task) {
     const A unshift = problem.temperature * kLn2, log_sum = log(sums.task);
@@ -210,12 +229,12 @@ struct Coefficients {
 
 template <typename A>
 __device__ Coefficients<A> coefficients_of(const Problem<A>& problem, const Sums<A>& sums, A share, Divergence divergence) {
-  const A soft = share * problem.kd_weight / problem.temperature, hard = share * problem.ce_weight;
+  const A soft = share * problem.soft_weight, hard = share * problem.ce_weight;
   Coefficients<A> result;
-  result.mean_gap = divergence == Divergence::kReverseKl ? sums.gap / sums.student : sums.gap / sums.teacher;
-  result.student = soft / sums.student;
-  result.teacher = soft / sums.teacher;
-  result.task = problem.task ? hard / sums.task : A(0);
+  result.mean_gap = quotient(sums.gap, divergence == Divergence::kReverseKl ? sums.student : sums.teacher);
+  result.student = quotient(soft, sums.student);
+  result.teacher = quotient(soft, sums.teacher);
+  result.task = problem.task ? quotient(hard, sums.task) : A(0);
   result.at_label = hard * (1 - problem.label_smoothing);
   result.at_each = problem.smooth ? hard * problem.label_smoothing / problem.classes : A(0);
   return result;
@@ -389,6 +408,13 @@ __device__ Gradients<A> gradients_of(
   return result;
 }
 
+// Whether sums must not be put together that are relative to other references: a sum of gaps would lose digits that the
+// gradients need.
+template <typename A>
+__device__ bool are_far(const Problem<A>& problem, const Sums<A>& sums) {
+  return !((fabs(sums.student_reference) + fabs(sums.teacher_reference)) * problem.scale < 256);
+}
+
 // The elements [begin, end) of a row, taken by a group of threads that sees them in packets.
 template <typename A>
 struct RowShare {
@@ -399,6 +425,7 @@ struct RowShare {
 
   template <typename Body>
   __device__ void for_each_packet(const Body& body) const {
+#pragma unroll 1
     for (int first = begin; first < end; first += threads * kPacket)
       body(aligned ? Packet{first + thread * kPacket, 1, end} : Packet{first + thread, threads, end});
   }
@@ -423,11 +450,11 @@ __device__ RowShare<A> share_of(const Problem<A>& problem, int64_t row, int begi
   return share;
 }
 
-// A thread's sums; the references, at last the largest logits that it saw, are logits.
+// A thread's sums, relative to the largest logits that it saw, if they are larger than the references to begin with.
 template <typename A>
-__device__ Sums<A> careful_sums(const Problem<A>& problem, const RowShare<A>& share) {
-  constexpr A kInfinity = std::numeric_limits<A>::infinity(), kLowest = std::numeric_limits<A>::lowest();
-  Sums<A> sums = sums_of_nothing<A>(kLowest);
+__device__ Sums<A> careful_sums(const Problem<A>& problem, const RowShare<A>& share, A student, A teacher) {
+  constexpr A kInfinity = std::numeric_limits<A>::infinity();
+  Sums<A> sums = {student, teacher, 0, 0, 0, 0, 0, 0};
   share.for_each_packet([&](const Packet& packet) {
     A student[kPacket], teacher[kPacket];
     load_packet(share.student, problem.student_type, packet, -kInfinity, student);
@@ -453,7 +480,7 @@ __device__ Sums<A> careful_sums(const Problem<A>& problem, const RowShare<A>& sh
 template <typename A>
 __device__ void careful_gradients(
     const Problem<A>& problem, const RowShare<A>& share, const Sums<A>& sums, const Coefficients<A>& coefficients,
-    int64_t label) {
+    int label) {
   share.for_each_packet([&](const Packet& packet) {
     A student[kPacket], teacher[kPacket];
     load_packet(share.student, problem.student_type, packet, A(0), student);

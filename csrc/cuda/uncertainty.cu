@@ -38,6 +38,7 @@ constexpr int kWarp = 32;
 constexpr int kPacks = 4; // loads of 16 bytes that a thread has under way
 constexpr unsigned kAll = 0xffffffff;
 constexpr int kFewClasses = 16, kWarpClasses = 2048; // up to as many, a thread and a warp are a row's team
+constexpr int kManyRows = 16384; // from as many on, they keep all multiprocessors busy
 constexpr float kLog2E = 1.44269504f, kLn2 = 0.693147181f;
 
 // What is computed in.
@@ -133,8 +134,11 @@ struct Row {
   __device__ Pack<T> pack(int i) const {
     return reinterpret_cast<const Pack<T>*>(logits + before)[i];
   }
+  __device__ int end_class(int i) const {
+    return i < before ? i : i + packs * kSize;
+  }
   __device__ T end(int i) const {
-    return logits[i < before ? i : i + packs * kSize];
+    return logits[end_class(i)];
   }
 };
 
@@ -142,15 +146,16 @@ struct Row {
 template <Kind KIND, typename T>
 __device__ Sums<Wide<T>> sum_packs(const Row<T>& row, int first, int step, int end) {
   using A = Wide<T>;
+  constexpr int kLoads = sizeof(T) == 2 ? 1 : kPacks; // seldom used for 16-bit logits
   Sums<A> sums = of_nothing<A>();
-  for (; first < row.packs; first += step * kPacks) {
-    Pack<T> loaded[kPacks];
+  for (; first < row.packs; first += step * kLoads) {
+    Pack<T> loaded[kLoads];
 #pragma unroll
-    for (int p = 0; p < kPacks; ++p)
+    for (int p = 0; p < kLoads; ++p)
       if (first + p * step < row.packs)
         loaded[p] = row.pack(first + p * step);
 #pragma unroll
-    for (int p = 0; p < kPacks; ++p) {
+    for (int p = 0; p < kLoads; ++p) {
       if (first + p * step < row.packs) {
         A chunk[Row<T>::kSize];
 #pragma unroll
@@ -397,7 +402,7 @@ __device__ Sums<Wide<T>> sum_row(const T* logits, int classes) {
 #pragma unroll
       for (int i = 0; i < kCount; ++i)
         chunk[i] = first + i < classes ? static_cast<A>(logits[first + i]) : -infinity<A>();
-      add<KIND, sizeof(T) == 2>(sums, chunk);
+      add<KIND, false>(sums, chunk); // there are few: precise ones cost nothing beside the reading
     }
     sums.refer_to(fmax(sums.largest, std::numeric_limits<A>::lowest()));
     return sums;
@@ -425,98 +430,149 @@ struct Problem {
   const T* logits;
   int64_t rows, stride; // elements from a row to the next
   int classes;
+  int rows_of_warp; // one after the other, where a warp is a row's team
   Wide<T> at_uniform;
   Wide<T>* values; // where values are wanted,
   const Wide<T>* upstream; // and where gradients are
   T* grads;
 };
 
-// The lowest class except one whose logit has the value; more than any class if there is none.
-template <int kTeam, typename T>
-__device__ int find(const T* logits, int classes, Wide<T> value, int except) {
-  int lowest = std::numeric_limits<int>::max();
-  for (int i = threadIdx.x % kTeam; i < classes; i += kTeam) {
-    if (static_cast<Wide<T>>(logits[i]) == value && i != except) {
-      lowest = i;
-      break;
-    }
-  }
+template <typename A>
+__device__ A total_of(const Sums<A>& sums) {
+  return sums.others + 1 + (sums.largest - sums.largest); // NaN if that is infinite
+}
+
+template <Kind KIND, typename A>
+__device__ A exp_second_of(const Sums<A>& sums) {
+  return KIND == Kind::kMargin ? exp(sums.second - sums.largest) : A(0);
+}
+
+template <int kTeam>
+__device__ int lowest_of_team(int x) {
   if constexpr (kTeam <= kWarp) {
-    return over_lanes<kTeam>(lowest, [](int a, int b) { return min(a, b); });
+    return over_lanes<kTeam>(x, [](int a, int b) { return min(a, b); });
   } else {
-    __shared__ int lowest_in_block;
+    __shared__ int lowest;
     if (threadIdx.x == 0)
-      lowest_in_block = lowest;
+      lowest = x;
     __syncthreads();
-    atomicMin(&lowest_in_block, lowest);
+    atomicMin(&lowest, x);
     __syncthreads();
-    lowest = lowest_in_block;
+    x = lowest;
     __syncthreads();
-    return lowest;
+    return x;
   }
 }
 
+// Every class as one of the others first; then the largest, and in the margin's also the second largest: of equals those
+// of the lowest classes, which are known once all have been seen.
 template <Kind KIND, int kTeam, typename T>
 __device__ void write_gradient(
-    const Problem<T>& problem, const T* logits, int64_t row, bool exists, const Sums<Wide<T>>& sums, Wide<T> total,
-    Wide<T> exp_second) {
+    const Problem<T>& problem, const T* logits, int64_t row, bool exists, const Sums<Wide<T>>& sums) {
   using A = Wide<T>;
-  int largest = 0, second = 0;
-  if constexpr (KIND != Kind::kEntropy)
-    largest = find<kTeam>(logits, problem.classes, sums.largest, -1);
-  if constexpr (KIND == Kind::kMargin)
-    second = find<kTeam>(logits, problem.classes, sums.second, largest);
-  if (!exists)
-    return;
-  const A scale = problem.upstream[row] / (problem.at_uniform * total);
-  for (int i = threadIdx.x % kTeam; i < problem.classes; i += kTeam) {
-    const A gap = bounded(static_cast<A>(logits[i]) - sums.largest), e = exp_of<sizeof(T) == 2>(gap);
-    A grad;
-    if constexpr (KIND == Kind::kEntropy) {
-      grad = e * (sums.weighted / total - gap) * scale;
-    } else if constexpr (KIND == Kind::kLeastConfidence) {
-      grad = (i == largest ? -sums.others : e) / total * scale;
-    } else {
-      grad = (i == largest ? -sums.others - exp_second : e * (1 - exp_second)) / total * scale;
-      if (i == second)
-        grad += exp_second * scale;
+  const A total = total_of(sums), exp_second = exp_second_of<KIND>(sums);
+  constexpr int kNowhere = std::numeric_limits<int>::max();
+  const int classes = exists ? problem.classes : 0, member = threadIdx.x % kTeam;
+  const A scale = exists ? problem.upstream[row] / (problem.at_uniform * total) : A(0), mean = sums.weighted / total;
+  T* const grads = problem.grads + row * problem.classes;
+  int largest = kNowhere, next = kNowhere, second = kNowhere; // next to the largest, one that equals it
+  const auto gradient_of_other = [&](A logit) {
+    const A gap = bounded(logit - sums.largest), e = exp_of<sizeof(T) == 2>(gap);
+    if constexpr (KIND == Kind::kEntropy)
+      return e * (mean - gap) * scale;
+    else if constexpr (KIND == Kind::kLeastConfidence)
+      return e / total * scale;
+    else
+      return e * (1 - exp_second) / total * scale;
+  };
+  const auto gradient = [&](T value, int i) {
+    const A logit = static_cast<A>(value);
+    if (KIND != Kind::kEntropy && logit == sums.largest) {
+      next = min(next, max(largest, i));
+      largest = min(largest, i);
+    } else if (KIND == Kind::kMargin && logit == sums.second) {
+      second = min(second, i);
     }
-    problem.grads[row * problem.classes + i] = static_cast<T>(grad);
+    return static_cast<T>(gradient_of_other(logit));
+  };
+  bool done = false;
+  if constexpr (kTeam > 1) {
+    const Row<T> from(logits, classes), to(grads, classes);
+    done = from.before == to.before;
+    if (done) {
+      for (int p = member; p < from.packs; p += kTeam) {
+        Pack<T> pack = from.pack(p);
+#pragma unroll
+        for (int i = 0; i < Row<T>::kSize; ++i)
+          pack.values[i] = gradient(pack.values[i], from.before + p * Row<T>::kSize + i);
+        reinterpret_cast<Pack<T>*>(grads + from.before)[p] = pack;
+      }
+      if (member < from.ends)
+        grads[from.end_class(member)] = gradient(from.end(member), from.end_class(member));
+    }
+  }
+  if (!done)
+    for (int i = member; i < classes; i += kTeam)
+      grads[i] = gradient(logits[i], i);
+
+  if constexpr (KIND != Kind::kEntropy) {
+    const int largest_of_row = lowest_of_team<kTeam>(largest);
+    if constexpr (KIND == Kind::kMargin)
+      second = lowest_of_team<kTeam>(sums.second < sums.largest ? second : largest == largest_of_row ? next : largest);
+    __syncthreads(); // the team's writes before these
+    if (member == 0) {
+      if (largest_of_row < classes)
+        grads[largest_of_row] = static_cast<T>((-sums.others - exp_second) / total * scale);
+      if (second < classes)
+        grads[second] = static_cast<T>(gradient_of_other(sums.second) + exp_second * scale);
+    }
   }
 }
 
-template <Kind KIND, int kTeam, typename T>
+template <Kind KIND, typename A>
+__device__ A value_of(const Sums<A>& sums, A at_uniform) {
+  A value;
+  if constexpr (KIND == Kind::kEntropy)
+    value = log1p(sums.others) - sums.weighted / total_of(sums);
+  else
+    value = (sums.others + exp_second_of<KIND>(sums)) / total_of(sums);
+  return value / at_uniform;
+}
+
+// Values, or else gradients.
+template <Kind KIND, int kTeam, bool kGradient, typename T>
 __global__ void __launch_bounds__(kThreads, kTeam > 1 && sizeof(T) < 8 ? 4 : 2) measure_rows(const Problem<T> problem) {
-  using A = Wide<T>;
-  const int64_t row = (static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x) / kTeam;
-  const bool exists = row < problem.rows; // where not, the team reads the first row, for whole warps to work together
-  const T* const logits = problem.logits + (exists ? row : 0) * problem.stride;
-  const Sums<A> sums = sum_row<KIND, kTeam>(logits, problem.classes);
-  const A total = sums.others + 1 + (sums.largest - sums.largest); // NaN if that is infinite
-  const A exp_second = KIND == Kind::kMargin ? exp(sums.second - sums.largest) : A(0);
-  if (!problem.values) {
-    write_gradient<KIND, kTeam>(problem, logits, row, exists, sums, total, exp_second);
-  } else if (exists && threadIdx.x % kTeam == 0) {
-    A value;
-    if constexpr (KIND == Kind::kEntropy)
-      value = log1p(sums.others) - sums.weighted / total;
-    else
-      value = (sums.others + exp_second) / total;
-    problem.values[row] = value / problem.at_uniform;
+  const int64_t team = (static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x) / kTeam;
+  const int rows_of_team = kTeam == kWarp ? problem.rows_of_warp : 1, member = threadIdx.x % kTeam;
+  Sums<Wide<T>> kept; // of the member-th row
+  for (int i = 0; i < rows_of_team; ++i) {
+    const int64_t row = team * rows_of_team + i;
+    const bool exists = row < problem.rows; // where not, the first row is read, for whole warps to work together
+    const T* const logits = problem.logits + (exists ? row : 0) * problem.stride;
+    const Sums<Wide<T>> sums = sum_row<KIND, kTeam>(logits, problem.classes);
+    if constexpr (kGradient)
+      write_gradient<KIND, kTeam>(problem, logits, row, exists, sums);
+    else if (member == i)
+      kept = sums;
   }
+  const int64_t row = team * rows_of_team + member;
+  if (!kGradient && member < rows_of_team && row < problem.rows)
+    problem.values[row] = value_of<KIND>(kept, problem.at_uniform);
 }
 
 template <Kind KIND, int kTeam, typename T>
 void launch(const Problem<T>& problem, cudaStream_t stream) {
-  const int64_t blocks = (problem.rows * kTeam + kThreads - 1) / kThreads;
+  const int64_t rows_of_block = kThreads / kTeam * (kTeam == kWarp ? problem.rows_of_warp : 1);
+  const int64_t blocks = (problem.rows + rows_of_block - 1) / rows_of_block;
   STD_TORCH_CHECK(blocks <= std::numeric_limits<int>::max(), "logits has ", problem.rows, " rows; that is too many");
-  measure_rows<KIND, kTeam><<<blocks, kThreads, 0, stream>>>(problem);
+  const auto kernel = problem.values ? measure_rows<KIND, kTeam, false, T> : measure_rows<KIND, kTeam, true, T>;
+  kernel<<<blocks, kThreads, 0, stream>>>(problem);
   STD_CUDA_KERNEL_LAUNCH_CHECK();
 }
 
 template <Kind KIND, typename T>
 void run(const Tensor& logits, bool normalize, const Tensor* value, const Tensor* upstream, const Tensor* grad) {
-  const int64_t classes = logits.size(-1);
+  const int64_t classes = logits.size(-1), rows = logits.numel() / classes;
   STD_TORCH_CHECK(classes <= std::numeric_limits<int>::max() / 2, "logits has ", classes, " classes; that is too many");
   double at_uniform = 1;
   if (normalize && KIND == Kind::kEntropy)
@@ -525,14 +581,15 @@ void run(const Tensor& logits, bool normalize, const Tensor* value, const Tensor
     at_uniform = 1 - 1.0 / classes;
   const Problem<T> problem{
       .logits = static_cast<const T*>(logits.const_data_ptr()),
-      .rows = logits.numel() / classes,
+      .rows = rows,
       .stride = logits.dim() == 2 ? logits.stride(0) : classes,
       .classes = static_cast<int>(classes),
+      .rows_of_warp = rows >= kManyRows ? 4 : 1, // their values are then computed at once
       .at_uniform = static_cast<Wide<T>>(at_uniform),
       .values = value ? static_cast<Wide<T>*>(value->mutable_data_ptr()) : nullptr,
       .upstream = upstream ? static_cast<const Wide<T>*>(upstream->const_data_ptr()) : nullptr,
       .grads = grad ? static_cast<T*>(grad->mutable_data_ptr()) : nullptr};
-  if (problem.rows == 0)
+  if (rows == 0)
     return;
 
   const auto device = logits.get_device_index();

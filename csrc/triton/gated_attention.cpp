@@ -61,9 +61,10 @@ bool begins_at_16_bytes(const Tensor& x) {
   return reinterpret_cast<uintptr_t>(x.data_ptr()) % 16 == 0;
 }
 
-// With rows that begin at multiples of kAlignment elements, copied if need be; so is their number of channels.
+// With rows that begin at multiples of kAlignment elements, not too far apart, copied if need be; so is their number of
+// channels.
 Tensor aligned(const Tensor& x) {
-  bool even = x.stride(3) == 1 && begins_at_16_bytes(x);
+  bool even = x.stride(3) == 1 && begins_at_16_bytes(x) && x.stride(2) <= std::numeric_limits<int32_t>::max();
   for (int dim = 0; dim < 3; ++dim)
     even = even && x.stride(dim) % kAlignment == 0;
   return even ? x : x.clone(at::MemoryFormat::Contiguous);
@@ -124,16 +125,19 @@ struct Call {
     options = {size, head_gate.has_value(), gate_grad, kind, rows, is_causal, seed_.has_value()};
   }
 
-  // A launch whose kernel takes the tensors and, of the first `strided` of them, three strides.
+  // A launch whose kernel takes the tensors and, of the first `strided` of them, its strides but the last.
   void launch(const char* kernel, const std::vector<Tensor>& tensors, std::initializer_list<size_t> strided,
               int64_t rows) const {
-    std::vector<int64_t> strides;
-    strides.reserve(3 * strided.size() + 6);
-    for (const size_t i : strided)
-      strides.insert(strides.end(), tensors[i].strides().begin(), tensors[i].strides().begin() + 3);
+    std::vector<int64_t> strides, row_strides;
+    strides.reserve(2 * strided.size() + 6);
+    row_strides.reserve(strided.size());
+    for (const size_t i : strided) {
+      strides.insert(strides.end(), tensors[i].strides().begin(), tensors[i].strides().begin() + 2);
+      row_strides.push_back(tensors[i].stride(2));
+    }
     strides.insert(strides.end(), gate_strides.begin(), gate_strides.end());
     strides.insert(strides.end(), mask_strides.begin(), mask_strides.end());
-    triton::run({"gated_attention", kernel, tensors, std::move(strides), {heads, queries, keys}, {scale, dropout_p},
+    triton::run({"gated_attention", kernel, tensors, std::move(strides), std::move(row_strides), {heads, queries, keys}, {scale, dropout_p},
                  options, rows, batch * heads});
   }
 };

@@ -53,7 +53,7 @@ void launch_kernel(const Kernel& kernel, const Launch& launch) {
   static const auto current_stream = find<CurrentStream>("libtorch_cuda.so", "aoti_torch_get_current_cuda_stream");
   static const auto cu_launch = find<LaunchKernel>("libcuda.so.1", "cuLaunchKernel");
   std::array<void*, 16> addresses;
-  std::array<int32_t, 8> sizes;
+  std::array<int32_t, 16> narrow;
   std::array<float, 4> numbers;
   std::array<void*, 64> parameters;
   std::array<void*, 2> scratch = {nullptr, nullptr}; // parameters that Triton adds
@@ -62,8 +62,10 @@ void launch_kernel(const Kernel& kernel, const Launch& launch) {
     parameters.at(count++) = &(addresses.at(i) = launch.tensors[i].data_ptr());
   for (const int64_t& stride : launch.strides)
     parameters.at(count++) = const_cast<int64_t*>(&stride);
-  for (size_t i = 0; i < launch.sizes.size(); ++i)
-    parameters.at(count++) = &(sizes.at(i) = static_cast<int32_t>(launch.sizes[i]));
+  size_t narrowed = 0;
+  for (const auto* values : {&launch.row_strides, &launch.sizes})
+    for (const int64_t value : *values)
+      parameters.at(count++) = &(narrow.at(narrowed++) = static_cast<int32_t>(value));
   for (size_t i = 0; i < launch.numbers.size(); ++i)
     parameters.at(count++) = &(numbers.at(i) = static_cast<float>(launch.numbers[i]));
   for (void*& pointer : scratch)
@@ -78,8 +80,8 @@ void launch_kernel(const Kernel& kernel, const Launch& launch) {
 }
 
 using Compile = std::vector<int64_t>(
-    std::string_view, std::string_view, at::TensorList, at::IntArrayRef, at::IntArrayRef, at::ArrayRef<double>,
-    at::IntArrayRef, int64_t, int64_t);
+    std::string_view, std::string_view, at::TensorList, at::IntArrayRef, at::IntArrayRef, at::IntArrayRef,
+    at::ArrayRef<double>, at::IntArrayRef, int64_t, int64_t);
 
 } // namespace
 
@@ -102,8 +104,8 @@ void run(const Launch& launch) {
   static const auto op =
       c10::Dispatcher::singleton().findSchemaOrThrow("fastdistill::launch_triton", "").typed<Compile>();
   const std::vector<int64_t> compiled = op.call(
-      launch.module, launch.kernel, launch.tensors, launch.strides, launch.sizes, launch.numbers, launch.options,
-      launch.rows, launch.pairs);
+      launch.module, launch.kernel, launch.tensors, launch.strides, launch.row_strides, launch.sizes, launch.numbers,
+      launch.options, launch.rows, launch.pairs);
   if (compiled.empty()) // the interpreter's
     return;
   const std::lock_guard lock(mutex);

@@ -11,13 +11,13 @@
 
 namespace fastdistill::triton {
 
-// What a kernel is launched with. Its parameters are, in this order: the tensors' addresses, strides (int64), sizes (int32)
-// and numbers (float32); then come compile-time constants, which Python derives from the options and the sizes.
+// What a kernel is launched with. Its parameters are, in this order: the tensors' addresses, strides (int64), strides of
+// rows, which are short and in the innermost loops (int32), sizes (int32) and numbers (float32); then come compile-time constants, which Python derives from the options and the sizes.
 struct Launch {
   const char* module; // in fastdistill.kernels
   const char* kernel;
   std::vector<at::Tensor> tensors;
-  std::vector<int64_t> strides, sizes;
+  std::vector<int64_t> strides, row_strides, sizes;
   std::vector<double> numbers;
   std::vector<int64_t> options;
   int64_t rows, pairs; // programs: for each pair as many as the kernel needs for that many rows

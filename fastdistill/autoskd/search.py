@@ -28,7 +28,7 @@ from transformers.utils.generic import find_labels
 
 from fastdistill.autoskd.theta import Batch, Weights, renormalize, select_teachers, target_loss, theta_gradient
 from fastdistill.digest import digest, model_digest, tensor_pieces
-from fastdistill.files import load_tensors, save_tensors
+from fastdistill.files import check_file, load_tensors, save_tensors
 from fastdistill.models.first_token import first_token_only
 from fastdistill.objectives.team import Draws
 from fastdistill.ops.checks import check_choice, check_number
@@ -170,10 +170,12 @@ def search(
 
     Raises ValueError for a dataset without a teacher's logits, for logits that are not finite or not of the student's
     classes, for fewer teachers than two, for too few steps or too many dropped teachers, for `checkpoints` below 0, and
-    for a checkpoint that is damaged.
+    for a checkpoint that is damaged or cannot be written.
     """
     if isinstance(checkpoints, bool) or not isinstance(checkpoints, int) or checkpoints < 0:
         raise ValueError(f"checkpoints is {checkpoints!r}; expected an integer of at least 0")
+    if checkpoint is not None:
+        check_file("checkpoint", checkpoint)
     state = _Search(student, dataset, tuple(names), settings, collate, torch.device(device or student.device), bf16)
     file = None if checkpoint is None else Path(checkpoint)
     if file is not None:
@@ -363,8 +365,10 @@ def _logits(dataset: Dataset, name: str, student: PreTrainedModel) -> Tensor:
     logits = torch.from_numpy(np.stack(dataset.with_format("numpy")[column][:])).float()
     if logits.shape[1:] != (classes,):
         raise ValueError(f"dataset has {column!r} of shape {list(logits.shape)}; expected [N, {classes}], as student's")
-    if not logits.isfinite().all():
-        raise ValueError(f"dataset has NaN or infinity in {column!r}; expected finite numbers")
+    if (odd := ~logits.isfinite().all(1)).any():
+        raise ValueError(
+            f"dataset has NaN or infinity in {column!r}, row {int(odd.nonzero()[0])}; expected finite numbers"
+        )
     return logits
 
 

@@ -8,12 +8,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 import torch
-from safetensors import SafetensorError
 
 from fastdistill.models.architectures import Block, blocks
+from fastdistill.models.fit import check_finite, check_fit
 from fastdistill.models.pruning import CONFIG_KEY, narrow
+from fastdistill.models.reading import load_config, reading
 from fastdistill.models.sharing import CONFIG_KEY as SHARED_KEY
 from fastdistill.models.sharing import check_shared, check_tied, declare_shared
+from fastdistill.processes import rank_and_number
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -41,29 +43,22 @@ def from_pretrained(folder: str | Path, **options: Any) -> PreTrainedModel:
 
     from fastdistill.models import image_classifiers  # known to AutoConfig from here on
 
-    try:
-        config = transformers.AutoConfig.from_pretrained(folder, trust_remote_code=False)
-    except OSError as error:
-        if (Path(folder) / "config.json").is_file():
-            raise ValueError(f"{folder} is damaged: {error}") from error
-        raise
+    config = load_config(folder)
     name = (config.architectures or [""])[0]
     kind = getattr(transformers, name, None) or getattr(image_classifiers, name, None)
     if not isinstance(kind, type) or not issubclass(kind, transformers.PreTrainedModel):
         raise ValueError(f"{folder} has a config that names no model of transformers as its architecture: {name!r}")
     loader: Any = _shaped_by_config(kind, Path(folder)) if is_reshaped(config) else kind
-    try:
+    with reading(folder):
         model, loading = loader.from_pretrained(
-            folder, use_safetensors=True, trust_remote_code=False, output_loading_info=True, **options
+            folder,
+            ignore_mismatched_sizes=True,  # `check_fit` says which do not fit
+            use_safetensors=True,
+            trust_remote_code=False,
+            output_loading_info=True,
+            **options,
         )
-    except (RuntimeError, SafetensorError) as error:
-        raise ValueError(f"{folder} is damaged, or its weights and config do not go together: {error}") from error
-    for what in ("missing_keys", "unexpected_keys"):
-        if loading[what]:
-            names = ", ".join(sorted(loading[what])[:3])
-            raise ValueError(
-                f"{folder} has weights and a config that do not go together: {what.replace('_', ' ')} {names}"
-            )
+    check_fit(folder, model, loading)
     if getattr(config, SHARED_KEY, None) is not None:
         check_tied(Path(folder), model)
     model.__class__ = kind
@@ -130,21 +125,43 @@ def pretrained(name_or_path: str) -> str:
 
 
 def load_tokenizer(name_or_path: str) -> PreTrainedTokenizerBase:
-    """The tokenizer of a model, by folder, hub name or a name in `PACKAGED`."""
+    """The tokenizer of a model, by folder, hub name or a name in `PACKAGED`.
+
+    Raises ValueError where its files are not there: transformers would make one that knows no word.
+    """
     from transformers import AutoTokenizer
 
-    return AutoTokenizer.from_pretrained(pretrained(name_or_path), trust_remote_code=False)
+    source = pretrained(name_or_path)
+    with reading(source):
+        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(source, trust_remote_code=False)
+    if tokenizer.get_vocab().keys() <= set(tokenizer.all_special_tokens):
+        raise ValueError(
+            f"{source} has no tokenizer that knows a word; expected the files that it was saved in, such as "
+            "tokenizer.json or vocab.txt, beside the weights"
+        )
+    return tokenizer
+
+
+def check_tokenizer(source: str, tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel) -> None:
+    """Raises ValueError for a tokenizer with tokens that the model has no embedding of."""
+    token, place = max(tokenizer.get_vocab().items(), key=lambda item: item[1])
+    if place >= model.config.vocab_size:
+        raise ValueError(
+            f"{source} has a tokenizer with {token!r} at {place}, but a model of {model.config.vocab_size} tokens; "
+            "expected that they go together"
+        )
 
 
 def load_classifier(name_or_path: str, task: Task, *, seed: int = 0) -> PreTrainedModel:
     """A sequence classifier (safetensors) that answers in the task's labels.
 
-    A model that is none gets a new head, drawn from `seed`; so does one with another number of labels. Where
-    the number is the task's the head stays as it is: whether it is of that task, `describe_head` says.
-    Raises OSError where there is no such model, and ValueError for a pruned model, or one with shared layers, that has
-    another head.
+    A model that is none gets a new head, drawn from `seed`; so does one with another number of labels; a line says so.
+    Where the number is the task's the head stays as it is: whether it is of that task, `describe_head` says.
+    Raises OSError where there is no such model, and ValueError where its weights and config do not go together
+    otherwise, for weights that are NaN or infinite, and for a pruned model, or one with shared layers, that has another
+    head.
     """
-    from transformers import AutoConfig, AutoModelForSequenceClassification
+    from transformers import AutoModelForSequenceClassification
 
     source, names = pretrained(name_or_path), task.label_names or ("score",)
     answers: dict[str, Any] = {
@@ -152,28 +169,33 @@ def load_classifier(name_or_path: str, task: Task, *, seed: int = 0) -> PreTrain
         "label2id": {name: label for label, name in enumerate(names)},
         "problem_type": "regression" if task.is_regression else "single_label_classification",
     }
-    if is_reshaped(AutoConfig.from_pretrained(source, trust_remote_code=False)):
-        if describe_head(name_or_path, task) not in ("task", "unnamed"):
+    has_head = describe_head(name_or_path, task) in ("task", "unnamed")
+    if is_reshaped(load_config(source)):
+        if not has_head:
             raise ValueError(f"{source} is pruned or has shared layers, and its head is not of {task.name}")
-        return from_pretrained(source, **answers)
-    with torch.random.fork_rng(devices=[]):
+        model = from_pretrained(source, **answers)
+        check_finite(source, model)
+        return model
+    with torch.random.fork_rng(devices=[]), reading(source):
         torch.manual_seed(seed)
-        model = AutoModelForSequenceClassification.from_pretrained(
+        model, loading = AutoModelForSequenceClassification.from_pretrained(
             source,
             **answers,
-            ignore_mismatched_sizes=True,
+            ignore_mismatched_sizes=True,  # of heads: `check_fit` sees to the rest
             use_safetensors=True,
             trust_remote_code=False,
+            output_loading_info=True,
         )
+    check_finite(source, model)
+    if (drawn := check_fit(source, model, loading, may_lack_head=not has_head)) and rank_and_number()[0] == 0:
+        print(f"{source} has no weights of these sizes for {', '.join(drawn)}, which are drawn anew")
     return model  # type: ignore[no-any-return]
 
 
 def describe_head(name_or_path: str, task: Task) -> Literal["task", "unnamed", "other", "none"]:
     """What a model's config says of its head: it is a classifier of the task's labels in their order ("task"), of as
     many labels without names ("unnamed"), of other labels ("other"), or no sequence classifier ("none")."""
-    from transformers import AutoConfig
-
-    config = AutoConfig.from_pretrained(pretrained(name_or_path), trust_remote_code=False)
+    config = load_config(pretrained(name_or_path))
     if not any(name.endswith("ForSequenceClassification") for name in config.architectures or ()):
         return "none"
     theirs = [str(config.id2label[label]).casefold() for label in sorted(config.id2label)]

@@ -41,9 +41,11 @@ def prune(model: Model, scores: Scores, sparsity: float, *, round_to: int = 1) -
         round_to: the number of neurons that a layer keeps is rounded to the nearest multiple of it.
 
     The new model is saved by its own ``save_pretrained`` and loaded by `fastdistill.from_pretrained`. All its weights
-    train. Raises ValueError for an unknown architecture, for a model with shared layers, for scores of another model,
-    that are NaN, or arguments out of their range.
+    train. Raises TypeError for what are no scores, and ValueError for an unknown architecture, for a model with shared
+    layers, for scores of another model, that are NaN, or arguments out of their range.
     """
+    if not isinstance(scores, Scores):
+        raise TypeError(f"scores is a {type(scores).__name__}; expected Scores, as fastdistill.score finds them")
     refuse_shared(model)
     refuse_hooked(model)
     smaller = copy.deepcopy(model)

@@ -18,7 +18,7 @@ from fastdistill.objectives.base import Needs, Objective
 from fastdistill.ops import kd_ce_loss
 from fastdistill.ops.checks import check_number
 from fastdistill.ops.kd_ce_loss import Reduction
-from fastdistill.teachers.outputs import run
+from fastdistill.teachers.outputs import check_name, run
 
 
 @dataclass(frozen=True)
@@ -31,6 +31,8 @@ class _OfTeam(Objective):
             raise TypeError(f"names is {self.names!r}; expected a tuple of the teachers' names")
         if not self.names or len(set(self.names)) < len(self.names):
             raise ValueError(f"names is {self.names!r}; expected one or more different names")
+        for name in self.names:
+            check_name("names has", name)
         check_number("temperature", self.temperature, above=0)
 
     @property
@@ -147,6 +149,7 @@ class SampledTeacher(Objective):
         if not isinstance(self.theta, Mapping) or not self.theta:
             raise TypeError(f"theta is {self.theta!r}; expected a dictionary of names and probabilities")
         for name, probability in self.theta.items():
+            check_name("theta has the name", name)
             check_number(f"theta[{name!r}]", probability, minimum=0)
         if abs(sum(self.theta.values()) - 1) > 1e-4:
             raise ValueError(f"theta sums to {sum(self.theta.values())!r}; expected 1")

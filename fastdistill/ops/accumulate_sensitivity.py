@@ -43,13 +43,14 @@ def accumulate_sensitivity_(
     Raises:
         TypeError: an argument that is not a list or tuple of tensors, or a dtype not named above.
         ValueError: lists of different lengths; shapes or devices that differ; a tensor that is not strided; a total
-            that requires a gradient, holds one element more than once (as after ``expand``), or begins in memory where
-            another total, a gradient or a weight does. Totals must not overlap other tensors in any other way either:
-            that goes unnoticed, and leaves the order of the additions open. Under torch.compile no overlap is noticed.
+            that requires a gradient, has strides by which its elements overlap (as after ``expand`` or ``unfold``), or
+            begins in memory where another total, a gradient or a weight does. Totals must not overlap other tensors in
+            any other way either: that goes unnoticed, and leaves the order of the additions open. Under torch.compile
+            no overlap is noticed.
     """
-    if NATIVE.cpu is not None and not torch.compiler.is_compiling():
-        if NATIVE.cpu.try_accumulate_sensitivity_(totals, grads, weights):  # with every check below, but for messages
-            return
+    compiled = None if torch.compiler.is_compiling() else NATIVE.cpu
+    if compiled is not None and compiled.try_accumulate_sensitivity_(totals, grads, weights):
+        return  # every check below was made, in a hundredth of the time
     columns: dict[str, Sequence[Tensor | None]] = {"totals": totals, "grads": grads}
     if weights is not None:
         columns["weights"] = weights
@@ -79,7 +80,7 @@ def _check_column(name: str, column: Sequence[Tensor | None], totals: Sequence[T
     for i, (tensor, total) in enumerate(zip(column, totals, strict=True)):
         if tensor is None and name == "grads":
             continue
-        if not isinstance(tensor, Tensor) or tensor.dtype not in dtypes:
+        if not isinstance(tensor, Tensor) or tensor.dtype not in dtypes or tensor.is_nested:
             return check_tensor(f"{name}[{i}]", tensor, dtypes)
         if tensor is not total and tensor.shape != total.shape:
             raise ValueError(

@@ -12,8 +12,8 @@ MULTIPLE = 16
 
 
 class ActiveNeurons:
-    """The neurons of a feed-forward block that are on under a gate, found once; :func:`fastdistill.gated_ffn` takes them
-    in the place of the gate, and computes no others.
+    """The neurons of a feed-forward block that are on under a gate, found once: :func:`fastdistill.gated_ffn` takes
+    them in the place of the gate, and computes no others.
 
     Weights that train are gathered in each call. Those of a frozen layer can be gathered once, as a narrower layer::
 

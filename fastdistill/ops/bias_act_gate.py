@@ -19,8 +19,8 @@ def _unwanted(h: Tensor) -> Tensor:
     return h.new_empty(0)
 
 
-# With CUDA C++ built, its kernels serve everything: Triton's launcher takes longer on the host than an encoder's products
-# on the GPU. Where no nvcc was there at install, Triton's do.
+# With CUDA C++ built, its kernels serve everything: Triton's launcher takes longer on the host than a small encoder's
+# products on the GPU. Where no nvcc was there at install, Triton's do.
 _TRITON = None if NATIVE.cuda else "gated_ffn"
 
 bias_act_gate = define(

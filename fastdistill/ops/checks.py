@@ -20,7 +20,7 @@ INTEGER = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
 NUMBERS = (float, int)
 STRIDED = torch.strided
 TEMPERATURES = (1e-4, 1e4)
-"""From the least to the most that a loss at a temperature is computed for; beyond, little but rounding error is left."""
+"""The least and the most that a loss at a temperature is computed for; beyond, little but rounding error is left."""
 
 
 def is_floating(value: object) -> bool:

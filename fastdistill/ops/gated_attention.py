@@ -72,9 +72,9 @@ def gated_attention(
             those), different devices, a number out of its range, a mask beside ``is_causal`` or one that requires a
             gradient.
 
-    Differentiable once, and not by torch.func; torch.vmap calls it once for each example of its batch. On CUDA, heads of
-    up to 128 channels are computed by Triton; wider ones, and float64, in plain PyTorch, with the weights in memory, and
-    so is dropout on CPU.
+    Differentiable once, and not by torch.func; torch.vmap calls it once for each example of its batch. On CUDA, heads
+    of up to 128 channels are computed by Triton; wider ones, and float64, in plain PyTorch, with the weights in memory,
+    and so is dropout on CPU.
     """
     if not (is_floating(query) and is_floating(key) and is_floating(value)):
         _explain_tensors(query, key, value)

@@ -174,9 +174,10 @@ def _explain(
 
 def _explain_gate(neuron_gate: Tensor | ActiveNeurons, x: Tensor, neurons: int) -> None:
     examples = f" or ({x.shape[0]}, {neurons})" if x.dim() > 1 else ", x having one dimension"
-    gate = neuron_gate
     if isinstance(neuron_gate, ActiveNeurons):
         gate = neuron_gate.gate.new_empty(*neuron_gate.gate.shape[:-1], neuron_gate.neurons)
+    else:
+        gate = neuron_gate
     check_tensor("neuron_gate", gate, FLOATING)
     if gate.shape != (neurons,) and not (x.dim() > 1 and gate.shape == (x.shape[0], neurons)):
         raise ValueError(f"neuron_gate has shape {tuple(gate.shape)}; expected ({neurons},){examples}")

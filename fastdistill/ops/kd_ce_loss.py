@@ -32,8 +32,8 @@ Reduction = Literal["mean", "sum", "none"]
 DIVERGENCES = ("forward_kl", "soft_ce", "reverse_kl")
 REDUCTIONS = ("mean", "sum", "none")
 FLOAT32_TEMPERATURE = 100
-"""The highest that float32 serves: the loss is tau^2 times a divergence that shrinks with tau^2 and is the difference of
-two numbers that do not, so that its relative error, no larger than plain PyTorch's, grows with tau^2."""
+"""The highest that float32 serves: the loss is tau^2 times a divergence that shrinks with tau^2 and is the difference
+of numbers that do not, so that its relative error, no larger than plain PyTorch's, grows with tau^2."""
 
 
 def kd_ce_loss(

@@ -27,9 +27,9 @@ def triton_available() -> bool:
 def define(
     schema: str, reference: Callable[..., Any], fake: Callable[..., Any], *, triton: str | None = None
 ) -> Callable[..., Any]:
-    """Define ``fastdistill::<schema>``: ``reference`` on every device, ``fake`` for shapes, and on CUDA, by Triton, what
-    csrc/triton launches or else the function of the same name in ``fastdistill.kernels.<triton>``. C++ kernels register
-    themselves when they load."""
+    """Define ``fastdistill::<schema>``: ``reference`` on every device, ``fake`` for shapes, and on CUDA, by Triton,
+    what csrc/triton launches or else the function of the same name in ``fastdistill.kernels.<triton>``. C++ kernels
+    register themselves when they load."""
     name = schema[: schema.index("(")]
     OPS.append(name)
     LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
@@ -85,7 +85,7 @@ def _launch_triton(module: str, kernel: str, *launch: Any) -> list[int]:
 
 if importlib.util.find_spec("triton") is not None:
     LIBRARY.define(
-        "launch_triton(str module, str kernel, Tensor[] tensors, int[] strides, int[] sizes, float[] numbers, "
-        "int[] options, int rows, int programs) -> int[]"
+        "launch_triton(str module, str kernel, Tensor[] tensors, int[] strides, int[] row_strides, int[] sizes, "
+        "float[] numbers, int[] options, int rows, int pairs) -> int[]"
     )
     LIBRARY.impl("launch_triton", _launch_triton, "CompositeExplicitAutograd")

@@ -107,7 +107,7 @@ def kd_ce_loss(
 
 def scale_rows(grad: Tensor, upstream: Tensor) -> Tensor:
     """``grad[..., c] * upstream[...]``; ``upstream`` has the leading shape of ``grad`` or is a scalar."""
-    return (grad * upstream.unsqueeze(-1)).to(grad.dtype)
+    return (grad * upstream.unsqueeze(-1)).to(grad.dtype).contiguous()
 
 
 def scale_rows_(grad: Tensor, upstream: Tensor) -> None:

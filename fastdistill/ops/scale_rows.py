@@ -11,7 +11,7 @@ from fastdistill.ops.native import NATIVE
 scale_rows = define(
     "scale_rows(Tensor grad, Tensor upstream) -> Tensor",
     reference.scale_rows,
-    lambda grad, upstream: torch.empty_like(grad),
+    lambda grad, upstream: torch.empty_like(grad, memory_format=torch.contiguous_format),
     triton=None if NATIVE.cuda else "kd_ce_loss",
 )
 scale_rows_ = define(

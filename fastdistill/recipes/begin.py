@@ -9,7 +9,7 @@ from transformers import PreTrainedModel
 
 from fastdistill.data.load import TaskData, load_task
 from fastdistill.data.tasks import Task
-from fastdistill.models.loading import describe_head, load_classifier, load_tokenizer
+from fastdistill.models.loading import check_tokenizer, describe_head, load_classifier, load_tokenizer
 from fastdistill.objectives.logits import TaskLoss
 from fastdistill.processes import join
 from fastdistill.recipes.examples import Examples, of_text
@@ -48,9 +48,9 @@ class Beginning:
 
     def stages(self) -> Stages:
         assert self.settings.teacher is not None
-        return stages_of(
-            self.settings, of_text(self.data, load_tokenizer(self.settings.teacher), self.settings.max_length)
-        )
+        tokenizer = load_tokenizer(self.settings.teacher)
+        check_tokenizer(self.settings.teacher, tokenizer, self.pretrained)
+        return stages_of(self.settings, of_text(self.data, tokenizer, self.settings.max_length))
 
     def teacher(self) -> Training:
         """The stage "teacher": fine-tuned on the task, unless it is a classifier of it already."""
@@ -77,7 +77,7 @@ def load(settings: RecipeSettings) -> TaskData:
 
 def stages_of(settings: RecipeSettings, examples: Examples) -> Stages:
     return Stages(
-        settings.output,
+        settings.folder,
         examples,
         batch_size=settings.batch_size,
         seed=settings.seed,

@@ -60,8 +60,8 @@ class Ray(Local):
 
     What teachers say is stored here before, once. Trials that are done already are not sent. One that fails, or whose
     process dies, is tried again and goes on from its last checkpoint; when that was to no avail, the others are
-    trained, and then ValueError or RuntimeError names it. The cluster is the one that is connected, else that of
-    RAY_ADDRESS or of ``ray start`` on this machine, else this machine alone.
+    trained, and then ValueError, OSError or RuntimeError names it. The cluster is the one that is connected, else that
+    of RAY_ADDRESS or of ``ray start`` on this machine, else this machine alone.
 
     Args:
         folder: of Ray's own files. It, the stages' folders and the cache of `datasets` (HF_HOME) must be on a file
@@ -123,13 +123,13 @@ class Ray(Local):
             error = results[place].error
             if error is not None:
                 cause = getattr(error, "cause", None) or error
-                kind = ValueError if isinstance(cause, ValueError) else RuntimeError
+                kind = next((kind for kind in (ValueError, OSError) if isinstance(cause, kind)), RuntimeError)
                 raise kind(f"{name}: {cause}") from error
 
 
 def executor_of(settings: RecipeSettings) -> Local:
     """The one that is asked for; nothing is written or started yet."""
-    return Ray(settings.output / "ray") if settings.executor == "ray" else Local()
+    return Ray(settings.folder / "ray") if settings.executor == "ray" else Local()
 
 
 def _train(config: Mapping[str, Any], trials: Mapping[str, Any]) -> None:

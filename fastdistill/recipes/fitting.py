@@ -84,7 +84,7 @@ def config_of(
         logging_steps=0.05,
         save_strategy="steps" if checkpoints else "no",
         save_steps=1 / (checkpoints + 1),
-        save_total_limit=1,
+        save_total_limit=2,  # the one before, should the last be damaged
         dataloader_pin_memory=torch.cuda.is_available(),
         report_to="tensorboard" if tensorboard else "none",
         log_level="error",

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import shutil
 from collections.abc import Callable, Mapping, Sequence
@@ -10,10 +9,14 @@ from pathlib import Path
 from typing import Any
 
 from accelerate import PartialState  # type: ignore[import-untyped]
+from rich.console import Console
 from transformers import PreTrainedModel
 
+from fastdistill.digest import digest
+from fastdistill.files import damage, digests, load_tensors, writing
 from fastdistill.models.loading import from_pretrained
 from fastdistill.recipes.report import write_json
+from fastdistill.training.checkpoints import last_whole
 
 MARKER = "stage.json"
 
@@ -36,6 +39,7 @@ class Folder:
         before = found.pop("came_from", None)
         if before is not None and before != came_from:
             found = {"changed": [key for key in came_from if before.get(key) != came_from[key]]}
+        self._check(found)
         PartialState().wait_for_everyone()  # all have read before one writes
         if PartialState().is_main_process:
             if "result" in found:
@@ -46,7 +50,8 @@ class Folder:
                     self.path.rename(self.removed)
                     shutil.rmtree(self.removed)
                 self.path.mkdir(exist_ok=True)
-                write_json(self.marker, {"came_from": came_from})
+                self._remove_damaged()
+                self._write({"came_from": came_from})
         PartialState().wait_for_everyone()
         return found
 
@@ -57,9 +62,18 @@ class Folder:
                 raise ValueError(f"{self.path} holds something that is no stage of a run; give another output folder")
             return {}
         try:
-            return dict(json.loads(self.marker.read_text()))
+            found = json.loads(self.marker.read_text())
         except ValueError as error:
             raise ValueError(f"{self.marker} is damaged ({error}); remove its folder to do the stage again") from None
+        if not isinstance(found, dict) or found.pop("digest", None) != _digest(found):
+            raise ValueError(
+                f"{self.marker} is damaged (it is not as it was written); remove its folder to do the stage again"
+            )
+        return found
+
+    def _write(self, found: Mapping[str, Any]) -> None:
+        found = json.loads(json.dumps(found, default=str))  # as it will be read
+        write_json(self.marker, {**found, "digest": _digest(found)})
 
     def close(
         self,
@@ -70,10 +84,22 @@ class Folder:
     ) -> None:
         """Save what the stage made, and then say that it is done."""
         if PartialState().is_main_process:
-            save()
-            write_json(self.marker, {"came_from": came_from, "result": result, "log": log})
+            with writing(self.path):
+                save()
+            files = digests(self.path, self._files())
+            self._write({"came_from": came_from, "result": result, "log": log, "files": files})
             self._remove_checkpoints()
         PartialState().wait_for_everyone()
+
+    def _files(self) -> list[str]:
+        """The names of those that the stage made."""
+        hidden = (".", MARKER, UNFINISHED)
+        return [path.name for path in self.path.iterdir() if path.is_file() and not path.name.startswith(hidden)]
+
+    def _check(self, found: Mapping[str, Any]) -> None:
+        """Raises ValueError for a stage that is done and has since been damaged."""
+        if wrong := damage(self.path, found.get("files", {})):
+            raise ValueError(f"{self.path} is damaged ({wrong}); remove it to do the stage again")
 
     def _remove_checkpoints(self) -> None:
         for checkpoint in self.path.glob("checkpoint-*"):
@@ -81,17 +107,28 @@ class Folder:
         for unfinished in (*self.path.glob(f"{UNFINISHED}*"), *self.path.glob(f".{UNFINISHED}*")):
             unfinished.unlink()
 
+    def _remove_damaged(self) -> None:
+        """Work that is not as it was written: it begins anew."""
+        for unfinished in self.path.glob(f"{UNFINISHED}*"):
+            try:
+                load_tensors(unfinished)
+            except ValueError as error:
+                told = f"{self.path.name}: begun anew: {error}"
+                Console(stderr=True).print(told, highlight=False, soft_wrap=True)
+                unfinished.unlink()
+
     def load(self) -> PreTrainedModel:
         """The stage's model, always as the disk has it: later stages then start from the same in every run."""
+        self._check(self.read())
         try:
             return from_pretrained(self.path)
         except Exception as error:
             raise ValueError(f"{self.path} is damaged ({error}); remove it to do the stage again") from error
 
     def last_checkpoint(self) -> str | None:
-        """The latest checkpoint that was written to its end; Trainer writes trainer_state.json last."""
-        for checkpoint in sorted(self.path.glob("checkpoint-*"), key=lambda path: -int(path.name.rpartition("-")[2])):
-            with contextlib.suppress(FileNotFoundError, ValueError):
-                json.loads((checkpoint / "trainer_state.json").read_text())
-                return str(checkpoint)
-        return None
+        """The latest checkpoint that is as it was written."""
+        return last_whole(self.path)
+
+
+def _digest(found: Mapping[str, Any]) -> str:
+    return digest([json.dumps(found, sort_keys=True)])

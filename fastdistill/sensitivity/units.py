@@ -14,8 +14,9 @@ from tqdm.auto import tqdm  # type: ignore[import-untyped]
 from transformers.modeling_outputs import SequenceClassifierOutput
 
 from fastdistill.digest import digest, model_digest, tensor_pieces
-from fastdistill.files import load_tensors, save_tensors
+from fastdistill.files import check_file, load_tensors, save_tensors
 from fastdistill.models.first_token import first_token_only
+from fastdistill.models.fit import check_finite, check_model
 from fastdistill.models.gates import Gates, gate
 from fastdistill.models.scores import Scores, mix
 from fastdistill.objectives.base import ATTENTION_MASK, LossFunction, Objective, as_objective
@@ -91,12 +92,16 @@ def score(
 
     Raises ValueError for a batch without labels or without a column that the objective needs, an unknown architecture,
     data without a labelled example, a student that is the teacher itself, an objective that needs no teacher or
-    several, a checkpoint that is damaged or of other data, and a call within torch.inference_mode.
+    several, a checkpoint that is damaged or of other data or cannot be written, models that give NaN, and a call within
+    torch.inference_mode; TypeError for models or a loader that are none.
     """
     check_choice("reduce", reduce, ("example", "batch"))
     if torch.is_inference_mode_enabled():
         raise ValueError("score was called in torch.inference_mode, where there are no gradients; expected outside it")
+    if checkpoint is not None:
+        check_file("checkpoint", checkpoint)
     chosen = objective_of(teacher, student, objective)
+    check_loader(loader)
     device = next(teacher.parameters()).device
     narrowed = (teacher, student) if student is None or not chosen.needs.all_tokens else ()
     with evaluating(teacher, student), first_token_only(*narrowed), gate(teacher) as gates:
@@ -122,6 +127,7 @@ def score(
     count = int(counted)
     if not count:
         raise ValueError("loader gave no labelled example; expected at least one")
+    check_totals(totals, teacher, student)
     found = [_split(row / count, sizes) for row in totals.float()]
     return Sensitivities(found[0], found[1] if student is not None else None)
 
@@ -193,7 +199,10 @@ def _gradients(
 def objective_of(
     teacher: PreTrainedModel, student: PreTrainedModel | None, objective: Objective | LossFunction | None
 ) -> Objective:
-    """The objective, checked, or the default."""
+    """The objective, checked as the models are, or the default."""
+    check_model("teacher", teacher)
+    if student is not None:
+        check_model("student", student)
     if student is teacher:
         raise ValueError("student is the teacher itself; expected another model")
     if objective is not None:
@@ -208,11 +217,18 @@ def objective_of(
     return LogitsKD(temperature=2.0, divergence="soft_ce", ce_weight=0.0)
 
 
+def check_loader(loader: object) -> None:
+    if not isinstance(loader, Iterable) or isinstance(loader, Mapping):
+        raise TypeError(f"loader is {loader!r}; expected what yields dictionaries of the models' inputs with labels")
+
+
 def split_batch(
     batch: Mapping[str, Any], objective: Objective, student: PreTrainedModel | None, device: torch.device
 ) -> tuple[dict[str, Any], dict[str, Tensor], Tensor, int]:
     """What of a batch the models take, what the objective takes, and the labels, of the examples that have one, on the
     device; and how many labels there are."""
+    if not isinstance(batch, Mapping):
+        raise TypeError(f"loader gave a {type(batch).__name__}; expected dictionaries of inputs with labels")
     for column in ("labels", *objective.needs.columns):
         if column not in batch:
             raise ValueError(f"loader gave a batch without {column}: {', '.join(batch)}")
@@ -229,6 +245,16 @@ def split_batch(
     if student is not None and objective.needs.hidden_states:
         features["output_hidden_states"] = True
     return features, {name: batch[name] for name in objective.needs.columns}, batch["labels"], labelled
+
+
+def check_totals(totals: Tensor, teacher: PreTrainedModel, student: PreTrainedModel | None) -> None:
+    """Raises ValueError, for the model that it is of, where what was found is NaN or infinite."""
+    if totals.isfinite().all():
+        return
+    check_finite("teacher", teacher)
+    if student is not None:
+        check_finite("student", student)
+    raise ValueError("teacher's sensitivities are NaN or infinite; expected models and an objective that give numbers")
 
 
 def _split(values: Tensor, sizes: list[int]) -> Scores:

@@ -21,7 +21,7 @@ from fastdistill.objectives.base import LossFunction, Objective
 from fastdistill.objectives.logits import TaskLoss
 from fastdistill.ops import accumulate_sensitivity_
 from fastdistill.processes import sum_over_processes
-from fastdistill.sensitivity.units import evaluating, objective_of, split_batch
+from fastdistill.sensitivity.units import check_loader, check_totals, evaluating, objective_of, split_batch
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -80,6 +80,7 @@ def score_weights(
     data-parallel run processes sum what they find.
     """
     chosen = objective_of(teacher, student, objective)
+    check_loader(loader)
     named = dict(encoder_weights(teacher))
     weights = list(named.values())
     totals = [[torch.zeros_like(w, dtype=torch.float32) for w in weights] for _ in range(1 if student is None else 2)]
@@ -104,6 +105,7 @@ def score_weights(
     sum_over_processes(*(total for group in totals for total in group), batches)
     if not batches.item():
         raise ValueError("loader gave no labelled example; expected at least one")
+    check_totals(torch.stack([total.sum() for group in totals for total in group]), teacher, student)
     found = [WeightScores({n: t / batches for n, t in zip(named, group, strict=True)}) for group in totals]
     return WeightSensitivities(found[0], found[1] if student is not None else None)
 
@@ -117,6 +119,8 @@ def mask_weights(model: Model, scores: WeightScores, sparsity: float) -> Model:
     """A copy of the model in which the lowest ``round(sparsity * total)`` of all scored weights are zero; the first
     of equal ones go first. Raises ValueError for scores of another model, or NaN, or a sparsity outside [0, 1]."""
     check_sparsity(sparsity)
+    if not isinstance(scores, WeightScores):
+        raise TypeError(f"scores is a {type(scores).__name__}; expected WeightScores, as score_weights finds them")
     refuse_hooked(model)
     masked = copy.deepcopy(model)
     weights = dict(encoder_weights(masked))

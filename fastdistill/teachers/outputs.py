@@ -17,6 +17,12 @@ HIDDEN_STATES = "_hidden_states"
 [CLS] token's states after the embeddings and each layer, hold what it would say."""
 
 
+def check_name(told: str, name: object) -> None:
+    """Raises ValueError for what cannot be a teacher's name, with which columns begin."""
+    if not isinstance(name, str) or not name.isidentifier():
+        raise ValueError(f"{told} {name!r}; expected a text of letters, digits and underscores")
+
+
 class TeacherOutputs:
     """A teacher's outputs on a batch, found when they are asked for: `run` gives those of the whole batch, and `rows`
     those of some rows, for which the model sees no others.
@@ -39,6 +45,7 @@ class TeacherOutputs:
         if model is None and stored is None:
             raise ValueError("model and stored are both None; expected one of them")
         self.model, self.features, self.stored, self.autocast = model, features, stored, autocast
+        self.is_nan: Tensor | None = None  # whether any logits that were given are: on the device, which is not asked
 
     def rows(self, indices: Tensor) -> Any:
         """The outputs of these rows of the batch, in their order; int64 ``[K]``, K at least 1.
@@ -47,7 +54,7 @@ class TeacherOutputs:
         attention_mask, waits for the device.
         """
         if self.stored is not None:
-            return gather(self.stored, indices)
+            return self._given(gather(self.stored, indices))
         return self._forward(_sub_batch(self.features, indices, getattr(self.model, "main_input_name", None)))
 
     def run(self) -> Any:
@@ -56,12 +63,18 @@ class TeacherOutputs:
 
     @cached_property
     def _whole(self) -> Any:
-        return self.stored if self.stored is not None else self._forward(self.features)
+        return self._given(self.stored) if self.stored is not None else self._forward(self.features)
 
     def _forward(self, features: Mapping[str, Any]) -> Any:
         assert self.model is not None
         with torch.no_grad(), self.autocast():
-            return self.model(**features)
+            return self._given(self.model(**features))
+
+    def _given(self, outputs: Any) -> Any:
+        if isinstance(logits := getattr(outputs, "logits", None), Tensor):
+            is_nan = logits.isnan().any()
+            self.is_nan = is_nan if self.is_nan is None else self.is_nan | is_nan
+        return outputs
 
 
 def run(outputs: Any) -> Any:

@@ -27,11 +27,13 @@ from transformers import PreTrainedModel
 from transformers.utils.generic import find_labels
 
 from fastdistill.digest import digest, model_digest, row_pieces, tensor_pieces
+from fastdistill.files import sync, writing
 from fastdistill.models.first_token import first_token_only
+from fastdistill.models.fit import check_model
 from fastdistill.models.hooks import refuse_hooked
 from fastdistill.objectives.pkd import hidden_states as all_states
 from fastdistill.processes import join
-from fastdistill.teachers.outputs import HIDDEN_STATES, LOGITS
+from fastdistill.teachers.outputs import HIDDEN_STATES, LOGITS, check_name
 
 Collate = Callable[[list[dict[str, Any]]], Mapping[str, Any]]
 
@@ -85,8 +87,8 @@ def store(
         bf16: run it under bfloat16 autocast.
 
     More than 1 MB is announced on stderr before it is written. Raises TypeError or ValueError for wrong arguments,
-    for columns that the dataset has already, for a model whose logits are not ``[B, C]``, and for one within
-    `fastdistill.gate`.
+    for columns that the dataset has already, for a model whose logits are not ``[B, C]`` or no numbers, and for one
+    within `fastdistill.gate`.
     """
     check_dataset(dataset, name)
     columns = teacher_columns(
@@ -145,7 +147,7 @@ class _Part:
     stored: Dataset
 
     def __init__(self, path: Path, key: str, rows: Dataset, start: int) -> None:
-        self.rows = rows
+        self.rows, self.start = rows, start
         self.fingerprint = f"{key}-{start}"
         self.file = path.with_name(f"{path.stem}-{self.fingerprint}.arrow")
 
@@ -169,11 +171,13 @@ class _Part:
         self.file.parent.mkdir(parents=True, exist_ok=True)
         unfinished = self.file.with_name(f".{self.file.name}.{secrets.token_hex(8)}")
         try:
-            with unfinished.open("wb") as file:
+            with writing(self.file), unfinished.open("wb") as file:
                 file.write(content)
                 file.write(digest([content]).encode())
             with suppress(FileNotFoundError):  # another run has the file whole, and has removed this one
+                sync(unfinished)
                 os.replace(unfinished, self.file)
+                sync(self.file.parent)
         finally:
             unfinished.unlink(missing_ok=True)
         if not self.read():
@@ -237,7 +241,7 @@ class _Teacher:
             return
         with self._running(), _progress(self.name, sum(len(part.rows) for part in parts)) as advance:
             for part in parts:
-                part.write(self._table(part.rows[:], advance))
+                part.write(self._table(part, advance))
 
     @contextmanager
     def _running(self) -> Iterator[None]:
@@ -256,8 +260,9 @@ class _Teacher:
             if home != self.device:
                 self.model.to(home)  # type: ignore[arg-type]
 
-    def _table(self, columns: Mapping[str, list[Any]], advance: Callable[[int], object]) -> pa.Table:
+    def _table(self, part: _Part, advance: Callable[[int], object]) -> pa.Table:
         """What is stored of these rows, in their order; they run the longest first, so that memory is found early."""
+        columns = part.rows[:]
         lengths = [length_hint(value) for value in columns[self.model.main_input_name]]  # 0 of an image
         order = sorted(range(len(lengths)), key=lengths.__getitem__, reverse=True)
         found = []
@@ -266,7 +271,14 @@ class _Teacher:
             found.append(self._outputs(columns, batch))
             advance(len(batch))
         back = torch.tensor(order).argsort()
-        return pa.table({name: _array(torch.cat([f[name] for f in found]).cpu()[back]) for name in found[0]})
+        said = {name: torch.cat([f[name] for f in found]).cpu()[back] for name in found[0]}
+        for values in said.values():
+            if (odd := (values.isnan() | values.isposinf()).flatten(1).any(1)).any():
+                raise ValueError(
+                    f"{self.name} ({type(self.model).__name__}) says NaN or infinity to row "
+                    f"{part.start + int(odd.nonzero()[0])} of dataset; expected numbers"
+                )
+        return pa.table({name: _array(values) for name, values in said.items()})
 
     def _outputs(self, columns: Mapping[str, list[Any]], rows: Sequence[int]) -> dict[str, Tensor]:
         """What is stored of some rows, on the model's device: nothing waits for it batch by batch."""
@@ -348,11 +360,9 @@ def _check(
     dataset: object, model: object, name: object, collate: object, batch_size: object, flags: Mapping[str, object]
 ) -> None:
     check_dataset(dataset)
-    if not isinstance(model, PreTrainedModel):
-        raise TypeError(f"model is a {type(model).__name__}; expected a transformers.PreTrainedModel")
+    check_model("model", model)
     refuse_hooked(model)
-    if not isinstance(name, str) or not name.isidentifier():
-        raise ValueError(f"name is {name!r}; expected a text of letters, digits and underscores")
+    check_name("name is", name)
     if not callable(collate):
         raise TypeError(f"collate is {collate!r}; expected a function from a list of examples to a batch")
     if not isinstance(batch_size, int) or isinstance(batch_size, bool):

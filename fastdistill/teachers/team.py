@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING
 import torch
 from transformers import PreTrainedModel
 
+from fastdistill.models.fit import check_model
+from fastdistill.teachers.outputs import check_name
 from fastdistill.teachers.store import Collate, check_dataset, teacher_columns, with_columns
 
 if TYPE_CHECKING:
@@ -29,15 +31,15 @@ class TeacherTeam(Mapping[str, "PreTrainedModel"]):
     """
 
     def __init__(self, teachers: Mapping[str, PreTrainedModel]) -> None:
+        if not isinstance(teachers, Mapping):
+            raise TypeError(f"teachers is a {type(teachers).__name__}; expected a dictionary of models by name")
         self.teachers = dict(teachers)
         if not self.teachers:
             raise ValueError("teachers is empty; expected one or more models by name")
         known: list[str] = []
         for name, model in self.teachers.items():
-            if not isinstance(name, str) or not name.isidentifier():
-                raise ValueError(f"teachers has the name {name!r}; expected letters, digits and underscores")
-            if not isinstance(model, PreTrainedModel):
-                raise TypeError(f"teachers[{name!r}] is a {type(model).__name__}; expected a PreTrainedModel")
+            check_name("teachers has the name", name)
+            check_model(f"teachers[{name!r}]", model)
             theirs = _labels(model)
             if known and not _agree(known, theirs):
                 raise ValueError(

@@ -7,10 +7,13 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
 import transformers
 from torch import nn
 
+from fastdistill.models.fit import check_finite, check_fit, check_has_values
 from fastdistill.models.loading import from_pretrained, is_reshaped
+from fastdistill.models.reading import load_config, reading
 from fastdistill.objectives.base import ATTENTION_MASK, Objective
 from fastdistill.objectives.logits import MSE, LogitsKD
 from fastdistill.teachers.outputs import HIDDEN_STATES, LOGITS
@@ -117,15 +120,21 @@ def load_teacher(argument: str, teacher: TeacherModel, student: nn.Module) -> nn
             f"{argument} is {str(teacher)!r}, but what to load it as beside a {type(student).__name__} is "
             "not known; expected a model object"
         )
-    if is_reshaped(transformers.AutoConfig.from_pretrained(teacher, trust_remote_code=False)):
+    if is_reshaped(load_config(teacher)):
         return from_pretrained(teacher)
-    model, loading = auto.from_pretrained(
-        teacher, use_safetensors=True, trust_remote_code=False, output_loading_info=True
-    )
+    with reading(teacher):
+        model, loading = auto.from_pretrained(
+            teacher,
+            ignore_mismatched_sizes=True,  # `check_fit` says which do not fit
+            use_safetensors=True,
+            trust_remote_code=False,
+            output_loading_info=True,
+        )
     if missing := sorted(loading["missing_keys"]):
         raise ValueError(
             f"{argument} {str(teacher)!r} has no weights for {', '.join(missing)}; expected a model trained for {head}"
         )
+    check_fit(f"{argument} {str(teacher)!r}", model, loading)
     return model  # type: ignore[no-any-return]
 
 
@@ -140,6 +149,8 @@ def check_teacher(argument: str, student: nn.Module, teacher: nn.Module, process
         raise ValueError(f"{argument} has {theirs} labels but model has {ours}; expected the same labels")
     _check_label_order(argument, config_of(student, "id2label") or {}, config_of(teacher, "id2label") or {})
     _check_vocabulary(argument, student, teacher, processing_class)
+    check_has_values(argument, teacher)
+    check_finite(argument, teacher)
 
 
 def _check_label_order(argument: str, student: dict[int, str], teacher: dict[int, str]) -> None:
@@ -173,3 +184,14 @@ def _check_vocabulary(argument: str, student: nn.Module, teacher: nn.Module, pro
             f"{argument} has a vocabulary of {teacher_size} tokens but model of {size}; both see the same "
             "input_ids: expected one vocabulary"
         )
+
+
+def nan_told(name: str, dataset: Any) -> str:
+    """Where the NaN is that the teacher of this name gave."""
+    column = name + LOGITS
+    if dataset is None or not hasattr(dataset, "__len__") or column not in columns_of(dataset):
+        return f"{argument_of(name)} gave NaN; expected numbers"
+    if hasattr(dataset, "select_columns"):  # what is not looked at need not be decoded
+        dataset = dataset.with_format(None).select_columns([column])
+    rows = (row for row in range(len(dataset)) if torch.as_tensor(dataset[row][column]).isnan().any())
+    return f"train_dataset has NaN in row {next(rows, '?')} of {column!r}; expected numbers"

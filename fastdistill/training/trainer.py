@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,13 +17,16 @@ from torch import Tensor, nn
 from torch.utils.data import BatchSampler, DataLoader, RandomSampler, Sampler, SequentialSampler
 from transformers import Trainer, TrainingArguments
 from transformers.modeling_outputs import SequenceClassifierOutput
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
+from fastdistill.files import writing
 from fastdistill.models.architectures import ARCHITECTURES, encoder_layers
 from fastdistill.models.sharing import CONFIG_KEY
 from fastdistill.objectives.base import LossFunction, Objective, as_needed, as_objective
 from fastdistill.objectives.logits import TaskLoss
 from fastdistill.processes import settle_at_exit
 from fastdistill.teachers.outputs import LOGITS, TeacherOutputs, stored_outputs
+from fastdistill.training.checkpoints import checkpoints, fault, is_sealed, last_whole, seal
 from fastdistill.training.checks import (
     TEACHER,
     TeacherModel,
@@ -33,6 +37,7 @@ from fastdistill.training.checks import (
     config_of,
     default_objective,
     load_teacher,
+    nan_told,
     own_columns,
 )
 from fastdistill.training.sampling import EvenShares, LengthGroupedSampler, lengths_of
@@ -87,7 +92,8 @@ class DistillationTrainer(Trainer):
     within rounding. Of a batch with fewer examples than processes some count twice.) Evaluation runs no teacher:
     "eval_loss" is the task's own loss. `predict` keeps the dataset's order.
 
-    Raises ValueError or TypeError, naming the argument, where objective, models and data do not go together.
+    Raises ValueError or TypeError, naming the argument, where objective, models and data do not go together. A teacher
+    that gives NaN is an error, too, when it is next logged or saved; for stored outputs it names the row.
     """
 
     def __init__(
@@ -112,6 +118,7 @@ class DistillationTrainer(Trainer):
         self.model_accepts_loss_kwargs = True  # so that compute_loss is told num_items_in_batch, whatever the model
         self._parts: dict[str, Tensor] = {}
         self._parts_since = 0
+        self._nan: dict[str, Tensor] = {}
 
         student = self.accelerator.unwrap_model(self.model)
         if self.is_fsdp_enabled:
@@ -167,6 +174,7 @@ class DistillationTrainer(Trainer):
         student = model(**features)
         columns = {name: inputs[name] for name in needs.columns}
         loss, parts = self.objective.parts(student, as_needed(self.objective, teacher), labels, **columns)
+        self._watch(teacher, loss)
         if labels is not None and num_items_in_batch is not None:
             # The sum over micro-batches is then the mean of the step's labelled examples; processes are averaged.
             processes = self.accelerator.num_processes if self.args.average_tokens_across_devices else 1
@@ -200,6 +208,52 @@ class DistillationTrainer(Trainer):
                 raise ValueError(f"{missing}; expected one of them")
             outputs[name] = TeacherOutputs(model, features, stored=stored, autocast=self.accelerator.autocast)
         return outputs if names else outputs[TEACHER]
+
+    # Checkpoints, which count when they are whole
+
+    def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
+        """As Trainer's. Of the checkpoints, True takes the latest that is as it was written; a line tells of each that
+        is not. Raises ValueError for a damaged one that is named, and where all are."""
+        folder = Path(self.args.output_dir or "")
+        if resume_from_checkpoint is True and any(map(is_sealed, checkpoints(folder))):
+            resume_from_checkpoint = last_whole(folder)
+            if resume_from_checkpoint is None:
+                raise ValueError(f"all checkpoints in {folder} are damaged; expected one that is whole")
+        elif isinstance(resume_from_checkpoint, str):
+            checkpoint = Path(resume_from_checkpoint)
+            if is_sealed(checkpoint) and (wrong := fault(checkpoint)):
+                raise ValueError(f"resume_from_checkpoint is {checkpoint}, which is damaged: {wrong}")
+        return super().train(resume_from_checkpoint, *args, **kwargs)
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        self._refuse_nan()
+        checkpoint = Path(self._get_output_dir(trial=trial)) / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
+        if self.args.should_save:  # what is left of one that was cut off or damaged would be taken for this one's
+            shutil.rmtree(checkpoint, ignore_errors=True)
+        self.accelerator.wait_for_everyone()
+        try:
+            with writing(checkpoint):
+                super()._save_checkpoint(model, trial)
+                self.accelerator.wait_for_everyone()
+                if self.args.should_save:
+                    seal(checkpoint)
+        except OSError:
+            shutil.rmtree(checkpoint, ignore_errors=True)  # a full disk needs the room
+            raise
+
+    # NaN from a teacher: noted on the device, and looked at when Trainer logs or saves
+
+    def _watch(self, teacher: Any, loss: Tensor) -> None:
+        for name, outputs in (teacher if isinstance(teacher, Mapping) else {TEACHER: teacher}).items():
+            if outputs is not None and outputs.is_nan is not None:
+                is_nan = outputs.is_nan & loss.detach().isnan().any()  # else it was of examples that do not count
+                self._nan[name] = self._nan[name] | is_nan if name in self._nan else is_nan
+
+    def _refuse_nan(self) -> None:
+        found = gather_object([name for name, is_nan in self._nan.items() if is_nan])
+        self._nan = {}
+        if found:
+            raise ValueError(nan_told(min(found), self.train_dataset))
 
     # What the objective learns: beside the student, since it is no part of it
 
@@ -247,6 +301,8 @@ class DistillationTrainer(Trainer):
             self._parts[name] = self._parts.get(name, 0) + (_weighted(value, share) if _is_mean(value) else value)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        if "loss" in logs or "train_loss" in logs:
+            self._refuse_nan()
         mine = [(name, _is_mean(part)) for name, part in self._parts.items()]
         kinds = dict(gather_object(mine)) if "loss" in logs else {}
         if kinds:  # a process may have had other parts than another

@@ -132,7 +132,7 @@ def test_checkpoints_are_a_number(checkpoints: Any) -> None:
 @pytest.mark.parametrize(
     "logits, message",
     [
-        ([[0.0, float("nan")]] * 40, "dataset has NaN or infinity in 'd_logits'; expected finite numbers"),
+        ([[0.0, float("nan")]] * 40, "dataset has NaN or infinity in 'd_logits', row 0; expected finite numbers"),
         ([[0.0, float("-inf")]] * 40, "dataset has NaN or infinity in 'd_logits'"),
         ([[0.0, 1.0, 2.0]] * 40, r"dataset has 'd_logits' of shape \[40, 3\]; expected \[N, 2\], as student's"),
         ([0.0] * 40, r"dataset has 'd_logits' of shape \[40\]"),

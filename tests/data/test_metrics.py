@@ -104,10 +104,10 @@ def test_bounds_and_perfection(pairs):
         (np.zeros((3, 1, 2)), [0, 1, 0], r"has shape \[3, 1, 2\]; expected \[3, 2\]"),
         (np.zeros((3, 2)), [[0], [1], [0]], r"labels has shape \[3, 1\]; expected \[N\], N at least 1"),
         (np.zeros((0, 2)), [], r"labels has shape \[0\]; expected \[N\], N at least 1"),
-        (np.array([[0, 1], [np.nan, 0], [1, np.nan]]), [0, 1, 0], "predictions .* 2 of 6 are NaN"),
+        (np.array([[0, 1], [np.nan, 0], [1, np.nan]]), [0, 1, 0], "predictions .* 2 NaN of 6"),
         (np.zeros((3, 2)), [0, 2, 0], r"labels for 't' is int64 from 0 to 2; expected integers 0..1"),
         (np.zeros((3, 2)), [0, -100, 0], "from -100 to 0"),
-        (np.zeros((3, 2)), [0.0, 1.0, 0.0], "not float64"),
+        (np.zeros((3, 2)), [0.0, 1.0, 0.0], "is float64"),
     ],
 )
 def test_unusable_classes_are_refused(metric, predictions, labels, message):
@@ -120,7 +120,7 @@ def test_unusable_classes_are_refused(metric, predictions, labels, message):
     [
         (np.zeros((3, 2)), [0.0, 1.0, 2.0], r"has shape \[3, 2\]; expected \[3\] or \[3, 1\]"),
         (np.zeros((1, 3)), [0.0, 1.0, 2.0], r"has shape \[1, 3\]; expected \[3\] or \[3, 1\]"),
-        (np.array([0.0, np.nan, 1.0]), [0.0, 1.0, 2.0], "1 of 3 are NaN"),
+        (np.array([0.0, np.nan, 1.0]), [0.0, 1.0, 2.0], "1 NaN of 3"),
         (np.zeros(3), [0.0, np.nan, 2.0], "labels has NaN or infinity; expected finite numbers"),
         (np.zeros(3), [0.0, np.inf, 2.0], "labels has NaN or infinity; expected finite numbers"),
     ],

@@ -7,6 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+import fastdistill.ops  # noqa: F401 (defines them)
+
 CUDA = torch._C.DispatchKeySet(torch._C.DispatchKey.CUDA)
 
 

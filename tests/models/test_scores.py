@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from fastdistill.models.scores import Scores, first_peak, random_scores
+from fastdistill.sensitivity.weights import WeightScores
 from tests import tiny
 
 SCORES = Scores(
@@ -67,8 +68,11 @@ def test_saved_and_loaded(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="cut.safetensors is no safetensors file, or damaged"):
         Scores.load(tmp_path / "cut.safetensors")
     tiny.bert().save_pretrained(tmp_path / "model")
-    with pytest.raises(ValueError, match="expected the scores of"):
+    with pytest.raises(ValueError, match="model.safetensors is damaged, or of another program"):
         Scores.load(tmp_path / "model" / "model.safetensors")
+    WeightScores({"matrix": torch.ones(2, 2)}).save(tmp_path / "weights.safetensors")
+    with pytest.raises(ValueError, match="expected the scores of"):
+        Scores.load(tmp_path / "weights.safetensors")
 
 
 def test_random_scores_depend_on_the_seed_alone() -> None:

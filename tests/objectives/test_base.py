@@ -8,7 +8,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from transformers.modeling_outputs import SequenceClassifierOutput
 
+from fastdistill import PKD, TeacherOutputs
 from fastdistill.objectives.base import Needs, Objective, WeightedSum, as_objective
 from fastdistill.objectives.logits import MSE, LogitsKD, TaskLoss
 from fastdistill.ops import kd_ce_loss
@@ -202,3 +204,38 @@ def test_objectives_can_be_told_apart_by_their_text() -> None:
     assert repr(LogitsKD(temperature=3)) == repr(LogitsKD(temperature=3)) != repr(LogitsKD())
     assert repr(WeightedSum({"a": (1, MSE())})) == repr(WeightedSum({"a": (1, MSE())}))
     assert repr(WeightedSum({"a": (1, MSE())})) != repr(WeightedSum({"a": (2, MSE())}))
+
+
+def test_a_fingerprint_says_what_is_computed() -> None:
+    assert LogitsKD(3.0).fingerprint == LogitsKD(temperature=3.0).fingerprint != LogitsKD().fingerprint
+    assert PKD(pairs=[(1, 2)], widths=(4, 8)).fingerprint == "PKD(pairs=[(1, 2)], widths=(4, 8))"
+    both = WeightedSum({"kd": (0.5, MSE()), "none": (0.0, LogitsKD()), "task": (1.0, TaskLoss())})
+    assert both.fingerprint == (
+        "WeightedSum({'kd': (0.5, MSE(kd_weight=1.0, label_weight=1.0)), 'task': (1.0, TaskLoss(label_smoothing=0.0))})"
+    )
+    with pytest.raises(TypeError, match="objective is a Fails; expected a dataclass, or a fingerprint of its own"):
+        _ = WeightedSum({"own": (1.0, Fails())}).fingerprint
+
+
+def test_terms_are_taught_as_each_needs_it() -> None:
+    """One that runs its teachers itself has them as they are given; another has their outputs."""
+    seen = []
+
+    @dataclass(frozen=True)
+    class Notes(Objective):
+        lazily: bool
+
+        @property
+        def needs(self) -> Needs:
+            return Needs(lazily=self.lazily)
+
+        def parts(self, student: Any, teacher: Any, labels: Tensor | None) -> tuple[Tensor, dict[str, Tensor]]:
+            seen.append(teacher)
+            return student.logits.sum(), {}
+
+    stored = SequenceClassifierOutput(logits=torch.zeros(1, 2))
+    teacher = TeacherOutputs(None, {}, stored=stored)
+    total = WeightedSum({"now": (1.0, Notes(False)), "later": (1.0, Notes(True))})
+    assert total.needs.lazily
+    total(STUDENT, teacher)
+    assert seen[0] is stored and seen[1] is teacher

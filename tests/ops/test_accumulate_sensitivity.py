@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -14,6 +15,7 @@ from fastdistill.ops import accumulate_sensitivity_, reference
 from fastdistill.ops.native import NATIVE
 from tests.accuracy import assert_accurate
 
+module = sys.modules["fastdistill.ops.accumulate_sensitivity"]  # the name in the package is the function
 FLOATING = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 OP = torch.ops.fastdistill.accumulate_sensitivity_.default
 
@@ -193,6 +195,31 @@ def test_equal_dense_layouts_are_not_copied(layout: Callable[[Tensor], Tensor]) 
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
         accumulate_sensitivity_([total], [grad], [weight])
     assert {event.name for event in profile.events()} == {"fastdistill::accumulate_sensitivity_"}
+
+
+@pytest.mark.skipif(NATIVE.cpu is None, reason=NATIVE.why_no_cpu)
+def test_ordinary_calls_are_checked_in_one_pass(monkeypatch: pytest.MonkeyPatch, device: str) -> None:
+    monkeypatch.setattr(module, "_op", None)  # what Python calls after its own checks
+    monkeypatch.setattr(module, "_check_column", None)
+    total, grad = torch.zeros(3, 4, device=device), torch.full((3, 4), -2.0, device=device)
+    parameter = torch.nn.Parameter(torch.ones(3, 4, device=device, dtype=torch.bfloat16))
+    accumulate_sensitivity_([total, total.clone()], (grad, None), [parameter, grad])
+    accumulate_sensitivity_([total.mT], [grad.mT])
+    assert torch.equal(total, torch.full_like(total, 4))
+
+
+def test_dispatch_modes_see_the_op(device: str) -> None:
+    seen = []
+
+    class Watch(torch.utils._python_dispatch.TorchDispatchMode):
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            seen.append(func)
+            return func(*args, **(kwargs or {}))
+
+    total, grad = torch.zeros(3, device=device), torch.ones(3, device=device)
+    with Watch():
+        accumulate_sensitivity_([total], [grad])
+    assert seen == [OP] and total.tolist() == [1, 1, 1]
 
 
 def test_nothing_is_recorded_for_autograd(device: str) -> None:

@@ -78,6 +78,31 @@ def test_every_option(
         )  # fmt: skip
 
 
+@pytest.mark.parametrize("classes", [2, 10, 100, 5000])
+@pytest.mark.parametrize("divergence", DIVERGENCES)
+@pytest.mark.parametrize("temperature", [1e-4, 0.03, 8.0, 30.0, 100.0])
+def test_every_temperature_is_as_good_as_eager(device: str, classes: int, divergence: str, temperature: float) -> None:
+    inputs = make(64, classes, device=device, dtypes=(torch.float32, torch.float32))
+    check_against_eager(*inputs, temperature=temperature, divergence=divergence, reduction="none")
+
+
+@pytest.mark.parametrize("classes", [2, 10, 100, 5000])
+@pytest.mark.parametrize("divergence", DIVERGENCES)
+@pytest.mark.parametrize("temperature", [101.0, 1000.0, 10000.0])
+def test_high_temperatures_are_right(device: str, classes: int, divergence: str, temperature: float) -> None:
+    """To the last digits of float32, where plain PyTorch in float32 has none that are right."""
+    student, teacher, labels = make(16, classes, device=device, dtypes=(torch.float32, torch.float32))
+    options = dict(temperature=temperature, divergence=divergence)
+    ours = with_gradients(kd_ce_loss, student, teacher, labels, **options)
+    exact = with_gradients(
+        eager.kd_ce_loss, student.detach().double().requires_grad_(), teacher.detach().double().requires_grad_(),
+        labels, **options,
+    )  # fmt: skip
+    assert ours[0].dtype == ours[1].dtype == ours[2].dtype == torch.float32 and ours[0] > 0
+    for value, answer in zip(ours, exact, strict=True):
+        torch.testing.assert_close(value.double(), answer, rtol=2e-6, atol=1e-12)
+
+
 @pytest.mark.parametrize("dtypes", [d for d in itertools.product(DTYPES, DTYPES) if d[0] != d[1]])
 def test_mixed_dtypes(device: str, dtypes: tuple, nan_filled: None) -> None:
     student, teacher, labels = make(9, 40, device=device, dtypes=dtypes)
@@ -163,10 +188,11 @@ def test_scale_rows(device: str, dtype: torch.dtype, classes: int, nan_filled: N
     grad = torch.randn(6, classes, device=device).to(dtype)
     for upstream in (torch.tensor(1.0), torch.tensor(2.5), torch.tensor([1.0, 0.0, 1.0, -2.0, 0.5, 3.0])):
         expected = reference.scale_rows(grad, upstream.to(device))
-        in_place = grad.clone()
-        torch.ops.fastdistill.scale_rows_(in_place, upstream.to(device))
-        assert torch.equal(torch.ops.fastdistill.scale_rows(grad, upstream.to(device)), expected)
-        assert torch.equal(in_place, expected)
+        for laid_out in (grad, grad.T.contiguous().T, torch.cat([grad, grad], -1)[:, :classes]):
+            in_place = laid_out.clone(memory_format=torch.preserve_format)
+            torch.ops.fastdistill.scale_rows_(in_place, upstream.to(device))
+            assert torch.equal(torch.ops.fastdistill.scale_rows(laid_out, upstream.to(device)), expected)
+            assert torch.equal(in_place, expected)
 
 
 @pytest.mark.parametrize("dynamic", [False, True])
@@ -340,12 +366,23 @@ def logits(*shape: int, **options: Any) -> Tensor:
         ((logits(4, 3), logits(4, 3), logits(4, dtype=torch.bool)), {}, TypeError, "labels has dtype torch.bool"),
         ((logits(4, 3), logits(4, 3), logits(3, dtype=torch.int64)), {}, ValueError, r"labels has shape (3,)"),
         ((logits(4, 3), logits(4, 3), [0, 1, 2, 0]), {}, TypeError, "labels is a list"),
-        ((logits(4, 3), logits(4, 3)), dict(temperature=0), ValueError, "temperature is 0; expected a finite number >= 0.0001"),
+        ((logits(4, 3), logits(4, 3)), dict(temperature=0), ValueError, "temperature is 0; expected .*>= 0.0001"),
         ((logits(4, 3), logits(4, 3)), dict(temperature=-1.0), ValueError, "temperature is -1.0"),
         ((logits(4, 3), logits(4, 3)), dict(temperature=math.inf), ValueError, "temperature is inf"),
         ((logits(4, 3), logits(4, 3)), dict(temperature=math.nan), ValueError, "temperature is nan"),
         ((logits(4, 3), logits(4, 3)), dict(temperature="2"), TypeError, "temperature is '2'"),
         ((logits(4, 3), logits(4, 3)), dict(temperature=True), TypeError, "temperature is True"),
+        ((logits(4, 3), logits(4, 3)), dict(temperature=9e-5), ValueError, "temperature is 9e-05; .*>= 0.0001"),
+        ((logits(4, 3), logits(4, 3)), dict(temperature=1e5), ValueError, "temperature is 100000.0; .*<= 10000.0"),
+        ((logits(4, 3), logits(4, 3)), dict(temperature=10**400), ValueError, "temperature is an int of 1329 bits"),
+        ((logits(4, 3), logits(4, 3)), dict(kd_weight=10**400), ValueError, "kd_weight is an int of 1329 bits"),
+        ((logits(4, 3), logits(4, 3)), dict(scale_by_temperature="no"), TypeError, "scale_by_temperature is 'no'"),
+        ((logits(4, 3), logits(4, 3)), dict(scale_by_temperature=1), TypeError, "scale_by_temperature is 1; exp"),
+        ((logits(4, 3), logits(4, 3)), dict(ignore_index=10**30), ValueError, "ignore_index is 1000.*int of 64 bits"),
+        ((logits(4, 3), logits(4, 3)), dict(ignore_index=True), TypeError, "ignore_index is True; expected an int"),
+        ((logits(4, 3), None), {}, TypeError, "teacher_logits is a NoneType; expected a torch.Tensor"),
+        ((logits(4, 3), [[1.0, 2.0], [1.0]]), {}, TypeError, "teacher_logits is a list; expected a torch.Tensor"),
+        ((logits(4, 3), "text"), {}, TypeError, "teacher_logits is a str; expected a torch.Tensor"),
         ((logits(4, 3), logits(4, 3)), dict(kd_weight=-0.1), ValueError, "kd_weight is -0.1; expected.*>= 0"),
         ((logits(4, 3), logits(4, 3)), dict(ce_weight=-1), ValueError, "ce_weight is -1"),
         ((logits(4, 3), logits(4, 3)), dict(ce_weight=2.0), ValueError, "ce_weight is 2.0 but labels is None"),

@@ -274,9 +274,10 @@ def test_a_classifier_of_the_task_is_not_fine_tuned(
     sources: Path, finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     teacher = os.path.relpath(finished / "teacher", sources)
-    arguments = [a for a in command(sources, tmp_path, teacher=teacher)]
-    at = arguments.index("--teacher-epochs")
-    del arguments[at : at + 2]
+    arguments = command(sources, tmp_path, teacher=teacher)
+    while "--teacher-epochs" in arguments:
+        at = arguments.index("--teacher-epochs")
+        del arguments[at : at + 2]
     assert main(arguments) == 0
     assert "is a classifier of task already" in capsys.readouterr().out.replace("\n", " ")
     assert metrics(tmp_path)["teacher"] == metrics(finished)["teacher"]

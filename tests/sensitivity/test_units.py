@@ -12,6 +12,7 @@ from torch import Tensor
 import fastdistill
 from fastdistill import CKD, MSE, PKD, LogitsKD, WeightedSum
 from fastdistill.objectives.logits import TaskLoss
+from fastdistill.sensitivity import units
 from tests.tiny import batches, pair
 
 
@@ -149,7 +150,7 @@ def test_unlabelled_examples_do_not_count(kd: Any) -> None:
 
 
 def test_scoring_goes_on_where_it_was_cut_off(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(fastdistill.sensitivity.units, "SAVE_EVERY", 2)
+    monkeypatch.setattr(units, "SAVE_EVERY", 2)
     teacher, student = pair()
     data, file = batches((2,) * 7), tmp_path / "score.safetensors"
     expected = fastdistill.score(teacher, data, student, progress=False)

@@ -135,7 +135,7 @@ def test_a_team_must_be_of_the_same_labels() -> None:
         TeacherTeam({"a": tiny.bert(**named), "b": tiny.bert(**other)})
     with pytest.raises(ValueError, match=r"teachers\['c'\] has the labels high, low but those before it low, high"):
         TeacherTeam({"a": tiny.bert(), "b": tiny.bert(**named), "c": tiny.bert(**other)})
-    with pytest.raises(TypeError, match=r"teachers\['b'\] is a Linear; expected a PreTrainedModel"):
+    with pytest.raises(TypeError, match=r"teachers\['b'\] is a Linear; expected a transformers.PreTrainedModel"):
         TeacherTeam({"a": tiny.bert(), "b": torch.nn.Linear(1, 1)})  # type: ignore[dict-item]
     with pytest.raises(ValueError, match="LABEL_2"):
         TeacherTeam({"a": tiny.bert(), "b": tiny.bert(num_labels=3)})

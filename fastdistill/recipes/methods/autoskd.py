@@ -25,6 +25,7 @@ from fastdistill.recipes import plots
 from fastdistill.recipes.comparison import Comparison, Learner
 from fastdistill.recipes.folder import UNFINISHED
 from fastdistill.recipes.methods.teams import Team, team_of
+from fastdistill.recipes.output import of_one_run
 from fastdistill.recipes.report import Report, finish, percent, summary
 from fastdistill.recipes.settings import AutoSKDSettings
 from fastdistill.recipes.stages import Stages
@@ -38,6 +39,7 @@ Tried = dict[str, list[dict[str, dict[str, Any]]]]
 """By kind ("autoskd", "random") and seed, the distributions that were tried, each with what its student reached."""
 
 
+@of_one_run
 def autoskd(settings: AutoSKDSettings) -> Report:
     """Do the recipe, and write results.json and the plots.
 
@@ -85,10 +87,10 @@ def autoskd(settings: AutoSKDSettings) -> Report:
 
     searches = [run.record() for run in runs]
     tables = [_theta_table(task, comparison.results, runs[0].found), _candidates_table(task, candidates)]
-    drawn = [] if settings.no_plots else _plot(settings.output, comparison, runs[0].found, candidates)
+    drawn = [] if settings.no_plots else _plot(settings.folder, comparison, runs[0].found, candidates)
     more = {"team": list(team), "strongest": strongest, "drop": drop, "searches": searches, "candidates": candidates}
     seconds = time.perf_counter() - started
-    return finish(settings.output, source.record(), task, comparison.results, seconds, *tables, plots=drawn, **more)
+    return finish(settings.folder, source.record(), task, comparison.results, seconds, *tables, plots=drawn, **more)
 
 
 def _train_baselines(

@@ -17,6 +17,7 @@ from fastdistill.objectives.dekd import DeKD
 from fastdistill.recipes import plots
 from fastdistill.recipes.begin import begin
 from fastdistill.recipes.comparison import Comparison, Learner, chain_of, compare
+from fastdistill.recipes.output import of_one_run
 from fastdistill.recipes.report import Report, finish
 from fastdistill.recipes.settings import DeKDSettings
 from fastdistill.recipes.settings.dekd import Part
@@ -34,6 +35,7 @@ WITHOUT: dict[Part, dict[str, Any]] = {
 """What leaves a part out."""
 
 
+@of_one_run
 def dekd(settings: DeKDSettings) -> Report:
     """Do the recipe, and write results.json and the plots.
 
@@ -70,7 +72,7 @@ def dekd(settings: DeKDSettings) -> Report:
     record = beginning.record() | {"objectives": {name: repr(objective) for name, objective in variants.items()}}
     drawn = [] if settings.no_plots else _plot(settings, beginning.depth, comparison, variants)
     seconds = time.perf_counter() - started
-    return finish(settings.output, record, task, comparison.results, seconds, plots=drawn)
+    return finish(settings.folder, record, task, comparison.results, seconds, plots=drawn)
 
 
 def _training(
@@ -155,7 +157,7 @@ def _plot(settings: DeKDSettings, depth: int, comparison: Comparison, variants: 
     """ratios.svg where several were tried; entropy.svg and layers.svg are of the first seed's first student."""
     if not PartialState().is_main_process:
         return []
-    drawn, output, metric, results = [], settings.output, comparison.metric, comparison.results
+    drawn, output, metric, results = [], settings.folder, comparison.metric, comparison.results
     if len(settings.ratio) > 1:
         curves: dict[str, dict[float, tuple[float, float]]] = {
             strategy: {

@@ -11,10 +11,12 @@ from fastdistill.objectives.logits import MSE, LogitsKD, TaskLoss
 from fastdistill.ops.kd_ce_loss import Divergence
 from fastdistill.recipes.begin import begin
 from fastdistill.recipes.comparison import Learner, chain_of, compare
+from fastdistill.recipes.output import of_one_run
 from fastdistill.recipes.report import Report, finish
 from fastdistill.recipes.settings import KDSettings, StarkSettings
 
 
+@of_one_run
 def kd(settings: KDSettings) -> Report:
     """Do the recipe and write results.json.
 
@@ -41,7 +43,7 @@ def kd(settings: KDSettings) -> Report:
         comparison.results.setdefault("kd", comparison.results["distilled"])
 
     record = beginning.record() | {"objective": repr(objective)}
-    return finish(settings.output, record, beginning.task, comparison.results, time.perf_counter() - started)
+    return finish(settings.folder, record, beginning.task, comparison.results, time.perf_counter() - started)
 
 
 def logits_objective(

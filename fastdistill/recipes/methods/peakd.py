@@ -26,6 +26,7 @@ from fastdistill.recipes.methods.ptp import (
     ptp_student,
     with_encoder_of,
 )
+from fastdistill.recipes.output import of_one_run
 from fastdistill.recipes.report import Report, finish, summary
 from fastdistill.recipes.settings import PeaKDSettings
 from fastdistill.recipes.settings.peakd import Part
@@ -37,6 +38,7 @@ PARTS: tuple[Part, ...] = ("sps", "swap", "ptp")
 """In the order in which names have them."""
 
 
+@of_one_run
 def peakd(settings: PeaKDSettings) -> Report:
     """Do the recipe and write results.json.
 
@@ -83,7 +85,7 @@ def peakd(settings: PeaKDSettings) -> Report:
         "ptp_epochs": settings.ptp_epochs or settings.epochs,
     }
     seconds, ptp = time.perf_counter() - started, {"labels": counts, "students": pretrained}
-    return finish(settings.output, record, task, comparison.results, seconds, _table(task, counts), ptp=ptp)
+    return finish(settings.folder, record, task, comparison.results, seconds, _table(task, counts), ptp=ptp)
 
 
 class _Run:

@@ -29,6 +29,7 @@ from fastdistill.recipes.begin import Beginning, begin
 from fastdistill.recipes.comparison import Comparison, Learner, Point, chain_of, compare
 from fastdistill.recipes.measuring import Scoring
 from fastdistill.recipes.methods.kd import logits_objective
+from fastdistill.recipes.output import of_one_run
 from fastdistill.recipes.report import Report, finish, percent, summary
 from fastdistill.recipes.settings import StarkSettings
 from fastdistill.recipes.settings.stark import Selection
@@ -46,6 +47,7 @@ DIVERGENCE: Divergence = "soft_ce"
 Result = Mapping[str, Any]
 
 
+@of_one_run
 def stark(settings: StarkSettings) -> Report:
     """Do the recipe, and write results.json and the plots.
 
@@ -77,10 +79,10 @@ def stark(settings: StarkSettings) -> Report:
 
     record = beginning.record() | {"objective": repr(objective)}
     tables = [_table(task, name, found, teacher) for name, found in sparsities.items()]
-    drawn = [] if settings.no_plots else _plot(settings.output, comparison, sparsities, runs[0].scores)
+    drawn = [] if settings.no_plots else _plot(settings.folder, comparison, sparsities, runs[0].scores)
     seconds = time.perf_counter() - started
     return finish(
-        settings.output, record, task, comparison.results, seconds, *tables, plots=drawn, sparsities=sparsities
+        settings.folder, record, task, comparison.results, seconds, *tables, plots=drawn, sparsities=sparsities
     )
 
 

@@ -16,8 +16,9 @@ from typing import Any, ClassVar, Protocol
 class Kind(Protocol):
     """Which values a field takes."""
 
-    name: ClassVar[str]
-    """As argparse has it: "invalid NAME value"."""
+    @property
+    def name(self) -> str:
+        """As argparse has it: "invalid NAME value"."""
 
     @property
     def expected(self) -> str: ...
@@ -133,7 +134,10 @@ class Listed:
 
     item: Kind
     different: bool = True
-    name: ClassVar[str] = "list"
+
+    @property
+    def name(self) -> str:
+        return f"list of {self.item.name}s"
 
     @property
     def expected(self) -> str:

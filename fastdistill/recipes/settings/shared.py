@@ -30,11 +30,12 @@ class RunSettings(Settings):
     task: str = option(kind=Text(), help=TASK)
     teacher: str | None = option(kind=Text(), help=TEACHER)
     student_layers: int | None = option(None, kind=Integer(1), metavar="K", help=STUDENT_LAYERS)
-    output: Path = option(
+    output: str | Path = option(
         kind=Folder(),
         metavar="DIR",
         help="where models and results.json go; the same command with the same DIR goes on where it was interrupted",
     )
+    overwrite: bool = flag("write over results.json of another recipe or program")
     max_train_examples: int | None = option(
         None, kind=Integer(1), metavar="N", help="train on a random N (default: all)"
     )
@@ -44,6 +45,11 @@ class RunSettings(Settings):
     max_length: int | None = option(
         None, kind=Integer(3), metavar="N", help="tokens that an example is cut to (default: the task's)"
     )
+
+    @property
+    def folder(self) -> Path:
+        """`output`."""
+        return Path(self.output)
 
 
 @dataclass(frozen=True, kw_only=True)
