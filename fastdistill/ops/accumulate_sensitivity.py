@@ -47,8 +47,16 @@ def accumulate_sensitivity_(
             begins in memory where another total, a gradient or a weight does. Totals must not overlap other tensors in
             any other way either: that goes unnoticed, and leaves the order of the additions open. Under torch.compile
             no overlap is noticed.
+        NotImplementedError: called within torch.vmap or another transform of torch.func.
     """
-    compiled = None if torch.compiler.is_compiling() else NATIVE.cpu
+    compiled = None
+    if not torch.compiler.is_compiling():
+        if torch._C._are_functorch_transforms_active():
+            raise NotImplementedError(
+                "accumulate_sensitivity_ writes in place, which torch.func's transforms (vmap, grad, ...) cannot "
+                "follow; expected a call outside them"
+            )
+        compiled = NATIVE.cpu
     if compiled is not None and compiled.try_accumulate_sensitivity_(totals, grads, weights):
         return  # every check below was made, in a hundredth of the time
     columns: dict[str, Sequence[Tensor | None]] = {"totals": totals, "grads": grads}

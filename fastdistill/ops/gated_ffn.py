@@ -51,7 +51,7 @@ def gated_ffn(
     that are off are not finite.
 
     Sums are in a fixed order, but for those of PyTorch's matrix products on CPU, whose last digits may depend on the
-    number of threads where a size is no multiple of 16.
+    number of threads, as they seldom do where sizes are multiples of 16.
 
     Differentiable once, and not by torch.func; torch.vmap calls it once for each example of its batch.
 

@@ -22,7 +22,8 @@ def select_uncertain(logits: Tensor, ratio: float, kind: Kind = "entropy") -> Te
     so that they are not overlooked; equals go by lower index, so that equal scores give the same indices on every
     device. That many indices there are whatever the logits: nothing waits for the device, and a CUDA graph can capture
     it. On CUDA the rows are scored by one kernel, the last score that is chosen is found by radix selection, and only
-    what is chosen is sorted. Nothing is differentiable here.
+    what is chosen is sorted. Nothing is differentiable here;
+    torch.vmap calls it once for each example of its batch.
 
     Args:
         logits: ``[..., C]``, as in :func:`uncertainty`, with at least one row and fewer than 2^32; rows are numbered as

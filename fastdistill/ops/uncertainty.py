@@ -40,7 +40,7 @@ def uncertainty(logits: Tensor, kind: Kind = "entropy", normalize: bool = True) 
     Differentiable once, by an exact gradient computed from the logits in the backward; the forward keeps nothing else.
     Where logits are equal, the one of the lower index counts as the larger: so goes the gradient of
     ``"least_confidence"`` and ``"margin"``, which have a kink there. The derivatives of torch.func (grad, vjp, jvp,
-    ...) are not supported, nor is forward mode.
+    ...) are not supported, nor is forward mode; torch.vmap calls it once for each example of its batch.
 
     Raises:
         TypeError: an argument of the wrong type or dtype.

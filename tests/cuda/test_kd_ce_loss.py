@@ -268,7 +268,6 @@ def test_large_rows_replay_in_a_cuda_graph(rows: int, classes: int) -> None:
         assert torch.equal(captured, step(student, teacher, labels))
 
 
-
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("shape", [(700, 3), (2, 3, 1500), (5, 1), (4,), (0, 3), (3, 40001)])
 def test_scale_rows(shape: tuple[int, ...], dtype: torch.dtype) -> None:

@@ -323,3 +323,10 @@ def test_wrong_input_says_what(arguments: tuple[Any, ...], error: type[Exception
     with pytest.raises(error, match=message):
         accumulate_sensitivity_(*arguments)
     assert torch.equal(a, before)
+
+
+def test_is_refused_within_transforms() -> None:
+    totals, grads = torch.zeros(3, 4), torch.ones(3, 4)
+    with pytest.raises(NotImplementedError, match="accumulate_sensitivity_ writes in place"):
+        torch.vmap(lambda total, grad: accumulate_sensitivity_([total], [grad]))(totals, grads)
+    assert not totals.any()
