@@ -14,6 +14,8 @@ BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
 PADDING = {"attn_mask": torch.ones(2, 1, 1, 2048, dtype=torch.bool)}
 ROWS = {"attn_mask": torch.ones(2, 1, 2048, 2048, dtype=torch.bool)}  # as transformers has it
 UNEVEN_ROWS = {"attn_mask": torch.ones(2, 1, 1999, 1999, dtype=torch.bool)}
+SHORT_PADDING = {"attn_mask": torch.ones(2, 1, 1, 128, dtype=torch.bool)}
+SHORT_ROWS = {"attn_mask": torch.ones(2, 1, 128, 128, dtype=torch.bool)}
 BIAS = {"attn_mask": torch.zeros(1, 2, 2000, 2000)}
 HALF_BIAS = {"attn_mask": BIAS["attn_mask"].bfloat16()}
 DROPOUT = {"seed": torch.tensor(1), "dropout_p": 0.1}
@@ -28,6 +30,10 @@ CASES: list[tuple[int, int, torch.dtype, bool | None, dict[str, Any]]] = [
     (16, 2048, BF16, True, CAUSAL),
     (80, 1999, BF16, False, CAUSAL),
     (128, 32, BF16, True, CAUSAL),
+    (128, 64, BF16, True, DROPOUT),
+    (64, 128, BF16, True, SHORT_PADDING),
+    (64, 128, FP16, True, SHORT_ROWS | DROPOUT),
+    (32, 100, BF16, False, CAUSAL | DROPOUT),
     (32, 1999, BF16, None, UNEVEN_ROWS),
     (64, 2048, FP16, False, ROWS | DROPOUT),
     (128, 1999, BF16, True, UNEVEN_ROWS | DROPOUT),
