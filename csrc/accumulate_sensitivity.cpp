@@ -1,6 +1,8 @@
 // accumulate_sensitivity_ up to its kernels. Of hundreds of tensors, Python's checks and a list of tensors on its way
 // into a stable library take longer than a GPU takes to add them: here are the checks, in one pass, and the gathering
 // of addresses for csrc/cuda.
+#include "autograd/dispatch.h"
+
 #include <pybind11/pybind11.h>
 
 #include <ATen/PythonTorchFunctionTLS.h>
@@ -28,11 +30,6 @@ using at::ScalarType;
 using at::Tensor;
 using at::TensorList;
 using c10::DispatchKey;
-
-template <typename Signature>
-auto find_op(const char* name) {
-  return c10::Dispatcher::singleton().findSchemaOrThrow(name, "").typed<Signature>();
-}
 
 // Strided tensors on CPU or CUDA, in no transform of torch.func.
 const c10::DispatchKeySet kPlain = c10::DispatchKeySet(

@@ -12,7 +12,7 @@ import math
 import torch
 import triton
 import triton.language as tl
-from fastdistill.kernels.kd_ce_loss import _cast, _multiple
+from fastdistill.kernels.common import _cast, _multiple
 from torch import Tensor
 
 RUN = 64  # rows summed by one program

@@ -2,6 +2,8 @@
 // first because they cannot read it as it is.
 #include "launch.h"
 
+#include "../autograd/dispatch.h"
+
 #include <ATen/Functions.h>
 #include <torch/library.h>
 
@@ -33,8 +35,7 @@ using Backward = std::tuple<Tensor, Tensor, Tensor, Tensor>(
 // The op as it is on a device of which no kernel is registered: in plain PyTorch.
 template <typename Signature, typename... Args>
 auto by_reference(const char* name, const Args&... args) {
-  const auto op = c10::Dispatcher::singleton().findSchemaOrThrow(name, "").typed<Signature>();
-  return op.redispatch(c10::DispatchKeySet(c10::DispatchKey::PrivateUse1), args...);
+  return find_op<Signature>(name).redispatch(c10::DispatchKeySet(c10::DispatchKey::PrivateUse1), args...);
 }
 
 bool is_for_reference(const Tensor& query, const Tensor& key) {

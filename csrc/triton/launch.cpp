@@ -1,5 +1,7 @@
 #include "launch.h"
 
+#include "../autograd/dispatch.h"
+
 #include <c10/core/DeviceGuard.h>
 
 #include <dlfcn.h>
@@ -101,8 +103,7 @@ void run(const Launch& launch) {
     if (found != kernels.end())
       return launch_kernel(found->second, launch); // nodes of the map stay where they are
   }
-  static const auto op =
-      c10::Dispatcher::singleton().findSchemaOrThrow("fastdistill::launch_triton", "").typed<Compile>();
+  static const auto op = find_op<Compile>("fastdistill::launch_triton");
   const std::vector<int64_t> compiled = op.call(
       launch.module, launch.kernel, launch.tensors, launch.strides, launch.row_strides, launch.sizes, launch.numbers,
       launch.options, launch.rows, launch.pairs);
