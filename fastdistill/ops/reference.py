@@ -97,11 +97,10 @@ def kd_ce_loss(
         loss = loss.sum() / counted
     elif reduction == "sum":
         loss = loss.sum()
-    none = torch.empty(0)
     return (
         loss,
-        grad_student.to(student_logits.dtype) if student_grad else none.to(student_logits),
-        grad_teacher.to(teacher_logits.dtype) if teacher_grad else none.to(teacher_logits),
+        grad_student.to(student_logits.dtype).contiguous() if student_grad else student_logits.new_empty(0),
+        grad_teacher.to(teacher_logits.dtype).contiguous() if teacher_grad else teacher_logits.new_empty(0),
     )
 
 
@@ -172,7 +171,7 @@ def uncertainty_backward(upstream: Tensor, logits: Tensor, kind: str, normalize:
         grad = exponential * (1 - second)
         grad = torch.where(held, -others - second, torch.where(runner_up, grad + second * total, grad)) / total
     scale = upstream.unsqueeze(-1) / (_at_uniform(kind, logits.shape[-1]) if normalize else 1)
-    return (grad / total * scale).to(logits.dtype)
+    return (grad / total * scale).to(logits.dtype).contiguous()
 
 
 def rank(scores: Tensor, count: int) -> Tensor:
@@ -244,7 +243,7 @@ def gated_attention(
             output = torch.where(gate == 0, 0, output)
             logsumexp = torch.where(gate.squeeze(-1) == 0, 0, logsumexp)
     ungated = _apart(attention, query) if gate_grad else query.new_empty(0)
-    return _apart(output, query), ungated, logsumexp
+    return _apart(output, query), ungated, logsumexp.contiguous()
 
 
 def gated_attention_backward(
@@ -332,7 +331,7 @@ def bias_act_gate_backward(
     value, slope = _activation(z, activation)
     upstream = upstream.to(z.dtype)
     grad = upstream * factor * slope
-    grad_bias = grad_gate = h.new_empty(0)
+    grad_bias, grad_gate = h.new_empty(0), h.new_empty(0)  # two, for outputs of an op may not alias
     if want_bias and bias is not None:
         grad_bias = grad[None].sum_to_size(bias.shape).to(bias.dtype)  # also of one row a new tensor
     if want_gate and gate is not None:
