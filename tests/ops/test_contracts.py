@@ -233,11 +233,18 @@ def test_torch_func_derivatives_are_refused(name: str, transform: str) -> None:
         "jacrev": lambda: torch.func.jacrev(scalar)(x),
         "vmap of grad": lambda: torch.vmap(torch.func.grad(scalar))(x[None]),
     }
-    said = r"cannot be differentiated by torch.func.*expected torch.autograd.grad" if NATIVE.cpu else "functorch"
-    if transform == "jvp" and not NATIVE.cpu:
-        pytest.skip("torch.library's autograd in Python takes no notice of forward mode")
+    own = NATIVE.cpu or transform == "jvp"
+    said = r"cannot be differentiated by torch.func.*expected torch.autograd.grad" if own else "functorch"
     with pytest.raises(RuntimeError, match=said):
         derive[transform]()
+
+
+@pytest.mark.parametrize("name", DIFFERENTIABLE)
+def test_forward_mode_is_refused(name: str) -> None:
+    function, shapes = FUNCTIONS[name]
+    inputs = [draw(*shape) for shape in shapes]
+    with torch.autograd.forward_ad.dual_level(), pytest.raises(RuntimeError, match="differentiated|jvp"):
+        function(torch.autograd.forward_ad.make_dual(inputs[0], inputs[0]), *inputs[1:])
 
 
 # Tensors of other kinds -----------------------------------------------------------------------------------------------
