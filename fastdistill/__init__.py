@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from fastdistill.models.students import first_layers as first_layers
     from fastdistill.models.students import parameter_pruned as parameter_pruned
     from fastdistill.models.students import shuffled_sharing as shuffled_sharing
+    from fastdistill.models.vocabulary import compact_vocabulary as compact_vocabulary
     from fastdistill.objectives.base import WeightedSum as WeightedSum
     from fastdistill.objectives.ckd import CKD as CKD
     from fastdistill.objectives.dekd import DeKD as DeKD
@@ -67,6 +68,7 @@ _LAZY = {
     "TeacherTeam": "teachers.team",
     "WeightedSum": "objectives.base",
     "accumulate_sensitivity_": "ops.accumulate_sensitivity",
+    "compact_vocabulary": "models.vocabulary",
     "doctor": "ops.doctor",
     "first_layers": "models.students",
     "first_token_only": "models.first_token",
