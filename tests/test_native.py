@@ -38,6 +38,7 @@ def lower_isas() -> list[str]:
     return [isa for isa in isas[: isas.index(own)] if isa in ISAS] if own in isas else []
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("isa", lower_isas())
 def test_ops_on_every_instruction_set_built(isa: str) -> None:
     chosen = {"ATEN_CPU_CAPABILITY": isa}
@@ -47,6 +48,7 @@ def test_ops_on_every_instruction_set_built(isa: str) -> None:
     assert " passed" in run_op_tests("-k", "not compile", **chosen)
 
 
+@pytest.mark.slow
 def test_ops_in_plain_pytorch() -> None:
     assert " passed" in run_op_tests(FASTDISTILL_NATIVE="0")
     report = run_python("import fastdistill; print(fastdistill.doctor())", FASTDISTILL_NATIVE="0").stdout

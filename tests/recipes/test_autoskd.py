@@ -37,6 +37,7 @@ def measured(output: Path) -> Any:
 EVERYTHING = ("--random-candidates", "1", "--baselines", "--seeds", "0,7", "--drop", "1")
 
 
+@pytest.mark.slow
 def test_a_run_trains_all_that_was_asked_for(finished: Path) -> None:
     found = record(finished)
     students = {"finetuned", "kd", "single", "avgkd", "mtbert", "autoskd", "random"}
@@ -52,12 +53,14 @@ def test_a_run_trains_all_that_was_asked_for(finished: Path) -> None:
         assert "<svg" in (finished / f"{plot}.svg").read_text()
 
 
+@pytest.mark.slow
 def test_teachers_say_what_they_say_once(finished: Path) -> None:
     """The strongest a second time as "teacher", for plain distillation with labels."""
     files = [path.name.partition("-")[0] for path in (finished / "stored").iterdir()]
     assert sorted(files) == [*TEAM, "teacher"]
 
 
+@pytest.mark.slow
 def test_candidates_are_of_the_search(finished: Path) -> None:
     found = record(finished)
     for place, seed in enumerate((0, 7)):
@@ -71,6 +74,7 @@ def test_candidates_are_of_the_search(finished: Path) -> None:
         assert found["searches"][place]["theta"] == dict(zip(TEAM, search.theta[-1].tolist(), strict=True))
 
 
+@pytest.mark.slow
 def test_the_best_candidate_counts(finished: Path) -> None:
     found = record(finished)
     for name in ("autoskd", "random"):
@@ -81,6 +85,7 @@ def test_the_best_candidate_counts(finished: Path) -> None:
             assert best["theta"] == result["theta"][place]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "more",
     [
@@ -96,6 +101,7 @@ def test_other_ways(sources: Path, tmp_path: Path, more: tuple[str, ...]) -> Non
     assert found["drop"] == min(weaker, len(found["team"]) - 1)
 
 
+@pytest.mark.slow
 def test_equal_candidates_are_tried_once(sources: Path, tmp_path: Path) -> None:
     """Where one teacher is left, they all are."""
     assert main(command(sources, tmp_path / "run", "--drop", "2", "--candidates", "3", "--no-plots")) == 0
@@ -111,6 +117,7 @@ sys.exit(main(sys.argv[1:]))
 """
 
 
+@pytest.mark.slow
 def test_a_killed_search_goes_on(sources: Path, finished: Path, tmp_path: Path) -> None:
     """SIGKILL within it; the same command ends with the same results. Its students would be begun anew for another
     distribution, and are taken as they are."""

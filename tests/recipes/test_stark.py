@@ -43,6 +43,7 @@ EVERYTHING = (
 )  # fmt: skip
 
 
+@pytest.mark.slow
 def test_a_run_trains_all_that_was_asked_for(finished: Path) -> None:
     found = record(finished)
     names = ["teacher", "finetuned", "assistant-2", "takd", "trial", "kd", "stark", "stark-rand", "stark-auto"]
@@ -59,6 +60,7 @@ def test_a_run_trains_all_that_was_asked_for(finished: Path) -> None:
         assert "<svg" in (finished / f"{plot}.svg").read_text()
 
 
+@pytest.mark.slow
 def test_the_same_from_python_repeats_nothing(sources: Path, finished: Path) -> None:
     """And the report says where plots are."""
     before = measured(finished)
@@ -87,6 +89,7 @@ def test_the_same_from_python_repeats_nothing(sources: Path, finished: Path) -> 
     assert report.results["stark"]["values"] == record(finished)["results"]["stark"]["values"]
 
 
+@pytest.mark.slow
 def test_teachers_are_really_smaller(finished: Path) -> None:
     for name in ("stark", "stark-rand"):
         for sparsity in (0.25, 0.5):
@@ -97,6 +100,7 @@ def test_teachers_are_really_smaller(finished: Path) -> None:
             assert parameters == smaller.num_parameters()
 
 
+@pytest.mark.slow
 def test_teachers_lack_what_has_the_lowest_scores(finished: Path) -> None:
     seed, dense = finished / "seed-7", fastdistill.from_pretrained(finished / "teacher")
     found = [fastdistill.Scores.load(seed / "scores" / f"{k}.safetensors") for k in ("expressiveness", "friendliness")]
@@ -108,6 +112,7 @@ def test_teachers_lack_what_has_the_lowest_scores(finished: Path) -> None:
     assert auto == scores.auto_sparsity()
 
 
+@pytest.mark.slow
 def test_the_best_student_counts(finished: Path) -> None:
     found = record(finished)
     for name in ("stark", "stark-rand", "stark-auto"):
@@ -119,6 +124,7 @@ def test_the_best_student_counts(finished: Path) -> None:
             assert tried[found["results"][name]["sparsity"][seed]] == max(tried.values())
 
 
+@pytest.mark.slow
 def test_students_begin_alike(sources: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """And see the same batches, with logits that their teacher gave once."""
     begun: dict[str, Any] = {}
@@ -146,6 +152,7 @@ def test_students_begin_alike(sources: Path, tmp_path: Path, monkeypatch: pytest
         assert torch.equal(ours["input_ids"], theirs["input_ids"])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("objective", ["pkd", "ckd"])
 def test_other_objectives(sources: Path, tmp_path: Path, objective: str) -> None:
     more = ("--objective", objective, "--sparsity", "0.5", "--student-layers", "2", "--baselines", "--no-plots")
@@ -154,6 +161,7 @@ def test_other_objectives(sources: Path, tmp_path: Path, objective: str) -> None
     assert objective.upper() in record(tmp_path / "run")["settings"]["objective"]
 
 
+@pytest.mark.slow
 def test_the_other_student(sources: Path, tmp_path: Path) -> None:
     assert main(command(sources, tmp_path / "run", "--sparsity", "0.5", "--no-plots", student="sparsity")) == 0
     student = fastdistill.from_pretrained(tmp_path / "run" / "seed-0" / "trial")
@@ -161,6 +169,7 @@ def test_the_other_student(sources: Path, tmp_path: Path) -> None:
     assert len(blocks(student)) == 3
 
 
+@pytest.mark.slow
 def test_unstructured(sources: Path, tmp_path: Path) -> None:
     more = ("--unstructured", "--sparsity", "0.3", "--selection", "knowledge,random", "--no-plots")
     assert main(command(sources, tmp_path / "run", *more)) == 0
@@ -171,6 +180,7 @@ def test_unstructured(sources: Path, tmp_path: Path) -> None:
         assert zeros == round(0.3 * total)
 
 
+@pytest.mark.slow
 def test_regression_and_the_published_codes_way(sources: Path, tmp_path: Path) -> None:
     more = ("--sparsity", "0.5", "--reduce", "batch", "--score-on", "validation", "--tradeoff", "1", "--round-to", "8")
     more = (*more, "--baselines", "--chain", "3,2,1", "--no-plots")
@@ -181,6 +191,7 @@ def test_regression_and_the_published_codes_way(sources: Path, tmp_path: Path) -
     assert {block.neurons % 8 for block in blocks(smaller)} == {0}
 
 
+@pytest.mark.slow
 def test_a_grid_keeps_the_best(sources: Path, tmp_path: Path) -> None:
     more = ["--sparsity", "0.5", "--learning-rate-grid", "0.01,0.00001", "--batch-size-grid", "8,16", "--no-plots"]
     arguments = command(sources, tmp_path / "run")
@@ -201,6 +212,7 @@ sys.exit(main(sys.argv[1:]))
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "marker", ["seed-0/trial/checkpoint-*", "seed-0/scores/unfinished.safetensors", "seed-7/stark-rand-0.25/stage.json"]
 )

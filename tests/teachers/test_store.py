@@ -267,6 +267,7 @@ def test_an_interrupted_one_goes_on_where_it_stopped(tmp_path: Path, calls: Any)
     assert found[:] == expected[:]
 
 
+@pytest.mark.slow
 def test_one_that_is_killed_leaves_nothing_for_long(tmp_path: Path) -> None:
     code = f"""
 import os, pathlib, signal
@@ -358,6 +359,7 @@ def in_processes(folder: Path) -> None:
     (folder / f"fingerprint-{rank}").write_text(found._fingerprint)
 
 
+@pytest.mark.slow
 def test_two_processes_share_the_work(tmp_path: Path, calls: Any) -> None:
     if not torch.distributed.is_available():
         pytest.skip("torch was built without distributed")
