@@ -125,8 +125,7 @@ def masks_of_rows() -> dict[str, Tensor]:
 @pytest.mark.slow
 @interpreted
 @pytest.mark.parametrize("name", masks_of_rows())
-@pytest.mark.parametrize("keys", [64, 40])
-@pytest.mark.parametrize("dtype", [torch.float32, HALF])
+@pytest.mark.parametrize(("keys", "dtype"), [(64, torch.float32), (40, HALF)])
 def test_masks_of_rows(name: str, keys: int, dtype: torch.dtype) -> None:
     mask = masks_of_rows()[name].to(DEVICE)
     check(make(keys=keys, dtype=dtype), None, mask[..., : min(keys, mask.shape[-1])])

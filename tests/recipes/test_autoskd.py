@@ -2,11 +2,7 @@
 
 from __future__ import annotations
 
-import os
 import shutil
-import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -17,9 +13,9 @@ import torch
 from fastdistill.autoskd.search import Found
 from fastdistill.cli import main
 from tests import commands
+from tests.processes import start
 from tests.records import record, untimed
 
-ROOT = Path(__file__).parents[2]
 TEAM = ["layers_1", "layers_2", "layers_3"]
 ENCODER = {"layers": 3}
 
@@ -110,13 +106,6 @@ def test_equal_candidates_are_tried_once(sources: Path, tmp_path: Path) -> None:
     assert sorted(tried["autoskd-1"]["theta"].values()) == [0, 0, 1]
 
 
-PROGRAM = """
-import sys
-from fastdistill.cli import main
-sys.exit(main(sys.argv[1:]))
-"""
-
-
 @pytest.mark.slow
 def test_a_killed_search_goes_on(sources: Path, finished: Path, tmp_path: Path) -> None:
     """SIGKILL within it; the same command ends with the same results. Its students would be begun anew for another
@@ -127,14 +116,13 @@ def test_a_killed_search_goes_on(sources: Path, finished: Path, tmp_path: Path) 
     (output / "results.json").unlink()
     for stage in (output / "seed-7").glob("*/stage.json"):
         kept[stage] = stage.read_text()
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": str(torch.get_num_threads())}
     arguments = command(sources, output, *EVERYTHING)
-    process = subprocess.Popen([sys.executable, "-c", PROGRAM, *arguments], env=environment, stderr=subprocess.DEVNULL)
+    process = start(main, arguments)
     while not (output / "seed-7" / "search" / "unfinished.safetensors").is_file():
-        assert process.poll() is None
+        assert process.is_alive()
         time.sleep(0.001)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
+    process.kill()
+    process.join()
     assert not (output / "results.json").exists()
     assert main(arguments) == 0
     assert measured(output) == measured(finished)

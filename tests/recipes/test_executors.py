@@ -34,10 +34,7 @@ ray = pytest.importorskip("ray")
 def cluster() -> Iterator[None]:
     os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
     ray.init(num_cpus=2, object_store_memory=100 * 2**20, include_dashboard=False, log_to_driver=False)
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)  # as Ray's processes have, for the same rounding
     yield
-    torch.set_num_threads(threads)
     ray.shutdown()
 
 

@@ -4,8 +4,6 @@ import json
 import os
 import shutil
 import signal
-import subprocess
-import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -20,8 +18,8 @@ from fastdistill.models.students import first_layers
 from fastdistill.recipes import KDSettings, fitting, folder
 from fastdistill.recipes.begin import begin
 from tests import commands, tiny
+from tests.processes import start
 
-ROOT = Path(__file__).parents[2]
 STAGES = ("teacher", "finetuned", "distilled")
 ENCODER = {"layers": 3}
 EXAMPLES = 96
@@ -197,30 +195,20 @@ def test_a_removal_that_was_cut_off_is_no_hindrance(
     assert not [path for path in output.iterdir() if path.name.startswith(".")]
 
 
-KILLED = """
-import os, signal, sys
-from fastdistill.cli import main
-from fastdistill.recipes import fitting
+def killed(arguments: list[str]) -> None:
+    def kill(self: Any, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if args.output_dir.endswith("distilled") and state.global_step == 8:
+            os.kill(os.getpid(), signal.SIGKILL)
 
-def kill(self, args, state, control, **kwargs):
-    if args.output_dir.endswith("distilled") and state.global_step == 8:
-        os.kill(os.getpid(), signal.SIGKILL)
-
-fitting._ProgressBar.on_step_end = kill
-main(sys.argv[1:])
-"""
+    fitting._ProgressBar.on_step_end = kill  # type: ignore[method-assign]
+    main(arguments)
 
 
 @pytest.mark.slow
 def test_a_killed_process_is_taken_up_again(sources: Path, finished: Path, tmp_path: Path) -> None:
-    run = subprocess.run(
-        [sys.executable, "-c", KILLED, *command(sources, tmp_path)],
-        cwd=ROOT,
-        env=os.environ | {"OMP_NUM_THREADS": str(torch.get_num_threads())},
-        capture_output=True,
-        timeout=300,
-    )
-    assert run.returncode == -signal.SIGKILL, run.stderr.decode()
+    process = start(killed, command(sources, tmp_path), said=tmp_path.with_suffix(".said"))
+    process.join(300)
+    assert process.exitcode == -signal.SIGKILL, tmp_path.with_suffix(".said").read_text()
     assert main(command(sources, tmp_path)) == 0
     assert results(tmp_path)["results"]["distilled"]["resumed"]
     assert {name: m["accuracy"] for name, m in metrics(tmp_path).items()} == {

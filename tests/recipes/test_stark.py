@@ -3,11 +3,7 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
-import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -20,10 +16,11 @@ from fastdistill import recipes
 from fastdistill.cli import main
 from fastdistill.models.architectures import blocks, encoder_weights
 from fastdistill.recipes import StarkSettings, fitting
+from fastdistill.sensitivity import units
 from tests import commands
+from tests.processes import start
 from tests.records import record, untimed
 
-ROOT = Path(__file__).parents[2]
 ENCODER = {"layers": 3, "num_attention_heads": 4}
 
 
@@ -203,31 +200,26 @@ def test_a_grid_keeps_the_best(sources: Path, tmp_path: Path) -> None:
     assert record(tmp_path / "run")["results"]["trial"]["accuracy"] == max(values)
 
 
-PROGRAM = """
-import sys
-from fastdistill.sensitivity import units as scoring
-from fastdistill.cli import main
-scoring.SAVE_EVERY = 1
-sys.exit(main(sys.argv[1:]))
-"""
+def saving_often(arguments: list[str]) -> None:
+    units.SAVE_EVERY = 1
+    main(arguments)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    "marker", ["seed-0/trial/checkpoint-*", "seed-0/scores/unfinished.safetensors", "seed-7/stark-rand-0.25/stage.json"]
-)
-def test_a_killed_run_goes_on(sources: Path, finished: Path, tmp_path: Path, marker: str) -> None:
-    """SIGKILL in the midst of a stage; the same command ends with the same results."""
+def test_a_killed_run_goes_on(sources: Path, finished: Path, tmp_path: Path) -> None:
+    """SIGKILL in the midst of a training, of scores, and of the second seed; the same command ends with the same
+    results."""
     output = tmp_path / "run"
     shutil.copytree(finished / "teacher", output / "teacher")
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": str(torch.get_num_threads())}
     arguments = command(sources, output, *EVERYTHING)
-    process = subprocess.Popen([sys.executable, "-c", PROGRAM, *arguments], env=environment, stderr=subprocess.DEVNULL)
-    while not list(output.glob(marker)):
-        assert process.poll() is None
-        time.sleep(0.002)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
+    middles = ("seed-0/trial/checkpoint-*", "seed-0/scores/unfinished.safetensors", "seed-7/stark-rand-0.25/stage.json")
+    for middle in middles:
+        process = start(saving_often, arguments)
+        while not list(output.glob(middle)):
+            assert process.is_alive()
+            time.sleep(0.002)
+        process.kill()
+        process.join()
     assert not (output / "results.json").exists()
     assert main(arguments) == 0
     assert measured(output) == measured(finished)
