@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import multiprocessing
 import os
 import runpy
@@ -23,6 +24,7 @@ def start(function: Callable[..., Any], *arguments: Any, said: Path | None = Non
 
 
 def _call(function: Callable[..., Any], arguments: tuple[Any, ...], said: Path | None, environment: Any) -> None:
+    gc.freeze()  # as in conftest.py
     os.environ |= environment
     with open(said or os.devnull, "a") as file:
         for stream in (1, 2):
