@@ -90,6 +90,7 @@ def masks() -> dict[str, Tensor | None]:
             "half bias": torch.randn(37, generator=g).bfloat16()}  # fmt: skip
 
 
+@pytest.mark.slow
 @interpreted
 @pytest.mark.parametrize("name", GATES)
 @pytest.mark.parametrize("dtype", [torch.float32, HALF])
@@ -99,6 +100,7 @@ def test_gates(name: str, dtype: torch.dtype) -> None:
           gate_grad=gate_grad)  # fmt: skip
 
 
+@pytest.mark.slow
 @interpreted
 @pytest.mark.parametrize("name", masks())
 def test_masks(name: str) -> None:
@@ -120,10 +122,10 @@ def masks_of_rows() -> dict[str, Tensor]:
     }
 
 
+@pytest.mark.slow
 @interpreted
 @pytest.mark.parametrize("name", masks_of_rows())
-@pytest.mark.parametrize("keys", [64, 40])
-@pytest.mark.parametrize("dtype", [torch.float32, HALF])
+@pytest.mark.parametrize(("keys", "dtype"), [(64, torch.float32), (40, HALF)])
 def test_masks_of_rows(name: str, keys: int, dtype: torch.dtype) -> None:
     mask = masks_of_rows()[name].to(DEVICE)
     check(make(keys=keys, dtype=dtype), None, mask[..., : min(keys, mask.shape[-1])])
@@ -152,6 +154,7 @@ def test_a_mask_of_the_least_number_is_no_mask(dtype: torch.dtype) -> None:
     torch.testing.assert_close(both(inputs, None, mask)[0][:, :, 4], inputs[2].mean(2))
 
 
+@pytest.mark.slow
 @interpreted
 @pytest.mark.parametrize(("queries", "keys"), [(1, 1), (150, 70), (64, 129), (300, 20)])
 @pytest.mark.parametrize("causal", [False, True])
@@ -159,6 +162,7 @@ def test_lengths(queries: int, keys: int, causal: bool) -> None:
     check(make(1, 2, queries, keys), causal=causal)
 
 
+@pytest.mark.slow
 @interpreted
 @pytest.mark.parametrize("size", [1, 24, 35, 80, 100, 130])
 @pytest.mark.parametrize("dtype", [torch.float32, HALF])
@@ -172,6 +176,7 @@ def test_nothing(shape: tuple[int, ...]) -> None:
     check(make(*shape), torch.ones(shape[1], device=DEVICE), gate_grad=True)
 
 
+@pytest.mark.slow
 @interpreted
 def test_any_strides() -> None:
     """Channels apart, rows of one memory, rows that begin anywhere, a gradient expanded from a number."""

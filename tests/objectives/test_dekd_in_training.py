@@ -341,6 +341,7 @@ def train(folder: Path, processes: int) -> None:
     torch.save(one, folder / f"predicted-{os.environ.get('RANK', 0)}.pt")
 
 
+@pytest.mark.slow
 def test_two_processes(tmp_path: Path) -> None:
     if not torch.distributed.is_available():
         pytest.skip("torch was built without distributed")

@@ -3,11 +3,7 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
-import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -20,10 +16,11 @@ from fastdistill import recipes
 from fastdistill.cli import main
 from fastdistill.models.architectures import blocks, encoder_weights
 from fastdistill.recipes import StarkSettings, fitting
+from fastdistill.sensitivity import units
 from tests import commands
+from tests.processes import start
 from tests.records import record, untimed
 
-ROOT = Path(__file__).parents[2]
 ENCODER = {"layers": 3, "num_attention_heads": 4}
 
 
@@ -43,6 +40,7 @@ EVERYTHING = (
 )  # fmt: skip
 
 
+@pytest.mark.slow
 def test_a_run_trains_all_that_was_asked_for(finished: Path) -> None:
     found = record(finished)
     names = ["teacher", "finetuned", "assistant-2", "takd", "trial", "kd", "stark", "stark-rand", "stark-auto"]
@@ -59,6 +57,7 @@ def test_a_run_trains_all_that_was_asked_for(finished: Path) -> None:
         assert "<svg" in (finished / f"{plot}.svg").read_text()
 
 
+@pytest.mark.slow
 def test_the_same_from_python_repeats_nothing(sources: Path, finished: Path) -> None:
     """And the report says where plots are."""
     before = measured(finished)
@@ -87,6 +86,7 @@ def test_the_same_from_python_repeats_nothing(sources: Path, finished: Path) -> 
     assert report.results["stark"]["values"] == record(finished)["results"]["stark"]["values"]
 
 
+@pytest.mark.slow
 def test_teachers_are_really_smaller(finished: Path) -> None:
     for name in ("stark", "stark-rand"):
         for sparsity in (0.25, 0.5):
@@ -97,6 +97,7 @@ def test_teachers_are_really_smaller(finished: Path) -> None:
             assert parameters == smaller.num_parameters()
 
 
+@pytest.mark.slow
 def test_teachers_lack_what_has_the_lowest_scores(finished: Path) -> None:
     seed, dense = finished / "seed-7", fastdistill.from_pretrained(finished / "teacher")
     found = [fastdistill.Scores.load(seed / "scores" / f"{k}.safetensors") for k in ("expressiveness", "friendliness")]
@@ -108,6 +109,7 @@ def test_teachers_lack_what_has_the_lowest_scores(finished: Path) -> None:
     assert auto == scores.auto_sparsity()
 
 
+@pytest.mark.slow
 def test_the_best_student_counts(finished: Path) -> None:
     found = record(finished)
     for name in ("stark", "stark-rand", "stark-auto"):
@@ -119,6 +121,7 @@ def test_the_best_student_counts(finished: Path) -> None:
             assert tried[found["results"][name]["sparsity"][seed]] == max(tried.values())
 
 
+@pytest.mark.slow
 def test_students_begin_alike(sources: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """And see the same batches, with logits that their teacher gave once."""
     begun: dict[str, Any] = {}
@@ -146,6 +149,7 @@ def test_students_begin_alike(sources: Path, tmp_path: Path, monkeypatch: pytest
         assert torch.equal(ours["input_ids"], theirs["input_ids"])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("objective", ["pkd", "ckd"])
 def test_other_objectives(sources: Path, tmp_path: Path, objective: str) -> None:
     more = ("--objective", objective, "--sparsity", "0.5", "--student-layers", "2", "--baselines", "--no-plots")
@@ -154,6 +158,7 @@ def test_other_objectives(sources: Path, tmp_path: Path, objective: str) -> None
     assert objective.upper() in record(tmp_path / "run")["settings"]["objective"]
 
 
+@pytest.mark.slow
 def test_the_other_student(sources: Path, tmp_path: Path) -> None:
     assert main(command(sources, tmp_path / "run", "--sparsity", "0.5", "--no-plots", student="sparsity")) == 0
     student = fastdistill.from_pretrained(tmp_path / "run" / "seed-0" / "trial")
@@ -161,6 +166,7 @@ def test_the_other_student(sources: Path, tmp_path: Path) -> None:
     assert len(blocks(student)) == 3
 
 
+@pytest.mark.slow
 def test_unstructured(sources: Path, tmp_path: Path) -> None:
     more = ("--unstructured", "--sparsity", "0.3", "--selection", "knowledge,random", "--no-plots")
     assert main(command(sources, tmp_path / "run", *more)) == 0
@@ -171,6 +177,7 @@ def test_unstructured(sources: Path, tmp_path: Path) -> None:
         assert zeros == round(0.3 * total)
 
 
+@pytest.mark.slow
 def test_regression_and_the_published_codes_way(sources: Path, tmp_path: Path) -> None:
     more = ("--sparsity", "0.5", "--reduce", "batch", "--score-on", "validation", "--tradeoff", "1", "--round-to", "8")
     more = (*more, "--baselines", "--chain", "3,2,1", "--no-plots")
@@ -181,6 +188,7 @@ def test_regression_and_the_published_codes_way(sources: Path, tmp_path: Path) -
     assert {block.neurons % 8 for block in blocks(smaller)} == {0}
 
 
+@pytest.mark.slow
 def test_a_grid_keeps_the_best(sources: Path, tmp_path: Path) -> None:
     more = ["--sparsity", "0.5", "--learning-rate-grid", "0.01,0.00001", "--batch-size-grid", "8,16", "--no-plots"]
     arguments = command(sources, tmp_path / "run")
@@ -192,30 +200,26 @@ def test_a_grid_keeps_the_best(sources: Path, tmp_path: Path) -> None:
     assert record(tmp_path / "run")["results"]["trial"]["accuracy"] == max(values)
 
 
-PROGRAM = """
-import sys
-from fastdistill.sensitivity import units as scoring
-from fastdistill.cli import main
-scoring.SAVE_EVERY = 1
-sys.exit(main(sys.argv[1:]))
-"""
+def saving_often(arguments: list[str]) -> None:
+    units.SAVE_EVERY = 1
+    main(arguments)
 
 
-@pytest.mark.parametrize(
-    "marker", ["seed-0/trial/checkpoint-*", "seed-0/scores/unfinished.safetensors", "seed-7/stark-rand-0.25/stage.json"]
-)
-def test_a_killed_run_goes_on(sources: Path, finished: Path, tmp_path: Path, marker: str) -> None:
-    """SIGKILL in the midst of a stage; the same command ends with the same results."""
+@pytest.mark.slow
+def test_a_killed_run_goes_on(sources: Path, finished: Path, tmp_path: Path) -> None:
+    """SIGKILL in the midst of a training, of scores, and of the second seed; the same command ends with the same
+    results."""
     output = tmp_path / "run"
     shutil.copytree(finished / "teacher", output / "teacher")
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": str(torch.get_num_threads())}
     arguments = command(sources, output, *EVERYTHING)
-    process = subprocess.Popen([sys.executable, "-c", PROGRAM, *arguments], env=environment, stderr=subprocess.DEVNULL)
-    while not list(output.glob(marker)):
-        assert process.poll() is None
-        time.sleep(0.002)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
+    middles = ("seed-0/trial/checkpoint-*", "seed-0/scores/unfinished.safetensors", "seed-7/stark-rand-0.25/stage.json")
+    for middle in middles:
+        process = start(saving_often, arguments)
+        while not list(output.glob(middle)):
+            assert process.is_alive()
+            time.sleep(0.002)
+        process.kill()
+        process.join()
     assert not (output / "results.json").exists()
     assert main(arguments) == 0
     assert measured(output) == measured(finished)
