@@ -7,7 +7,7 @@ BIN := $(VENV)/bin
 NATIVE := $(shell find csrc -type f)
 export FASTDISTILL_ISA ?= native
 
-.PHONY: demo check test bench lint gpu gpu-sanitize build clean
+.PHONY: demo check test lowest bench lint gpu gpu-sanitize build clean
 
 demo: $(VENV)/ready
 	$(BIN)/fastdistill stark --task docstrings --teacher minilm --student-layers 2 --sparsity 0.2,0.4,0.6 --epochs 2 --output runs/demo
@@ -18,6 +18,12 @@ check: lint
 
 test: $(VENV)/ready
 	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile
+
+# `make check` with the lowest versions that pyproject.toml allows, in a clone: what is compiled fits one torch only.
+lowest:
+	rm -rf build/lowest
+	git clone -q . build/lowest
+	$(MAKE) -C build/lowest check VENV=$(CURDIR)/.venv-lowest CONSTRAINTS=constraints-lowest.txt
 
 bench: $(VENV)/ready
 	mkdir -p runs
@@ -54,4 +60,4 @@ $(VENV)/ready: pyproject.toml setup.py $(CONSTRAINTS) $(NATIVE)
 	touch $@
 
 clean:
-	rm -rf build runs $(VENV) fastdistill/*.so fastdistill/_build.json *.egg-info
+	rm -rf build runs $(VENV) .venv-lowest fastdistill/*.so fastdistill/_build.json *.egg-info

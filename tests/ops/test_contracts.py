@@ -15,6 +15,7 @@ from fastdistill.ops import ActiveNeurons
 from fastdistill.ops.library import OPS
 from fastdistill.ops.native import NATIVE
 
+ALL_CHECKS = ("test_schema", "test_autograd_registration", "test_faketensor", "test_aot_dispatch_dynamic")
 LAYOUTS = ("contiguous", "transposed", "expanded", "sliced")
 
 
@@ -95,11 +96,14 @@ def has_gradient(op: str) -> bool:
     return not op.endswith("_") and op not in ("scale_rows", "select_uncertain")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize(("op", "grad"), [(op, grad) for op in OPS for grad in {False, has_gradient(op)}])
 def test_opcheck(op: str, grad: bool, layout: str) -> None:
+    """Autograd and compilation in one layout: test_compiles_whole has them in every one."""
+    checks = ALL_CHECKS if layout == "contiguous" else ("test_schema", "test_faketensor")
     for args in operands(op, layout, grad):
-        torch.library.opcheck(getattr(torch.ops.fastdistill, op).default, args)
+        torch.library.opcheck(getattr(torch.ops.fastdistill, op).default, args, test_utils=checks)
 
 
 # The functions --------------------------------------------------------------------------------------------------------
@@ -148,6 +152,7 @@ def with_gradients(function: Callable[..., Tensor], inputs: list[Tensor], grad: 
     return [output.detach(), *torch.autograd.grad(output, leaves, upstream)]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dynamic", [False, True])
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize(
