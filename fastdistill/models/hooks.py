@@ -32,8 +32,8 @@ def unwrapped(model: Any) -> Any:
 
 
 def whole(model: Any) -> Any:
-    """`unwrapped`, to be called in the model's stead. Raises ValueError for one of PEFT that has a learned prompt, which
-    is in none of its layers."""
+    """`unwrapped`, to be called in the model's stead. Raises ValueError for one of PEFT with a learned prompt, which is
+    in none of its layers."""
     inner = uncompiled(model)
     if is_peft(inner) and inner.active_peft_config.is_prompt_learning:
         raise ValueError(

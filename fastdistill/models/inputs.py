@@ -48,7 +48,7 @@ def inputs_of(
 
     inputs = {name: value for name, value in batch.items() if name not in LABELS and is_ours(name)}
     make = getattr(unwrapped(model), "prepare_decoder_input_ids_from_labels", None)
-    if make and not {"decoder_input_ids", "decoder_inputs_embeds"} & inputs.keys():
-        if isinstance(labels := batch.get("labels"), Tensor) and labels.dim() == 2:
-            inputs["decoder_input_ids"] = make(labels=labels)
+    labels, given = batch.get("labels"), {"decoder_input_ids", "decoder_inputs_embeds"} & inputs.keys()
+    if make and not given and isinstance(labels, Tensor) and labels.dim() == 2:
+        inputs["decoder_input_ids"] = make(labels=labels)
     return inputs

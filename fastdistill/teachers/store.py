@@ -63,8 +63,9 @@ def store(
     """The dataset with what a teacher says to each example, which `DistillationTrainer` then takes for the teacher.
 
     The new column "{name}_logits" is ``[C]`` an example, and "{name}_hidden_states" ``[L+1, d]``: the first token's
-    states ([CLS]; of a decoder the last token's, as its classifier takes it) after the embeddings and each of L layers. Both are lists of fixed sizes, float32, or float64
-    where the model is. Being columns, they stay with their examples when those are shuffled or selected.
+    states ([CLS]; of a decoder those of the last, which its classifier takes) after the embeddings and each of L
+    layers. Both are lists of fixed sizes, float32, or float64 where the model is. Being columns, they stay with their
+    examples when those are shuffled or selected.
 
     The teacher runs once: what it says is kept in files of `POOL` batches, each written whole or not at all, read once
     to check its digest, and memory-mapped. A later call that finds them runs no model; one after an interruption runs

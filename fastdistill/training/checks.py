@@ -86,12 +86,13 @@ def check_head(objective: Objective, student: nn.Module, head: Head, dataset: An
                 f"train_dataset has the column {found[0]!r}, of one row of logits an example, but model is for "
                 f"{head.kind}; expected a teacher_model, and no such column"
             )
-    if objective.needs.hidden_states and not objective.needs.all_tokens and is_causal(student):
-        if not name.endswith("ForSequenceClassification") or config_of(student, "is_encoder_decoder"):
-            raise ValueError(
-                f"objective {objective} is of the one token that a classifier looks at, but model is a {name}; "
-                "expected an encoder, or a decoder ForSequenceClassification"
-            )
+    of_one_token = objective.needs.hidden_states and not objective.needs.all_tokens
+    is_classifier = name.endswith("ForSequenceClassification") and not config_of(student, "is_encoder_decoder")
+    if of_one_token and not is_classifier and is_causal(student):
+        raise ValueError(
+            f"objective {objective} is of the one token that a classifier looks at, but model is a {name}; "
+            "expected an encoder, or a decoder ForSequenceClassification"
+        )
 
 
 _HEADS = (
@@ -110,9 +111,9 @@ def check_evaluation(args: Any, objective: Objective, dataset: Any, head: Head) 
     names = ("start_positions",) if head.kind == "question_answering" else ("labels", "label", "label_ids")
     if (columns := columns_of(dataset)) and not columns & set(names):
         raise ValueError(
-            f"args.metric_for_best_model is {args.metric_for_best_model!r}, but eval_dataset has no {names[0]}, without "
-            f"which objective {objective} is not known to have a loss; expected labels, or an objective of the teacher's "
-            "outputs alone"
+            f"args.metric_for_best_model is {args.metric_for_best_model!r}, but eval_dataset has no {names[0]}, "
+            f"without which objective {objective} is not known to have a loss; expected labels, or an objective of the "
+            "teacher's outputs alone"
         )
 
 

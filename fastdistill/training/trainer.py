@@ -92,10 +92,10 @@ class DistillationTrainer(Trainer):
             token's, of embeddings and layers.) Several teachers are given by name,
             {"teacher": ..., "assistant": ...}; the columns of each begin with its name.
         objective: an `Objective` or a function of (student outputs, teacher outputs, labels). By default
-            `LogitsKD`, for a regression `MSE`, and for many labels `MultiLabelKD`. An objective that `needs` them lazily has the teacher's
-            outputs as `TeacherOutputs`, which runs when it is asked; for several teachers, a dictionary of them. What
-            an objective itself learns (its `module`) is optimised, clipped, saved and resumed with the student, and
-            averaged over processes.
+            `LogitsKD`, for a regression `MSE`, and for many labels `MultiLabelKD`. An objective that `needs` them
+            lazily has the teacher's outputs as `TeacherOutputs`, which runs when it is asked; for several teachers, a
+            dictionary of them. What an objective itself learns (its `module`) is optimised, clipped, saved and resumed
+            with the student, and averaged over processes.
         **trainer: everything else that Trainer takes, by name.
 
     Parts of the loss are logged by name beside "loss", which is their weighted sum, each averaged over the
