@@ -632,6 +632,7 @@ def test_the_same_data_has_the_same_fingerprint(hundred):
 # Named tasks
 
 
+@pytest.mark.slow
 def test_docstrings():
     data = load_task("docstrings", max_train_examples=500)
     assert data.task is TASKS["docstrings"] and data.test is None

@@ -88,6 +88,7 @@ def check(student: Tensor, teacher: Tensor, labels: Tensor | None, **changes: An
             assert error <= limit, f"{what}: error {error:.3g} > {limit:.3g} (plain PyTorch: {ordinary[i]:.3g})"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("classes", [3, SWEPT])
 @pytest.mark.parametrize("reduction", REDUCTIONS)
 @pytest.mark.parametrize("divergence", DIVERGENCES)
@@ -121,6 +122,7 @@ def test_every_number_of_rows(rows: int, reduction: str) -> None:
     check(*make(rows, 2), reduction=reduction)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("rows, classes", [(64, TILED), (6, SWEPT)])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("temperature", [0.5, 1.0, 2.0, 3.7, 4.0, 10.0, 20.0])
@@ -233,6 +235,7 @@ def test_no_rows(reduction: str, expected: float | None) -> None:
 INF = torch.inf
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("classes", [TILED, SWEPT])
 @pytest.mark.parametrize("divergence", DIVERGENCES)
 @pytest.mark.parametrize(
@@ -279,6 +282,7 @@ def test_huge_logits(classes: int, divergence: str, size: float) -> None:
     check(student * size, teacher * -size, labels, divergence=divergence)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("classes", [TILED, SWEPT])
 @pytest.mark.parametrize("divergence", DIVERGENCES)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
