@@ -34,6 +34,10 @@ def pytest_collection_finish() -> None:
     gc.freeze()  # a training ends with gc.collect(), which took longer than all else: it went through every module
 
 
+def pytest_unconfigure() -> None:
+    gc.unfreeze()  # else Triton's module says at the end that it leaks
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     if not torch.cuda.is_available():
         for item in items:
