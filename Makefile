@@ -23,7 +23,7 @@ test: $(VENV)/ready
 lowest:
 	rm -rf build/lowest
 	git clone -q . build/lowest
-	$(MAKE) -C build/lowest check VENV=$(CURDIR)/.venv-lowest CONSTRAINTS=constraints-lowest.txt
+	TORCH_CUDA_ARCH_LIST=9.0 $(MAKE) -C build/lowest check VENV=$(CURDIR)/.venv-lowest CONSTRAINTS=constraints-lowest.txt
 
 bench: $(VENV)/ready
 	mkdir -p runs

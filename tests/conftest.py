@@ -35,7 +35,7 @@ def pytest_collection_finish() -> None:
 
 
 def pytest_unconfigure() -> None:
-    gc.unfreeze()  # or Triton's own at exit has something to say of what is left
+    gc.unfreeze()  # else Triton's module says at the end that it leaks
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -141,6 +141,7 @@ def test_what_a_mask_hides_does_not_matter(dtype: torch.dtype) -> None:
     assert torch.equal(both(inputs, None, mask)[0], expected[0])
 
 
+@pytest.mark.slow
 @interpreted
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_a_mask_of_the_least_number_is_no_mask(dtype: torch.dtype) -> None:
@@ -187,6 +188,7 @@ def test_any_strides() -> None:
     check([F.pad(x, (1, 15))[..., 1:-15] for x in make()])
 
 
+@pytest.mark.slow
 @interpreted
 @pytest.mark.parametrize("gate_grad", [False, True])
 def test_any_strides_of_what_the_forward_gave(gate_grad: bool) -> None:
@@ -225,6 +227,7 @@ def with_dropout(inputs: list[Tensor], kept: Tensor, p: float, gate: Tensor, sca
     return [output, *torch.autograd.grad(output, (query, key, value, gate), inputs[3].double())]
 
 
+@pytest.mark.slow
 @interpreted
 def test_dropout_is_the_same_forward_and_backward() -> None:
     """Values of unit vectors show which weights were kept; with those the answer is plain PyTorch's."""

@@ -124,7 +124,7 @@ def test_a_trial_that_fails_tells_its_error(tmp_path: Path, monkeypatch: pytest.
 def test_stark(tmp_path: Path) -> None:
     tiny.task_folder(tmp_path / "task", train=48)
     tiny.model_folder(tmp_path / "encoder", tiny.bert(layers=3, num_attention_heads=4).bert)
-    more = ("--student-layers", "1", "--sparsity", "0.5", "--baselines", "--batch-size-grid", "8,16", "--no-plots")
+    more = ("--student-layers", "1", "--sparsity", "0.5", "--batch-size-grid", "8,16", "--no-plots")
     for executor in ("local", "ray"):
         assert main(command("stark", tmp_path, tmp_path / executor, *more, "--executor", executor)) == 0
     found, expected = (record(tmp_path / executor) for executor in ("ray", "local"))

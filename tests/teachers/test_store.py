@@ -17,7 +17,6 @@ from transformers import BertForTokenClassification, DataCollatorWithPadding
 
 import fastdistill
 from fastdistill import PKD, DistillationTrainer, LogitsKD, WeightedSum, store
-from fastdistill.digest import digest, row_pieces
 from fastdistill.teachers import store as stored
 from tests import encoders, tiny
 from tests.parallel import launched
@@ -190,26 +189,6 @@ def test_what_makes_none_runs_it_once(tmp_path: Path, calls: Any) -> None:
     assert keep(tmp_path, data, model, name="assistant")["assistant_logits"][:] == expected["teacher_logits"][:]
     assert seen == []
     assert not [*tmp_path.glob("cache-*")]  # of `backwards`, which has no folder of its own
-
-
-def test_rows_have_one_digest_however_they_are_kept() -> None:
-    """Of every type, with nulls, and of slices that begin and end within a byte."""
-    columns = {
-        "flags": [[True, False], None, [True]] * 40,
-        "texts": ["a", None, "longer"] * 40,
-        "numbers": [1, None, 3] * 40,
-        "bytes": [b"\0", b"", b"xyz"] * 40,
-        "nested": [{"a": [[1.5], []]}, {"a": None}, {"a": [[2.5, 3.5]]}] * 40,
-        "array": [np.full((2, 3), float(row)) for row in range(120)],
-    }
-    features = {**datasets.Dataset.from_dict(columns).features, "array": datasets.Array2D((2, 3), "float32")}
-    rows = datasets.Dataset.from_dict(columns, features=datasets.Features(features))
-    taken = rows.select(range(119, -1, -1)).flatten_indices().select(range(119, -1, -1))
-    for some in (range(120), range(5, 98), range(1, 2)):
-        parts = [rows.select(some), taken.select(some)]
-        parts.append(datasets.Dataset.from_list(parts[0].to_list(), features=rows.features))
-        assert len({digest(row_pieces(part)) for part in parts}) == 1
-    assert digest(row_pieces(rows)) != digest(row_pieces(taken.select(range(119, -1, -1))))
 
 
 @pytest.mark.parametrize("decode", [True, False])
