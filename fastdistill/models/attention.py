@@ -63,6 +63,10 @@ def attention_forward(
     sinks, biases, a sliding window that is not in a mask, and whatever else is not known to make no difference.
     """
     _check_keywords(kwargs, attention_mask, key.shape[2])
+    if scaling is None:  # with which GPT-2 says these of itself in later versions of transformers
+        for name, usual in (("scale_attn_weights", True), ("scale_attn_by_inverse_layer_idx", False)):
+            if getattr(module, name, usual) != usual:
+                _refuse(name, not usual, str(usual))
     if is_causal is None:
         is_causal = getattr(module, "is_causal", True)
     is_causal = bool(is_causal) and attention_mask is None and query.shape[2] > 1  # a mask says all
@@ -85,11 +89,15 @@ def _check_keywords(keywords: dict[str, Any], attention_mask: Tensor | None, key
             continue
         if name == "sliding_window" and (attention_mask is not None or value >= keys):
             continue
-        shown = f"a tensor of shape {tuple(value.shape)}" if isinstance(value, Tensor) else repr(value)
-        raise ValueError(
-            f"{name} is {shown}, which {IMPLEMENTATION!r} attention cannot do; "
-            "expected None, or a model with attn_implementation='eager'"
-        )
+        _refuse(name, value, "None")
+
+
+def _refuse(name: str, value: object, expected: str) -> None:
+    shown = f"a tensor of shape {tuple(value.shape)}" if isinstance(value, Tensor) else repr(value)
+    raise ValueError(
+        f"{name} is {shown}, which {IMPLEMENTATION!r} attention cannot do; "
+        f"expected {expected}, or a model with attn_implementation='eager'"
+    )
 
 
 def create_mask(mask_function: Callable[..., Any], **options: Any) -> Tensor | None:
