@@ -8,23 +8,21 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
 
 from fastdistill.models.architectures import Block, blocks
 from fastdistill.models.hooks import refuse_hooked
 from fastdistill.models.scores import Scores
 from fastdistill.models.sharing import refuse_shared
+from fastdistill.models.widths import CONFIG_KEY, declare_widths
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
     Model = TypeVar("Model", bound=PreTrainedModel)
 
-CONFIG_KEY = "fastdistill_pruned"
-"""In a pruned model's config: for each layer the indices of the heads that are left, of those that the dense model
-had, and the number of neurons."""
 
-
-def prune(model: Model, scores: Scores, sparsity: float, *, round_to: int = 1) -> Model:
+def prune(model: Model, scores: Scores, sparsity: float, *, round_to: int = 1, uniform: bool = False) -> Model:
     r"""A new model without the heads and neurons of the lowest scores: smaller, and equal to masking them.
 
     All heads of all layers are ranked together, and so are all neurons; of both the lowest
@@ -33,73 +31,153 @@ def prune(model: Model, scores: Scores, sparsity: float, *, round_to: int = 1) -
     keeps its output bias, as a mask would. Embeddings, pooler and the head stay as they are. The logits are those of
     the model with the same gates at 0, within rounding.
 
+    **Grouped queries.** Heads are those of query. Where several have one key and value, these go when all their heads
+    do; and since those that stay must have equally many, a group with fewer keeps, of the heads that were to go, as
+    many as make it up to the layer's fullest. They stay with output columns of 0, as a mask would have it, and train.
+
+    **Layers that are applied again and again** (ALBERT) have one score for all applications, and are pruned in all.
+
     Args:
-        model: a BERT, RoBERTa, XLM-RoBERTa, CamemBERT, ELECTRA, MPNet, DistilBERT or ViT, with any head; also one that
-            was pruned before.
+        model: of a known architecture, with any head; also one that was pruned before.
         scores: as `fastdistill.score` finds them.
         sparsity: s, from 0 to 1: the share of the heads, and of the neurons, that are removed.
         round_to: the number of neurons that a layer keeps is rounded to the nearest multiple of it.
+        uniform: every layer loses the same share of its own, ranked by itself: layers of one width stay so, and
+            `fastdistill.export` makes a plain model of it. Of grouped queries whole groups go, by the sum of their
+            scores; where there is one group, heads of it.
 
     The new model is saved by its own ``save_pretrained`` and loaded by `fastdistill.from_pretrained`. All its weights
     train. Raises TypeError for what are no scores, and ValueError for an unknown architecture, for a model with shared
     layers, for scores of another model, that are NaN, or arguments out of their range.
     """
+    layers = check_prunable(model, scores)
+    kept = scores.kept(sparsity, round_to) if not uniform else evenly(scores, layers, sparsity, round_to)
+    return without(model, *kept)
+
+
+def check_prunable(model: PreTrainedModel, scores: Scores) -> list[Block]:
+    """The model's layers. Raises as `prune`."""
     if not isinstance(scores, Scores):
         raise TypeError(f"scores is a {type(scores).__name__}; expected Scores, as fastdistill.score finds them")
     refuse_shared(model)
     refuse_hooked(model)
-    smaller = copy.deepcopy(model)
-    layers = blocks(smaller)
+    layers = blocks(model)
     found = [(len(heads), len(neurons)) for heads, neurons in zip(scores.heads, scores.neurons, strict=True)]
     if found != (wanted := [(block.heads, block.neurons) for block in layers]):
         raise ValueError(f"scores has (heads, neurons) {found} by layer; expected the model's, {wanted}")
-    heads, neurons = scores.kept(sparsity, round_to)
+    return layers
+
+
+def evenly(
+    scores: Scores, layers: Sequence[Block], sparsity: float, round_to: int
+) -> tuple[list[Tensor], list[Tensor]]:
+    """What stays, as `Scores.kept` says it, where each layer loses the same share."""
+    heads, neurons = [], []
+    for block, ours, theirs in zip(layers, scores.heads, scores.neurons, strict=True):
+        per_group = block.heads // block.groups if block.groups > 1 else 1
+        groups = ours.view(-1, per_group).sum(1)
+        kept, own = Scores([groups], [theirs]).kept(sparsity, round_to)
+        heads.append((kept[0].unsqueeze(1) * per_group + torch.arange(per_group, device="cpu")).flatten())
+        neurons.append(own[0])
+    return heads, neurons
+
+
+def without(model: Model, heads: Sequence[Tensor], neurons: Sequence[Tensor]) -> Model:
+    """A copy of the model with these heads and neurons of its layers, and with those that groups need beside."""
+    smaller = copy.deepcopy(model)
+    layers = blocks(smaller)
     before = getattr(model.config, CONFIG_KEY, None)
     original = [list(range(block.heads)) for block in layers] if before is None else before["heads"]
-    numbers = [[was[i] for i in now.tolist()] for was, now in zip(original, heads, strict=True)]
-    for layer in zip(layers, heads, neurons, numbers, strict=True):
-        narrow(*layer)
-    setattr(smaller.config, CONFIG_KEY, {"heads": numbers, "neurons": [len(now) for now in neurons]})
+    numbers = []
+    for block, open_heads, own_neurons, was in zip(layers, heads, neurons, original, strict=True):
+        own_heads = made_up(open_heads, block)
+        closed = own_heads[~torch.isin(own_heads, open_heads)]
+        with torch.no_grad():
+            block.head_out.weight.index_fill_(*_channels(block.head_out, closed, block.heads, rows=False), 0)
+        numbers.append([was[head] for head in own_heads.tolist()])
+        narrow(block, own_heads, own_neurons, numbers[-1])
+    declare_widths(smaller, numbers, [len(own) for own in neurons])
     return smaller.requires_grad_(True)
 
 
+def made_up(heads: Tensor, block: Block) -> Tensor:
+    """These heads, and those of the same groups without which the groups would differ in size."""
+    if not len(heads) or block.heads == block.groups:
+        return heads
+    stays = torch.zeros(block.heads, dtype=torch.bool, device="cpu").index_fill(0, heads, True)
+    groups = stays.view(block.groups, -1)
+    number = groups.sum(1)
+    first = groups.int().argsort(dim=1, descending=True, stable=True)[:, : int(number.max())]  # those that stay, then
+    filled = torch.zeros_like(groups).scatter(1, first, True) & (number > 0).unsqueeze(1)
+    return filled.flatten().nonzero().squeeze(1)
+
+
 def narrow(block: Block, heads: Tensor, neurons: Tensor, numbers: Sequence[int]) -> None:
-    """Keep these heads and neurons of a layer; `numbers` are those that the heads had when nothing was pruned."""
+    """Keep these heads and neurons of a layer; `numbers` are those that the heads had when nothing was pruned.
+
+    What is left of a linear map without rows, or columns, is there, so that it takes its place among the weights: a
+    model that does not know of it finds a weight of another size, and none that is missing."""
     names = block.names
     if len(heads) < block.heads:
-        channels = (heads.unsqueeze(1) * block.head_size + torch.arange(block.head_size, device="cpu")).flatten()
-        for name in names.head_in if len(heads) else ():
-            _select(block.layer.get_submodule(name), channels, rows=True)
+        groups, per_group = block.groups, block.heads // max(block.groups, 1)
+        own_groups = (heads // per_group).unique()
+        for module, is_shared in list(block.head_rows()):
+            if is_shared:
+                _select(module, own_groups, groups, rows=True)
+            else:
+                _select(module, heads, block.heads, names.head_parts, rows=True)
+        _select(block.head_out, heads, block.heads, rows=False)
         if len(heads):
-            _select(block.head_out, channels, rows=False)
-            _set_heads(block.attention, numbers, block.head_size)
+            _set_heads(block, numbers, per_group=len(heads) // len(own_groups))
         else:
-            block.replace(names.head_out, _Bias(block.head_out.bias))
-            within = names.head_out.startswith(names.attention + ".")
-            block.replace(names.attention, _NoHeads(names.head_out, block.head_out) if within else _NoHeads())
+            _mend(block, names.head_out)
+            within = names.head_out.removeprefix(names.attention + ".")
+            output = within if within != names.head_out else ""
+            block.replace(names.attention, _NoHeads(block.attention, block.head_size, output, names.norm))
     if len(neurons) < block.neurons:
-        if len(neurons):
-            _select(block.layer.get_submodule(names.neuron_in), neurons, rows=True)
-            _select(block.neuron_out, neurons, rows=False)
-        else:
-            block.replace(names.neuron_in, _Nothing())
-            block.replace(names.neuron_out, _Bias(block.neuron_out.bias))
+        for module in block.neuron_in:
+            _select(module, neurons, block.neurons, names.neuron_parts, rows=True)
+        _select(block.neuron_out, neurons, block.neurons, rows=False)
+        _mend(block, names.neuron_out)
 
 
-def _select(linear: Any, channels: Tensor, *, rows: bool) -> None:
-    channels = channels.to(linear.weight.device)
-    linear.weight = nn.Parameter(linear.weight.detach().index_select(0 if rows else 1, channels))
+def _channels(linear: Any, kept: Tensor, units: int, parts: int = 1, *, rows: bool) -> tuple[int, Tensor]:
+    """The dimension of the weight's rows, or columns, and those that are the kept units'."""
+    dim = 0 if rows != isinstance(linear, Conv1D) else 1
+    size = linear.weight.shape[dim]
+    channels = torch.arange(size, device="cpu").view(parts, units, size // max(parts * units, 1))
+    return dim, channels[:, kept.cpu()].flatten().to(linear.weight.device)
+
+
+def _select(linear: Any, kept: Tensor, units: int, parts: int = 1, *, rows: bool) -> None:
+    dim, channels = _channels(linear, kept, units, parts, rows=rows)
+    linear.weight = nn.Parameter(linear.weight.detach().index_select(dim, channels))
     if rows and linear.bias is not None:
         linear.bias = nn.Parameter(linear.bias.detach().index_select(0, channels))
-    linear.out_features, linear.in_features = linear.weight.shape
+    if isinstance(linear, Conv1D):
+        linear.nx, linear.nf = linear.weight.shape
+    else:
+        linear.out_features, linear.in_features = linear.weight.shape
 
 
-def _set_heads(attention: Any, numbers: Sequence[int], head_size: int) -> None:
+def _mend(block: Block, name: str) -> None:
+    """`Conv1D` computes nothing of no columns."""
+    linear = block.layer.get_submodule(name)
+    if isinstance(linear, Conv1D) and not linear.nx:
+        block.replace(name, _NoColumns(linear))
+
+
+def _set_heads(block: Block, numbers: Sequence[int], per_group: int) -> None:
     """What attention modules know of their heads beside the width of their projections."""
+    attention: Any = block.attention
     for name, value in (
         ("num_attention_heads", len(numbers)),
+        ("num_heads", len(numbers)),
         ("n_heads", len(numbers)),
-        ("all_head_size", len(numbers) * head_size),
+        ("num_key_value_groups", per_group),
+        ("num_key_value_heads", len(numbers) // per_group),
+        ("all_head_size", len(numbers) * block.head_size),
+        ("split_size", len(numbers) * block.head_size),
     ):
         if hasattr(attention, name):
             setattr(attention, name, value)
@@ -114,34 +192,42 @@ def _own_position_bias(attention: Any, inputs: tuple[Any, ...]) -> tuple[Any, ..
     return hidden, mask, None if bias is None else bias[:, attention.kept_heads], *rest
 
 
-class _Bias(nn.Module):
-    """The bias that is left of a linear map of nothing."""
+class _NoColumns(Conv1D):
+    def __init__(self, linear: Any) -> None:
+        nn.Module.__init__(self)
+        self.nx, self.nf, self.weight, self.bias = linear.nx, linear.nf, linear.weight, linear.bias
 
-    in_features = 0
-
-    def __init__(self, bias: Tensor) -> None:
-        super().__init__()
-        self.bias = nn.Parameter(bias.detach().clone())
-
-    def forward(self, inputs: Tensor) -> Tensor:
-        return self.bias.expand(*inputs.shape[:-1], -1)
+    def forward(self, x: Tensor) -> Tensor:
+        return x @ self.weight + self.bias
 
 
-class _Nothing(nn.Module):
-    """A linear map to no neurons."""
-
-    def forward(self, inputs: Tensor) -> Tensor:
-        return inputs[..., :0]
+def _retire(module: nn.Module) -> None:
+    """Make its weights buffers: they are saved, but nothing uses them."""
+    for part in module.modules():
+        for name, weight in list(part.named_parameters(recurse=False)):
+            delattr(part, name)
+            part.register_buffer(name, weight.detach())
 
 
 class _NoHeads(nn.Module):
-    """Attention without heads. Where its output projection is within it, what that leaves has the same place."""
+    """Attention without heads: of its weights, those that are left, with what it does after its output projection."""
 
-    def __init__(self, name: str = "", projection: nn.Module | None = None) -> None:
+    def __init__(self, attention: nn.Module, head_size: int, output: str, norm: str) -> None:
         super().__init__()
-        self._projection = name.rpartition(".")[2]
-        if projection is not None:
-            self.add_module(self._projection, projection)
+        for name, child in attention.named_children():
+            self.add_module(name, child)
+            if name != output.partition(".")[0] and name != norm:
+                _retire(child)
+        self.head_dim, self.output, self.norm = head_size, output, norm
+        self.layer_idx = getattr(attention, "layer_idx", None)
+        self.config = getattr(attention, "config", None)
 
     def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, None]:
-        return (getattr(self, self._projection)(hidden_states) if self._projection else hidden_states[..., :0]), None
+        for name in ("past_key_values", "layer_past"):
+            if (cache := kwargs.get(name)) is not None:  # which counts the tokens
+                none = hidden_states.new_zeros(*hidden_states.shape[:1], 1, hidden_states.shape[1], 1)
+                getattr(cache, "self_attention_cache", cache).update(none, none, self.layer_idx)
+        context = hidden_states[..., :0]
+        if self.output:
+            context = self.get_submodule(self.output)(context)
+        return (self.get_submodule(self.norm)(hidden_states + context) if self.norm else context), None
