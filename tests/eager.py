@@ -101,5 +101,8 @@ def gated_attention(
     if attn_mask is not None:
         attn_mask = attn_mask.expand(*query.shape[:3], key.shape[2])
         attn_mask = attn_mask if attn_mask.dtype == torch.bool else attn_mask.to(query.dtype)
+    group = query.shape[1] // max(key.shape[1], 1)
+    if group > 1:
+        key, value = (x.repeat_interleave(group, 1) for x in (key, value))
     output = F.scaled_dot_product_attention(query, key, value, attn_mask, is_causal=is_causal, scale=scale)
     return output if head_gate is None else output * head_gate.to(output.dtype)[..., None, None]

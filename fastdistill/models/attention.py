@@ -50,7 +50,7 @@ def attention_forward(
 ) -> tuple[Tensor, None]:
     """Attention in the form that transformers calls: ``[B, H, S, D]`` in, ``[B, S, H, D]`` out.
 
-    Raises ValueError for what it cannot do: grouped heads, and giving the attention weights.
+    Raises ValueError for what it cannot do: giving the attention weights.
     """
     if kwargs.get("output_attentions"):
         raise ValueError(f"output_attentions is True, which {IMPLEMENTATION!r} attention cannot give; expected 'eager'")
@@ -60,6 +60,7 @@ def attention_forward(
     own_gate = getattr(module, _GATE, None)
     gate = own_gate and own_gate()
     if torch.compiler.is_compiling() and torch.onnx.is_in_onnx_export():  # which does not know the op
+        key, value = (x.repeat_interleave(query.shape[1] // x.shape[1], 1) for x in (key, value))
         context = F.scaled_dot_product_attention(query, key, value, attention_mask, dropout, is_causal, scale=scaling)
         if gate is not None:
             context = (context * gate[..., None, None]).to(context.dtype)

@@ -56,14 +56,14 @@ def operands(op: str, layout: str, grad: bool) -> list[tuple[Any, ...]]:
     if op in ("gated_attention", "gated_attention_backward"):
         mask = torch.arange(20) < torch.tensor([20, 7])[:, None, None, None]
         found = []
-        for gate in (None, leaf(3), leaf(2, 3)):
+        for heads, groups, gate in ((3, 3, None), (3, 3, leaf(3)), (3, 3, leaf(2, 3)), (4, 2, leaf(4))):
             gate_grad = grad and gate is not None
             options = (mask if grad else None, None, 0.0, False, 0.3, gate_grad)
-            args = (leaf(2, 3, 9, 8), leaf(2, 3, 20, 8), leaf(2, 3, 20, 8), gate, *options)
+            args = (leaf(2, heads, 9, 8), leaf(2, groups, 20, 8), leaf(2, groups, 20, 8), gate, *options)
             if op == "gated_attention_backward":
                 args = tuple(x.detach() if isinstance(x, Tensor) else x for x in args)
                 output, ungated, logsumexp = torch.ops.fastdistill.gated_attention(*args)
-                args = (plain(2, 3, 9, 8), *args[:6], ungated if gate_grad else output, logsumexp, *args[6:])
+                args = (plain(2, heads, 9, 8), *args[:6], ungated if gate_grad else output, logsumexp, *args[6:])
             found.append(args)
         return found
     if op == "bias_act_gate":
@@ -123,6 +123,7 @@ def accumulate(grad: Tensor) -> Tensor:
 FUNCTIONS: dict[str, tuple[Callable[..., Tensor], list[tuple[int, ...]]]] = {
     "gated_attention": (attend, [(4, 2, 9, 8), (4, 2, 11, 8), (4, 2, 11, 8), (4, 2)]),
     "gated_attention, gates of heads": (attend, [(4, 2, 9, 8), (4, 2, 11, 8), (4, 2, 11, 8), (2,)]),
+    "gated_attention, grouped heads": (attend, [(4, 4, 9, 8), (4, 2, 11, 8), (4, 2, 11, 8), (4,)]),
     "gated_ffn": (
         lambda x, gate: fastdistill.gated_ffn(x, W_IN, B_IN, W_OUT, None, gate),
         [(4, 5, 8), (4, 16)],
