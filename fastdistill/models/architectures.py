@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -263,9 +263,8 @@ def layer_stack(model: PreTrainedModel) -> nn.ModuleList:
 def encoder_layers(model: PreTrainedModel) -> Sequence[nn.Module]:
     """The model's layers: of one that applies them again and again, each once."""
     inner = architecture(model).inner
-    if not inner:
-        return layer_stack(model)
-    return [layer for group in layer_stack(model) for layer in group.get_submodule(inner)]  # type: ignore[attr-defined]
+    stack: Any = layer_stack(model)
+    return [layer for group in stack for layer in group.get_submodule(inner)] if inner else list(stack)
 
 
 def applications(model: PreTrainedModel) -> int:
@@ -368,34 +367,30 @@ def _empty_model(model_type: str) -> PreTrainedModel:
     if model_type not in CONFIG_MAPPING or CONFIG_MAPPING[model_type] not in MODEL_MAPPING:
         raise ValueError(f"model_type is {model_type!r}, of which AutoModel makes no model; expected one as model")
     with torch.device("meta"):
-        return AutoModel.from_config(CONFIG_MAPPING[model_type]())  # type: ignore[no-any-return]
+        return AutoModel.from_config(CONFIG_MAPPING[model_type]())  # type: ignore[no-any-return, no-untyped-call]
 
 
 def check_architecture(names: Architecture, model: PreTrainedModel) -> None:
     """Raises ValueError, naming the field, for what the model does not have, or has in other shapes."""
-    for field in ("layers", "attention", "head_out", "neuron_out"):
-        if not getattr(names, field):
-            raise ValueError(f"{field} is ''; expected a module's name")
-    for field in ("head_in", "neuron_in"):
-        if len(getattr(names, field)) not in ((1, 3) if field == "head_in" else (1, 2)):
-            wanted = "one name, or query, key and value" if field == "head_in" else "one name or two"
-            raise ValueError(f"{field} is {getattr(names, field)!r}; expected {wanted}")
+    if len(names.head_in) not in (1, 3):
+        raise ValueError(f"head_in is {names.head_in!r}; expected one name, or query, key and value")
+    if len(names.neuron_in) not in (1, 2):
+        raise ValueError(f"neuron_in is {names.neuron_in!r}; expected one name or two")
+    linear = [("head_in", name) for name in names.head_in] + [("neuron_in", name) for name in names.neuron_in]
+    linear += [("head_out", names.head_out), ("neuron_out", names.neuron_out)]
     stack = _module("layers", names.layers, model.base_model)
     if not isinstance(stack, nn.ModuleList) or not len(stack):
         raise ValueError(f"layers is {names.layers!r}, a {type(stack).__name__}; expected a ModuleList with layers")
-    layers = [layer for group in stack for layer in _module("inner", names.inner, group)] if names.inner else stack
+    layers: Any = [layer for group in stack for layer in _module("inner", names.inner, group)] if names.inner else stack
     for layer in layers:
-        for field in fields(names):
-            value = getattr(names, field.name)
-            if field.name in ("attention", "head_in", "head_out", "neuron_in", "neuron_out", "alone"):
-                for name in (value,) if isinstance(value, str) else value:
-                    module = _module(field.name, name, layer)
-                    if field.name not in ("attention", "alone") and not isinstance(module, nn.Linear | Conv1D):
-                        what = type(module).__name__
-                        raise ValueError(f"{field.name} is {name!r}, a {what}; expected a Linear or Conv1D")
         attention = _module("attention", names.attention, layer)
         if names.norm:
             _module("norm", names.norm, attention)
+        if names.alone:
+            _module("alone", names.alone, layer)
+        for field, name in linear:
+            if not isinstance(module := _module(field, name, layer), nn.Linear | Conv1D):
+                raise ValueError(f"{field} is {name!r}, a {type(module).__name__}; expected a Linear or Conv1D")
         _check_widths(Block(layer, names, _head_size(attention, model.config)))
 
 
@@ -419,6 +414,8 @@ def _check_widths(block: Block) -> None:
 
 
 def _module(field: str, name: str, parent: nn.Module) -> Any:
+    if not name:
+        raise ValueError(f"{field} is {name!r}; expected a module's name")
     try:
         return parent.get_submodule(name)
     except AttributeError:

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from fastdistill.models.architectures import architecture, configs, encoder_layers
+from fastdistill.models.architectures import architecture, configs, layer_stack
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -48,7 +48,7 @@ def declare_shared(model: PreTrainedModel) -> None:
     """Make known what the model's config says: which weights its ``tie_weights`` ties, its ``save_pretrained`` leaves
     out, and its ``from_pretrained`` does not miss. Raises ValueError where layers are not of the same shape."""
     mark_activation(model)
-    shared, stack = getattr(model.config, CONFIG_KEY), encoder_layers(model)
+    shared, stack = getattr(model.config, CONFIG_KEY), layer_stack(model)
     prefix = next(name for name, module in model.named_modules() if module is stack)
     swapped = {}
     if shared["swap"]:
@@ -72,8 +72,8 @@ def declare_shared(model: PreTrainedModel) -> None:
 def check_tied(folder: Path, model: PreTrainedModel) -> None:
     """Raises ValueError where a folder had weights of the last layers that are not those of the layers before."""
     number = getattr(model.config, CONFIG_KEY)["layers"]
-    rest = {id(weight) for layer in encoder_layers(model)[:-number] for weight in layer.parameters()}
-    for weight in encoder_layers(model)[-number:].parameters():
+    rest = {id(weight) for layer in layer_stack(model)[:-number] for weight in layer.parameters()}
+    for weight in layer_stack(model)[-number:].parameters():
         if id(weight) not in rest:
             raise ValueError(
                 f"{folder} has weights and a config that do not go together: the last {number} layers have their own"

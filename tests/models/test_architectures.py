@@ -100,9 +100,11 @@ def multiplied(model: Any, heads: list[Tensor], neurons: list[Tensor]) -> Any:
     twin = copy.deepcopy(model)
     with torch.no_grad():
         for block, head_gate, neuron_gate in zip(blocks(twin), heads, neurons, strict=True):
-            columns = lambda g, m: g[:, None] if isinstance(m, transformers.pytorch_utils.Conv1D) else g
-            block.head_out.weight.mul_(columns(head_gate.repeat_interleave(block.head_size), block.head_out))
-            block.neuron_out.weight.mul_(columns(neuron_gate, block.neuron_out))
+            for linear, own in (
+                (block.head_out, head_gate.repeat_interleave(block.head_size)),
+                (block.neuron_out, neuron_gate),
+            ):
+                linear.weight.mul_(own[:, None] if isinstance(linear, Conv1D) else own)
     return twin
 
 
