@@ -47,7 +47,9 @@ class Architecture:
     inner: str = ""
     """Where each of `layers` is a group, applied again and again: the layers in it."""
     width: str = "intermediate_size"
-    """What the config calls the number of neurons; "" where it says something else."""
+    """What the config calls the number of neurons; "" where it has no name for it."""
+    head_size: str = ""
+    """What the config calls the number of a head's channels; "" where that is the hidden size by the heads' number."""
 
 
 _BERT = Architecture(
@@ -67,6 +69,7 @@ _VIT = Architecture(
     neuron_in=("mlp.fc1",),
     neuron_out="mlp.fc2",
     alone="layernorm_after",
+    head_size="head_dim",
 )
 _LLAMA = Architecture(
     layers="layers",
@@ -75,6 +78,7 @@ _LLAMA = Architecture(
     head_out="self_attn.o_proj",
     neuron_in=("mlp.gate_proj", "mlp.up_proj"),
     neuron_out="mlp.down_proj",
+    head_size="head_dim",
 )
 ARCHITECTURES = {
     "albert": Architecture(

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, TypeVar
 
 from torch import nn
+from transformers.pytorch_utils import Conv1D
 
 from fastdistill.models.architectures import architecture, blocks, check_places, layer_stack, set_layers
 from fastdistill.models.hooks import refuse_hooked
@@ -83,8 +84,8 @@ def shuffled_sharing(model: Model, layers: int | None = None, *, swap: bool = Tr
     `fastdistill.from_pretrained`. transformers' own would draw new weights for the layers above: the config's
     activation says that layers are shared, so that it raises an error in place of that. `fastdistill.export` writes a
     plain model with all layers. All its weights train. Raises TypeError or ValueError for wrong arguments, and
-    ValueError for an unknown architecture, for a model that has shared layers already, also of its own (ALBERT), and
-    for one within `fastdistill.gate`; with `swap`, also where query and key are one linear map, or of different sizes.
+    ValueError for an unknown architecture, for a model that has shared layers already, also of its own (ALBERT), or
+    linear maps that transformers cannot tie (GPT-2), and for one within `fastdistill.gate`; with `swap`, also where query and key are one linear map, or of different sizes.
     """
     refuse_hooked(model)
     if (names := architecture(model)).inner:
@@ -99,6 +100,8 @@ def shuffled_sharing(model: Model, layers: int | None = None, *, swap: bool = Tr
         raise TypeError(f"swap is {swap!r}; expected True or False")
     if swap and (len(names.head_in) == 1 or any(block.heads != block.groups for block in blocks(model))):
         raise ValueError("swap is True, but query and key are one linear map, or of different sizes; expected False")
+    if any(isinstance(block.neuron_out, Conv1D) for block in blocks(model)):  # transformers cuts their biases then
+        raise ValueError(f"model is a {type(model).__name__} of Conv1D, which transformers cannot tie; expected Linear")
     places = [*range(depth), *range(depth - layers, depth)]
     check_places(model, places)
     student = copy.deepcopy(model)

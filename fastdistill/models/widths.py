@@ -66,7 +66,7 @@ def _by_layer(model: PreTrainedModel) -> list[dict[str, int]]:
     found: list[dict[str, int]] = []
     for block in blocks(model):
         found.append({names.width: block.neurons} if names.width else {})
-        if getattr(config, "head_dim", None):
+        if names.head_size and getattr(config, names.head_size, None):
             found[-1]["num_attention_heads"] = block.heads
             if hasattr(config, "num_key_value_heads"):
                 found[-1]["num_key_value_heads"] = block.groups

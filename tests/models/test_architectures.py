@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
+import json
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +19,7 @@ from transformers.pytorch_utils import Conv1D
 import fastdistill
 from fastdistill.models.architectures import ARCHITECTURES, blocks, check_architecture, encoder_layers
 from fastdistill.models.pruning import without
+from fastdistill.models.scores import Scores
 from tests import tiny
 
 SHAPE = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 24}
@@ -239,3 +242,234 @@ def test_first_layers(kind: str, model: Any, tmp_path: Path) -> None:
     student.save_pretrained(tmp_path)
     again = type(model).from_pretrained(tmp_path)
     torch.testing.assert_close(logits_of(again, batch), logits_of(student, batch), rtol=0, atol=0)
+
+
+def test_export_of_uniform_layers(kind: str, model: Any, tmp_path: Path) -> None:
+    layers, batch = blocks(model), batch_of(kind)
+    torch.manual_seed(2)
+    scores = Scores([torch.rand(b.heads) for b in layers], [torch.rand(b.neurons) for b in layers])
+    smaller = fastdistill.prune(model, scores, 0.5, uniform=True)
+    assert [(b.heads, b.neurons) for b in blocks(smaller)] == [(2, 12)] * len(layers)
+    fastdistill.export(smaller, tmp_path)
+    plain, told = type(model).from_pretrained(tmp_path, output_loading_info=True)
+    assert not any(told[what] for what in ("missing_keys", "unexpected_keys", "mismatched_keys"))
+    torch.testing.assert_close(logits_of(plain, batch), logits_of(smaller, batch))
+    found = blocks(plain)[0]
+    assert (found.heads, found.groups) == ((2, blocks(smaller)[0].groups) if ARCHITECTURES[kind].head_size else (4, 4))
+    assert found.neurons == 12
+
+
+def test_shared_layers(kind: str, model: Any, tmp_path: Path) -> None:
+    batch, is_grouped = batch_of(kind), blocks(model)[0].groups < 4
+    if kind == "albert":
+        with pytest.raises(ValueError, match="applies its layers again and again"):
+            fastdistill.shuffled_sharing(model)
+        return
+    swap = len(ARCHITECTURES[kind].head_in) == 3 and not is_grouped
+    if not swap:
+        with pytest.raises(ValueError, match="swap is True, but query and key are one linear map, or of different siz"):
+            fastdistill.shuffled_sharing(model)
+    if kind == "gpt2":
+        with pytest.raises(ValueError, match="of Conv1D, which transformers cannot tie"):
+            fastdistill.shuffled_sharing(model, swap=False)
+        return
+    if kind == "modernbert":  # its first layer lacks a norm
+        with pytest.raises(ValueError, match="differs by its place"):
+            fastdistill.shuffled_sharing(model, swap=False)
+    student = fastdistill.shuffled_sharing(model, 1, swap=swap).eval()
+    outputs = student(**batch, output_hidden_states=True)
+    assert len(outputs.hidden_states) == 4
+    assert (logits_of(student, batch) - logits_of(model, batch)).abs().max() > 1e-3
+    student.save_pretrained(tmp_path / "shared")
+    again = fastdistill.from_pretrained(tmp_path / "shared")
+    torch.testing.assert_close(logits_of(again, batch), logits_of(student, batch))
+    assert again.num_parameters() == student.num_parameters() == model.num_parameters()
+    with pytest.raises(KeyError, match="layers that share weights: fastdistill.from_pretrained loads them"):
+        type(model).from_pretrained(tmp_path / "shared")
+
+    fastdistill.export(student, tmp_path / "plain")
+    plain = type(model).from_pretrained(tmp_path / "plain")
+    torch.testing.assert_close(logits_of(plain, batch), logits_of(student, batch))
+    assert plain.num_parameters() > model.num_parameters()
+
+
+@pytest.mark.parametrize("kind", ["llama", "gpt2", "gpt_neox"])
+def test_causal_models_are_scored_by_tokens(kind: str) -> None:
+    """As transformers' own loss is, which compares a token's logits with the next token; of P and Q alike."""
+    teacher, student = (
+        model_of(kind, "AutoModelForCausalLM"),
+        model_of(kind, "AutoModelForCausalLM", num_hidden_layers=1),
+    )
+    batch = batch_of(kind)
+    labels = batch["input_ids"].masked_fill(batch["attention_mask"] == 0, -100)
+    found = fastdistill.score(teacher, [{**batch, "labels": labels}], student, progress=False)
+    assert found.friendliness is not None
+    expressive, friendly = [], []
+    for row in range(3):
+        one = {name: value[row : row + 1] for name, value in batch.items()}
+        number = int(one["attention_mask"].sum()) - 1
+        with fastdistill.gate(teacher) as gates:
+            logits = teacher(**one).logits[0, :number]
+            answers = student(**one).logits[0, :number].detach()
+            own = torch.nn.functional.cross_entropy(logits, labels[row, 1 : number + 1], reduction="sum")
+            kd = -((logits / 2).softmax(-1) * (answers / 2).log_softmax(-1)).sum() * 4
+            for loss, totals in ((own, expressive), (kd, friendly)):
+                gradients = torch.autograd.grad(loss, gates.tensors, retain_graph=True)
+                totals.append(torch.cat([g.abs() for g in gradients]))
+    count = int((labels[:, 1:] != -100).sum())
+    for scores, totals in ((found.expressiveness, expressive), (found.friendliness, friendly)):
+        expected = torch.stack(totals).sum(0) / count
+        torch.testing.assert_close(torch.cat([*scores.heads, *scores.neurons]), expected, rtol=1e-3, atol=1e-6)
+
+
+@pytest.mark.parametrize("kind", ["llama", "gpt2"])
+def test_tokens_of_a_decoder_are_classified(kind: str) -> None:
+    model, batch = model_of(kind, "AutoModelForTokenClassification"), batch_of(kind)
+    labels = (batch["input_ids"] % 3).masked_fill(batch["attention_mask"] == 0, -100)
+    found = fastdistill.score(model, [{**batch, "labels": labels}], reduce="batch", progress=False).expressiveness
+    with fastdistill.gate(model) as gates:
+        loss = model(**batch, labels=labels).loss  # not shifted
+        expected = torch.cat([g.abs() for g in torch.autograd.grad(loss, gates.tensors)])
+    torch.testing.assert_close(torch.cat([*found.heads, *found.neurons]), expected, rtol=1e-3, atol=1e-6)
+
+
+@pytest.mark.parametrize("kind", ["llama", "gpt2", "gpt_neox", "gemma3_text"])
+def test_generation_without_heads_in_a_layer(kind: str) -> None:
+    """Its cache counts the tokens all the same."""
+    model, ids = model_of(kind, "AutoModelForCausalLM", eos_token_id=None), torch.tensor([[5, 9, 7, 8]])
+    smaller = without(model, [torch.tensor([], dtype=torch.long), torch.tensor([1, 2])], [torch.arange(24)] * 2).eval()
+    options = {"max_new_tokens": 6, "do_sample": False, "attention_mask": torch.ones_like(ids)}
+    found = [smaller.generate(ids, use_cache=use_cache, **options) for use_cache in (True, False)]
+    assert found[0].shape == (1, 10)
+    assert torch.equal(*found)
+
+
+def test_layers_of_groups_come_back(tmp_path: Path) -> None:
+    """Of grouped queries a config that names heads of groups of different sizes is refused."""
+    smaller = without(model_of("llama"), [torch.tensor([0, 2])] * 2, [torch.arange(5)] * 2)
+    smaller.save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    config["fastdistill_pruned"]["heads"][0] = [0, 1, 2]
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ValueError, match=r"has the heads \[0, 1, 2\] at 0; expected equally many of each group"):
+        fastdistill.from_pretrained(tmp_path)
+
+
+def test_widths_in_the_form_of_transformers() -> None:
+    layers = [torch.tensor([0, 1]), torch.tensor([2])], [torch.arange(5), torch.arange(7)]
+    qwen = without(model_of("qwen3"), *layers).config.per_layer_config
+    found = [(c.num_attention_heads, c.num_key_value_heads, c.head_dim, c.intermediate_size) for c in qwen]
+    assert found == [(2, 1, 8, 5), (1, 1, 8, 7)]
+    bert = without(model_of("bert"), *layers)  # a number of heads would say another size of them
+    assert [c.intermediate_size for c in bert.config.per_layer_config] == [5, 7]
+    assert bert.config.num_attention_heads == 4
+
+
+@pytest.mark.parametrize("kind", ["qwen3", "gemma3_text", "modernbert"])
+def test_a_student_of_the_last_layers(kind: str, tmp_path: Path) -> None:
+    """Which layers attend to all tokens, and which to some, goes with them."""
+    model, batch = model_of(kind, num_hidden_layers=2), batch_of(kind)
+    if kind == "modernbert":
+        with pytest.raises(ValueError, match="layers has 1 at 0, but ModernBertEncoderLayer differs by its place"):
+            fastdistill.first_layers(model, 1, layers=[1])
+        return
+    student = fastdistill.first_layers(model, 1, layers=[1])
+    assert student.config.layer_types == model.config.layer_types[1:]
+    student.save_pretrained(tmp_path)
+    again = type(model).from_pretrained(tmp_path)
+    torch.testing.assert_close(logits_of(again, batch), logits_of(student.eval(), batch))
+
+
+def test_albert_has_no_layers_to_choose() -> None:
+    with pytest.raises(ValueError, match="model applies 1 groups of layers again and again, and layers is \\[1\\]"):
+        fastdistill.first_layers(model_of("albert"), 1, layers=[1])
+    with pytest.raises(ValueError, match="model applies 2 groups"):
+        fastdistill.first_layers(model_of("albert", num_hidden_groups=2), 1)
+
+
+# Others
+
+OPT = fastdistill.Architecture(
+    layers="decoder.layers",
+    attention="self_attn",
+    head_in=("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
+    head_out="self_attn.out_proj",
+    neuron_in=("fc1",),
+    neuron_out="fc2",
+    width="ffn_dim",
+)
+
+
+def test_an_architecture_that_a_user_registers(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    settings = {"ffn_dim": 24, "word_embed_proj_dim": 32, **TEXT}
+    model = transformers.OPTForSequenceClassification(transformers.OPTConfig(**settings, num_labels=3)).eval()
+    with pytest.raises(ValueError, match="model is a opt; .* fastdistill.register_architecture makes another known"):
+        fastdistill.first_layers(model, 1)
+    monkeypatch.setattr("fastdistill.models.architectures.ARCHITECTURES", table := dict(ARCHITECTURES))
+    fastdistill.register_architecture("opt", OPT)  # on transformers' default config
+    assert table["opt"] == OPT
+    fastdistill.register_architecture("opt", OPT, model=model)
+    batch = batch_of("opt")
+    kept = [torch.tensor([0, 3]), torch.tensor([1])], [torch.arange(3), torch.arange(24)]
+    smaller = without(model, *kept)
+    masks = [
+        [torch.zeros(number).index_fill(0, own, 1) for own in group]
+        for number, group in zip((4, 24), kept, strict=True)
+    ]
+    torch.testing.assert_close(logits_of(smaller, batch), with_gates(model, *masks, batch))
+    smaller.save_pretrained(tmp_path)
+    torch.testing.assert_close(logits_of(fastdistill.from_pretrained(tmp_path), batch), logits_of(smaller, batch))
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        ({"layers": "layers"}, "layers is 'layers', which OPTModel does not have; it has decoder"),
+        ({"layers": "decoder.embed_tokens"}, "layers is 'decoder.embed_tokens', a Embedding; expected a ModuleList"),
+        ({"attention": "attn"}, "attention is 'attn', which OPTDecoderLayer does not have; it has activation_fn, "),
+        ({"attention": ""}, "attention is ''; expected a module's name"),
+        ({"head_out": "self_attn.o_proj"}, "head_out is 'self_attn.o_proj', which OPTDecoderLayer does not have; it"),
+        ({"head_in": ("self_attn.q_proj",) * 2}, "head_in is .*; expected one name, or query, key and value"),
+        ({"head_in": ("self_attn.q_proj",)}, "head_in is .* with 32 rows and head_out is .* with 32 columns"),
+        ({"head_parts": 3}, "head_parts is 3; expected 1, or 3 where head_in is one linear map"),
+        ({"neuron_in": ()}, "neuron_in is (); expected one name or two"),
+        ({"neuron_parts": 2}, "neuron_in is 'fc1' with 24 rows and neuron_out is 'fc2' with 24 columns; expected 2 "),
+        ({"neuron_out": "final_layer_norm"}, "neuron_out is 'final_layer_norm', a LayerNorm; expected a Linear or "),
+        ({"alone": "norm"}, "alone is 'norm', which OPTDecoderLayer does not have"),
+    ],
+)
+def test_names_that_are_not_the_models(change: dict[str, Any], message: str) -> None:
+    settings = {"ffn_dim": 24, "word_embed_proj_dim": 32, **TEXT}
+    model = transformers.OPTModel(transformers.OPTConfig(**settings))
+    with pytest.raises(ValueError, match=message.replace("()", r"\(\)")):
+        fastdistill.register_architecture("opt", dataclasses.replace(OPT, **change), model=model)
+    assert "opt" not in ARCHITECTURES
+
+
+def test_types_that_cannot_be_registered() -> None:
+    for arguments, error, message in [
+        (("bert", OPT), ValueError, "model_type is 'bert', which is known with other names"),
+        (
+            ("nowhere", OPT),
+            ValueError,
+            "model_type is 'nowhere', of which AutoModel makes no model; expected one as mod",
+        ),
+        (("", OPT), TypeError, "model_type is ''; expected a text"),
+        (("opt", {}), TypeError, "architecture is a dict; expected a fastdistill.Architecture"),
+    ]:
+        with pytest.raises(error, match=message):
+            fastdistill.register_architecture(*arguments)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="model is a bert; expected a opt, which is model_type"):
+        fastdistill.register_architecture("opt", OPT, model=tiny.bert())
+    fastdistill.register_architecture("bert", ARCHITECTURES["bert"], model=tiny.bert())  # as it is known
+
+
+@pytest.mark.parametrize("kind", ["beit", "swin", "olmo2", "t5"])
+def test_what_the_table_does_not_carry(kind: str) -> None:
+    """Biases of positions, or norms, that are of all heads; stages of different widths; a decoder beside an encoder."""
+    sizes = {"swin": {"embed_dim": 8, "depths": [1], "num_heads": [2]}, "t5": {"d_model": 8, "num_layers": 1}}
+    settings = sizes.get(kind, {**SHAPE, "image_size": 8, "patch_size": 4, "vocab_size": 10})
+    with torch.device("meta"):
+        model = transformers.AutoModel.from_config(transformers.CONFIG_MAPPING[kind](**settings))
+    with pytest.raises(ValueError, match=f"model is a {kind}; its layers are known for albert, bert"):
+        fastdistill.gate(model).__enter__()
