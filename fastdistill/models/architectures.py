@@ -423,5 +423,6 @@ def _module(field: str, name: str, parent: nn.Module) -> Any:
     try:
         return parent.get_submodule(name)
     except AttributeError:
-        there = ", ".join(sorted(part for part, _ in parent.named_modules() if part.count(".") == name.count(".")))
+        depth = name.count(".")
+        there = ", ".join(sorted(part for part, _ in parent.named_modules() if part and part.count(".") == depth))
         raise ValueError(f"{field} is {name!r}, which {type(parent).__name__} does not have; it has {there}") from None

@@ -29,8 +29,8 @@ def export(model: PreTrainedModel, folder: str | Path) -> None:
             (`fastdistill.shuffled_sharing`), each of which is written out, or neither.
         folder: of the new model: config.json and safetensors, without a tokenizer.
 
-    Where the config has no size of heads (BERT, GPT-2, ModernBERT), their number says it, and there cannot be fewer: heads
-    that were removed come back, as zeros, and only neurons are fewer.
+    Where the config has no size of heads (BERT, GPT-2, ModernBERT), their number says it, and there cannot be fewer:
+    heads that were removed come back, as zeros, and only neurons are fewer.
 
     Raises ValueError for an unknown architecture, for layers of different widths or without heads or neurons, and for
     widths that the config has no name for, or transformers refuses (Llama: a number of heads that does not divide the

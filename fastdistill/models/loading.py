@@ -11,7 +11,7 @@ import torch
 
 from fastdistill.models.architectures import Block, blocks
 from fastdistill.models.fit import check_finite, check_fit
-from fastdistill.models.pruning import made_up, narrow
+from fastdistill.models.narrowing import made_up, narrow
 from fastdistill.models.reading import load_config, reading
 from fastdistill.models.sharing import CONFIG_KEY as SHARED_KEY
 from fastdistill.models.sharing import check_shared, check_tied, declare_shared, unmark_activation

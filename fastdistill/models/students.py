@@ -85,7 +85,8 @@ def shuffled_sharing(model: Model, layers: int | None = None, *, swap: bool = Tr
     activation says that layers are shared, so that it raises an error in place of that. `fastdistill.export` writes a
     plain model with all layers. All its weights train. Raises TypeError or ValueError for wrong arguments, and
     ValueError for an unknown architecture, for a model that has shared layers already, also of its own (ALBERT), or
-    linear maps that transformers cannot tie (GPT-2), and for one within `fastdistill.gate`; with `swap`, also where query and key are one linear map, or of different sizes.
+    linear maps that transformers cannot tie (GPT-2), and for one within `fastdistill.gate`; with `swap`, also where
+    query and key are one linear map, or of different sizes.
     """
     refuse_hooked(model)
     if (names := architecture(model)).inner:
