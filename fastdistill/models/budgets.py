@@ -29,10 +29,10 @@ def within(
     cost: Callable[[Sequence[Tensor], Sequence[Tensor]], float],
     kept: Callable[[float], Kept],
     steps: int,
-) -> Kept:
-    """What stays at the smallest sparsity, in `steps`, whose cost is within the budget, by bisection."""
+) -> float:
+    """The smallest sparsity, in `steps`, whose cost is within the budget, by bisection."""
     if cost(*kept(0.0)) <= budget:
-        return kept(0.0)
+        return 0.0
     if (least := cost(*kept(1.0))) > budget:
         raise ValueError(f"{name} is {budget:g}; expected at least {least:g}, what is left without heads and neurons")
     too_much, enough = 0, steps
@@ -42,7 +42,7 @@ def within(
             enough = middle
         else:
             too_much = middle
-    return kept(enough / steps)
+    return enough / steps
 
 
 def parameters_without(model: PreTrainedModel, heads: Sequence[Tensor], neurons: Sequence[Tensor]) -> int:

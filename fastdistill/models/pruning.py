@@ -92,7 +92,7 @@ def prune(
         cost = partial(flops_without, model, length)
     elif batch is not None:
         cost, steps = partial(latency_without, model, batch), 64
-    return without(model, *within(name, budget, cost, kept, steps))
+    return without(model, *kept(within(name, budget, cost, kept, steps)))
 
 
 def _check(model: PreTrainedModel, scores: Scores) -> list[Block]:
