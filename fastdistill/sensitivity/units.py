@@ -9,11 +9,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from tqdm.auto import tqdm  # type: ignore[import-untyped]
 from transformers.modeling_outputs import SequenceClassifierOutput
-from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from fastdistill.digest import digest, model_digest, tensor_pieces
 from fastdistill.files import check_file, load_tensors, save_tensors
@@ -78,9 +76,7 @@ def score(
     the logits alone, a single backward pass serves both P and Q for two classes or regression; otherwise there are two.
 
     Args:
-        teacher: a classifier, also of tokens, a regression model, or a causal language model, that `fastdistill.gate`
-            knows. Of a causal one the labels are the tokens themselves, as transformers takes them: each token's logits
-            are compared with the next token, here and by the objective.
+        teacher: a classifier, or regression model, that `fastdistill.gate` knows.
         loader: yields dictionaries of the models' inputs with "labels".
         student: the trial student, on the teacher's device; it takes the same inputs. None: P alone.
         objective: :math:`L_{KD}`, a mean over examples, differentiated with respect to the teacher: by default soft
@@ -147,9 +143,6 @@ def _add(
 ) -> int:
     """Add a batch's sensitivities to the totals; returns how many examples, or batches, they are of."""
     features, columns, labels, labelled = split_batch(batch, objective, student, totals.device)
-    if is_causal(teacher):
-        labels = next_tokens(labels)
-        labelled = int((labels != -100).sum())
     if not labelled:
         return 0
     gates.per_example(len(labels))
@@ -262,16 +255,6 @@ def check_totals(totals: Tensor, teacher: PreTrainedModel, student: PreTrainedMo
     if student is not None:
         check_finite("student", student)
     raise ValueError("teacher's sensitivities are NaN or infinite; expected models and an objective that give numbers")
-
-
-def is_causal(model: PreTrainedModel) -> bool:
-    """Whether its logits are of each token's next one, and the labels that it takes the tokens themselves."""
-    return type(model).__name__ in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values()
-
-
-def next_tokens(labels: Tensor) -> Tensor:
-    """Of each token's label that of the next one: -100, no label, of the last."""
-    return F.pad(labels[..., 1:], (0, 1), value=-100)
 
 
 def _split(values: Tensor, sizes: list[int]) -> Scores:
