@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from fastdistill.models.architectures import blocks
 from fastdistill.models.attention import gates_heads, head_gate
-from fastdistill.models.hooks import hooked, inputs_changed
+from fastdistill.models.hooks import hooked, inputs_changed, recomputed_within, whole
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -64,8 +64,10 @@ def gate(model: PreTrainedModel) -> Iterator[Gates]:
     Args:
         model: of a known architecture, with any head.
 
-    Raises ValueError for an unknown architecture, and in the model's forward for a gate of another shape.
+    Raises ValueError for an unknown architecture, and in the model's forward for a gate of another shape. With gradient
+    checkpointing, backward() must be within the block: RuntimeError otherwise.
     """
+    model = whole(model)
     layers = blocks(model)
 
     def ones(size: int, weight: Tensor) -> Tensor:
@@ -77,6 +79,7 @@ def gate(model: PreTrainedModel) -> Iterator[Gates]:
     )
     with ExitStack() as leave:
         leave.enter_context(hooked(model, "gate"))
+        leave.enter_context(recomputed_within(model, "gate"))
         for place, block in enumerate(layers):
             if block.heads:
                 leave.enter_context(head_gate(block.attention, partial(_head_gate, gates, place)))

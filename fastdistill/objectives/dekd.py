@@ -130,6 +130,7 @@ class DeKD(Objective):
             lazily=True,
             columns=(EXAMPLE,) if self.select_per == "epoch" else (),
             problem="classification",
+            labels=True,
         )
 
     def choose(self, logits: Tensor, generator: torch.Generator | None = None) -> None:
