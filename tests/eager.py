@@ -80,8 +80,11 @@ def gated_ffn(
     neuron_gate: Tensor | None = None,
     *,
     activation: str = "gelu",
+    w_gate: Tensor | None = None,
+    b_gate: Tensor | None = None,
 ) -> Tensor:
-    a = ACTIVATIONS[activation](F.linear(x, w_in, b_in))
+    a = F.linear(x, w_in, b_in)
+    a = ACTIVATIONS[activation](a) if w_gate is None else ACTIVATIONS[activation](F.linear(x, w_gate, b_gate)) * a
     if neuron_gate is not None and neuron_gate.dim() == 2:
         a = a * neuron_gate.view(len(neuron_gate), *(1,) * (x.dim() - 2), len(w_in))
     elif neuron_gate is not None:

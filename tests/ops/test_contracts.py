@@ -281,6 +281,10 @@ def calls() -> dict[str, Callable[[Callable[[Tensor], Any]], Any]]:
         "gated_ffn: b_in": lambda odd: fastdistill.gated_ffn(x, weight, odd(weight), weight, None),
         "gated_ffn: w_out": lambda odd: fastdistill.gated_ffn(x, weight, None, odd(weight), None),
         "gated_ffn: b_out": lambda odd: fastdistill.gated_ffn(x, weight, None, weight, odd(weight)),
+        "gated_ffn: w_gate": lambda odd: fastdistill.gated_ffn(x, weight, None, weight, None, w_gate=odd(weight)),
+        "gated_ffn: b_gate": lambda odd: fastdistill.gated_ffn(
+            x, weight, None, weight, None, w_gate=weight, b_gate=odd(weight)
+        ),
         "gated_ffn: neuron_gate": lambda odd: fastdistill.gated_ffn(x, weight, None, weight, None, odd(x)),
         "ActiveNeurons: neuron_gate": lambda odd: ActiveNeurons(odd(x)),
         "accumulate_sensitivity_: totals": lambda odd: fastdistill.accumulate_sensitivity_([odd(x)], [x]),
