@@ -12,6 +12,9 @@ if TYPE_CHECKING:
     from fastdistill import ops as ops
     from fastdistill.data.load import load_task as load_task
     from fastdistill.data.load import tokenize as tokenize
+    from fastdistill.models.architectures import Architecture as Architecture
+    from fastdistill.models.architectures import register_architecture as register_architecture
+    from fastdistill.models.export import export as export
     from fastdistill.models.first_token import first_token_only as first_token_only
     from fastdistill.models.gates import gate as gate
     from fastdistill.models.loading import from_pretrained as from_pretrained
@@ -52,6 +55,7 @@ __version__ = "0.1.0"
 
 # Imported when first used: they bring PyTorch, transformers and datasets with them.
 _LAZY = {
+    "Architecture": "models.architectures",
     "AvgKD": "objectives.team",
     "CKD": "objectives.ckd",
     "DeKD": "objectives.dekd",
@@ -70,6 +74,7 @@ _LAZY = {
     "accumulate_sensitivity_": "ops.accumulate_sensitivity",
     "compact_vocabulary": "models.vocabulary",
     "doctor": "ops.doctor",
+    "export": "models.export",
     "first_layers": "models.students",
     "first_token_only": "models.first_token",
     "from_pretrained": "models.loading",
@@ -82,6 +87,7 @@ _LAZY = {
     "mask_weights": "sensitivity.weights",
     "parameter_pruned": "models.students",
     "prune": "models.pruning",
+    "register_architecture": "models.architectures",
     "score": "sensitivity.units",
     "score_weights": "sensitivity.weights",
     "select_uncertain": "ops.select_uncertain",

@@ -26,7 +26,7 @@ def first_token_only(*models: PreTrainedModel | None) -> Iterator[None]:
 
     Args:
         models: transformers' sequence and image classifiers of an architecture that `fastdistill.gate` knows, whose
-            head takes the first token. Any other model, or None, stays as it is.
+            head takes the first token. Any other model, a decoder among them, or None, stays as it is.
     """
     with ExitStack() as leave:
         for model in models:
@@ -40,9 +40,9 @@ def first_token_only(*models: PreTrainedModel | None) -> Iterator[None]:
 def looks_at_the_first_token(model: nn.Module) -> bool:
     """Whether it is a classifier whose head is known to look at nothing else."""
     model = uncompiled(model)
-    known = getattr(getattr(model, "config", None), "model_type", None) in ARCHITECTURES
+    names = ARCHITECTURES.get(getattr(getattr(model, "config", None), "model_type", ""))
     own = type(model).__module__.startswith("transformers.")
-    return known and own and type(model).__name__.endswith(HEADS)
+    return names is not None and bool(names.alone) and own and type(model).__name__.endswith(HEADS)
 
 
 def _first(*inputs: Any) -> tuple[Any, ...]:

@@ -11,10 +11,9 @@ from torch import Tensor
 
 import fastdistill
 from fastdistill.models import attention
-from fastdistill.models.architectures import ARCHITECTURES
-from tests.encoders import classifier, inputs
+from tests.encoders import CONFIGS, classifier, inputs
 
-TEXT = sorted(ARCHITECTURES.keys() - {"vit"})
+TEXT = sorted(CONFIGS.keys() - {"vit"})
 PADDING = torch.tensor([[1] * 9, [1] * 4 + [0] * 5, [1] * 8 + [0]])
 
 
@@ -62,7 +61,7 @@ def test_padding_is_a_mask_of_one_row(kind: str, run: Callable[[Any], Any], mask
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", ARCHITECTURES)
+@pytest.mark.parametrize("kind", CONFIGS)
 def test_where_nothing_is_masked_there_is_no_mask(kind: str, masks: list[Any]) -> None:
     batches = [inputs(kind)] if kind == "vit" else [inputs(kind), {**inputs(kind), "attention_mask": torch.ones(2, 9)}]
     for batch in batches:

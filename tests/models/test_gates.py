@@ -10,11 +10,11 @@ import torch
 from torch import Tensor, nn
 
 import fastdistill
-from fastdistill.models.architectures import ARCHITECTURES, blocks
+from fastdistill.models.architectures import blocks
 from fastdistill.models.scores import random_scores
-from tests.encoders import classifier, inputs
+from tests.encoders import CONFIGS, classifier, inputs
 
-FASTDISTILL = sorted(ARCHITECTURES.keys() - {"mpnet"})  # MPNet has one attention of its own
+FASTDISTILL = sorted(CONFIGS.keys() - {"mpnet"})  # MPNet has one attention of its own
 
 
 def masked(model: Any, heads: list[Tensor], neurons: list[Tensor]) -> Any:
@@ -33,7 +33,7 @@ def drawn(gates: Any) -> tuple[list[Tensor], list[Tensor]]:
     return [torch.randn(len(g)) for g in gates.heads], [torch.randn(len(g)) for g in gates.neurons]
 
 
-@pytest.mark.parametrize("kind", ARCHITECTURES)
+@pytest.mark.parametrize("kind", CONFIGS)
 def test_gates_multiply_heads_and_neurons(kind: str) -> None:
     model, batch = classifier(kind), inputs(kind)
     with torch.no_grad(), fastdistill.gate(model) as gates:
@@ -241,7 +241,7 @@ def test_a_gated_model_is_neither_copied_nor_gated_again() -> None:
 
 
 def test_unknown_architectures() -> None:
-    with pytest.raises(ValueError, match="model is a Linear; its layers are known for bert, camembert"):
+    with pytest.raises(ValueError, match="model is a Linear; its layers are known for albert, bert"):
         fastdistill.gate(nn.Linear(1, 1)).__enter__()  # type: ignore[arg-type]
 
 

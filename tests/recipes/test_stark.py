@@ -226,6 +226,14 @@ def test_a_killed_run_goes_on(sources: Path, finished: Path, tmp_path: Path) -> 
     assert not list(output.rglob("unfinished*"))
 
 
+def test_a_budget_in_place_of_sparsities(sources: Path, tmp_path: Path) -> None:
+    budgets = ("7000", "8000")
+    assert main(command(sources, tmp_path / "run", "--budget", ",".join(budgets), "--no-plots")) == 0
+    found = record(tmp_path / "run")["sparsities"]["stark"]
+    for tried, budget in zip(found.values(), map(float, budgets), strict=True):
+        assert 0.97 * budget < tried["teacher"]["parameters"] <= budget
+
+
 @pytest.mark.parametrize(
     "more, message",
     [
@@ -239,6 +247,11 @@ def test_a_killed_run_goes_on(sources: Path, finished: Path, tmp_path: Path) -> 
         (("--selection", "random", "--tradeoff", "0.2"), "--tradeoff would have no effect"),
         (("--selection", "random", "--score-on", "validation"), "--score-on would have no effect"),
         (("--selection", "auto", "--sparsity", "0.2"), "--sparsity would have no effect"),
+        (("--sparsity", "0.2", "--budget", "9e3"), "expected either --sparsity or --budget"),
+        (("--unstructured", "--budget", "9e3"), "--budget would have no effect"),
+        (("--selection", "auto", "--budget", "9e3"), "--budget would have no effect"),
+        (("--budget", "1e3"), "--budget is 1000; expected at least"),
+        (("--budget", "1e9"), "--budget is 1e+09; expected less than the teacher's"),
         (("--learning-rate-grid", "0.1"), "--learning-rate would have no effect"),
         (("--kd-temperature", "3"), "--kd-temperature would have no effect"),
         (("--student-layers", "4"), "--student-layers is 4; the teacher has 3"),

@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, TypeVar
 import torch
 from torch import Tensor
 
+from fastdistill.models.widths import plain_config
+
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
@@ -67,7 +69,7 @@ def ptp_student(student: Model, *, seed: int = 0) -> Model:
     model = copy.deepcopy(student, {id(student.config): config})
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        other = type(student)(config)
+        other = type(student)(plain_config(config))
     for name, head in other.named_children():
         if name != student.base_model_prefix:
             setattr(model, name, head.to(student.device, student.dtype).train(student.training))
