@@ -32,8 +32,8 @@ class CompactEmbedding(nn.Embedding):
         rows = torch.cat([weight[tokens], torch.ones_like(weight[:1])])
         places = torch.full((whole.num_embeddings,), len(rows), device=weight.device)  # out of range
         places[tokens] = torch.arange(len(tokens), device=weight.device)
-        padding = whole.padding_idx
-        super().__init__(*rows.shape, padding_idx=None if padding is None else int(places[padding]), _weight=rows)
+        padding = None if whole.padding_idx is None else int(places[whole.padding_idx])
+        super().__init__(rows.shape[0], rows.shape[1], padding_idx=padding, _weight=rows)
         self.weight.requires_grad_(whole.weight.requires_grad)
         self.train(whole.training)
         self.register_buffer("tokens", tokens)
