@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
-from functools import partial
+from functools import partial, reduce
 from typing import TYPE_CHECKING
 
 import torch
@@ -50,7 +50,7 @@ class UnitValues:
         found = []
         for seen, units in zip(self._seen, self.units, strict=True):
             if units:
-                found.append(torch.stack([_by_unit(values, next(grads), units) for values in seen]).sum(0))
+                found.append(reduce(torch.add, [_by_unit(values, next(grads), units) for values in seen]))
         return torch.cat(found, 1)
 
 
