@@ -138,6 +138,7 @@ def test_opcheck(device: str, kind: str, shape: tuple[int, ...]) -> None:
         torch.library.opcheck(torch.ops.fastdistill.select_uncertain.default, (logits.detach(), (rows + 1) // 2, kind))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dynamic", [False, True])
 @pytest.mark.parametrize("kind", KINDS)
 def test_compiles_whole(device: str, dynamic: bool, kind: str) -> None:
