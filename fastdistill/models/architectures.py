@@ -138,6 +138,7 @@ ARCHITECTURES = {
     "granite": _LLAMA,
     "layoutlm": _BERT,
     "llama": _LLAMA,
+    "markuplm": _BERT,
     "megatron-bert": _BERT,
     "mistral": _LLAMA,
     "modernbert": Architecture(
@@ -171,6 +172,7 @@ ARCHITECTURES = {
     "vit": _VIT,
     "xlm-roberta": _BERT,
     "xlm-roberta-xl": _BERT,
+    "xmod": _BERT,
 }
 """By model_type."""
 
@@ -264,11 +266,13 @@ def layer_stack(model: PreTrainedModel) -> nn.ModuleList:
     return stack
 
 
-def encoder_layers(model: PreTrainedModel) -> Sequence[nn.Module]:
+def encoder_layers(model: PreTrainedModel) -> nn.ModuleList:
     """The model's layers: of one that applies them again and again, each once."""
-    inner = architecture(model).inner
-    stack: Any = layer_stack(model)
-    return [layer for group in stack for layer in group.get_submodule(inner)] if inner else list(stack)
+    inner, stack = architecture(model).inner, layer_stack(model)
+    if not inner:
+        return stack
+    groups: Any = stack
+    return nn.ModuleList([layer for group in groups for layer in group.get_submodule(inner)])
 
 
 def applications(model: PreTrainedModel) -> int:

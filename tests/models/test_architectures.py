@@ -47,6 +47,11 @@ OWN: dict[str, dict[str, Any]] = {
         "pronunciation_embed_dim": 8,
         "shape_embed_dim": 8,
     },
+    "markuplm": {
+        **dict.fromkeys(("max_xpath_tag_unit_embeddings", "max_xpath_subs_unit_embeddings"), 9),
+        **dict.fromkeys(("tag_pad_id", "subs_pad_id"), 1),
+    },
+    "xmod": {"languages": ["en_XX"], "default_language": "en_XX"},
     "deit": {"architectures": ["DeiTForImageClassification"]},
     **dict.fromkeys(("llama", "mistral", "qwen2", "qwen3", "gemma", "granite", "smollm3", "starcoder2"), GROUPED),
     "eurobert": {**GROUPED, "num_key_value_heads": 4},
