@@ -86,6 +86,12 @@ def check_head(objective: Objective, student: nn.Module, head: Head, dataset: An
                 f"train_dataset has the column {found[0]!r}, of one row of logits an example, but model is for "
                 f"{head.kind}; expected a teacher_model, and no such column"
             )
+    columns = set() if dataset is None else columns_of(dataset)
+    if head.kind == "seq2seq_lm" and columns and not columns & {"labels", "decoder_input_ids"}:
+        raise ValueError(
+            "train_dataset has no column 'labels', of which a decoder's inputs are made; expected it, or "
+            "'decoder_input_ids'"
+        )
     of_one_token = objective.needs.hidden_states and not objective.needs.all_tokens
     is_classifier = name.endswith("ForSequenceClassification") and not config_of(student, "is_encoder_decoder")
     if of_one_token and not is_classifier and is_causal(student):

@@ -184,20 +184,21 @@ class DistillationTrainer(Trainer):
         """The objective's loss in training, the task's own in evaluation."""
         labels, own = self.head.labels(inputs), own_columns(self.objective)
         batch = {name: value for name, value in inputs.items() if name not in own}
-        features = inputs_of(self.model, batch, others=self.teachers.values())
+        own_model: Any = self.model  # which `model` may wrap
+        features = inputs_of(own_model, batch, others=self.teachers.values())
         if not model.training and (labels is not None or self.objective.needs.labels is not False):
             student = model(**features)
             logits = self.head.aligned(student, batch).logits
             new = slice(self._not_repeated(len(logits)))
             counted = SequenceClassifierOutput(logits=logits[new])
             loss = TaskLoss()(counted, None, None if labels is None else labels[new])
-            return (loss, student) if return_outputs else loss
+            return (loss, self.head.told(student, logits)) if return_outputs else loss
 
         needs = self.objective.needs
         asked = {"output_hidden_states": True} if needs.hidden_states else {}
         teacher = self.teacher_outputs(batch | asked, inputs)
         student = model(**features, **asked)
-        seen = self._seen(self.model, student, batch)
+        seen = self._seen(own_model, student, batch)
         counts = self.head.counted(inputs)
         if labels is None and counts is not None:
             seen.counted = counts
@@ -407,7 +408,8 @@ class DistillationTrainer(Trainer):
 
     def _of_teachers_alone(self) -> set[str]:
         """The inputs that teachers name and the student does not."""
-        ours = taken_by(self.model)
+        student: Any = self.model
+        ours = taken_by(student)
         theirs = [taken_by(teacher) for teacher in self.teachers.values()]
         return set() if ours is None else {name for names in theirs for name in names or ()} - ours - set(LABELS)
 

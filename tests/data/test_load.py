@@ -3,6 +3,7 @@ import gzip
 import json
 import pickle
 import random
+import re
 
 import datasets
 import numpy as np
@@ -22,6 +23,7 @@ from transformers import (
 
 from fastdistill.data.load import RowError, load_task, tokenize
 from fastdistill.data.tasks import TASKS, Task
+from tests import tiny
 
 SUFFIXES = (".jsonl", ".jsonl.gz", ".csv", ".tsv", ".parquet")
 SINGLE = [("good", 1), ("bad", 0), ("fine film", 1)]
@@ -182,7 +184,7 @@ JSONL = {
     "blank text": ('{"sentence1": " \\t", "label": 1}\n', "sentence1", "expected a text that is not empty"),
     "half a surrogate pair": ('{"sentence1": "a \\ud800", "label": 1}\n', "sentence1", "not valid Unicode"),
     "null label": ('{"sentence1": "good", "label": null}\n', "label", "is None; expected a number or a text"),
-    "list for a label": ('{"sentence1": "good", "label": [1]}\n', "label", "expected a number or a text"),
+    "list for a label": ('{"sentence1": "good", "label": [1]}\n', "label", "is [1]; expected one label"),
     "truth value": ('{"sentence1": "good", "label": true}\n', "label", "is True; expected a number or a text"),
     "fraction": ('{"sentence1": "good", "label": 1.0}\n', "label", "1.0 is not among"),
     "not finite": ('{"sentence1": "good", "label": NaN}\n', "label", "is nan; expected a finite number"),
@@ -275,7 +277,7 @@ PARQUET = {
     "fraction": ({"label": [1.0, 0.0]}, 1, "label", "1.0 is not among"),
     "not finite": ({"label": [1.0, float("inf")]}, 2, "label", "is inf; expected a finite number"),
     "out of range": ({"label": [1, 2]}, 2, "label", "2 is not among"),
-    "list": ({"label": [[1], [2]]}, 1, "label", "is [1]; expected a number or a text"),
+    "list": ({"label": [[1], [2]]}, 1, "label", "is [1]; expected one label"),
     "no label": ({"label": None}, 1, "label", "is missing; the columns are sentence1"),
     "no text": ({"sentence1": None}, 1, "sentence1", "is missing; the columns are label"),
     "no rows": ({"sentence1": [], "label": []}, 1, 1, "the file has no rows"),
@@ -813,3 +815,47 @@ def test_trainer_groups_batches_by_length_and_pads_them(tokenizer, tmp_path):
         return sum(int((batch["attention_mask"] == 0).sum()) for batch in batches)
 
     assert padding("group_by_length") < 0.2 * padding("random")
+
+
+# Several labels an example
+
+
+def several(labels):
+    return [{"sentence1": f"text {k}", "label": label} for k, label in enumerate(labels)]
+
+
+@pytest.mark.parametrize("suffix", [".jsonl", ".parquet"])
+@pytest.mark.parametrize("labels", [[["joy", "fear"], [], ["anger"], ["fear"]], [[2, 1], [], [0], [1]]])
+def test_lists_are_several_labels(tmp_path, suffix, labels):
+    rows = several(labels)
+    for split in ("train", "validation"):
+        if suffix == ".parquet":
+            tmp_path.mkdir(exist_ok=True)
+            pq.write_table(pa.Table.from_pylist(rows), tmp_path / f"{split}.parquet")
+        else:
+            (tmp_path / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    data = load_task(tmp_path)
+    assert data.task.multi_label and data.task.metric == "f1_micro"
+    assert data.task.label_names == (("anger", "fear", "joy") if labels[0][0] == "joy" else ("0", "1", "2"))
+    assert data.train["label"][:] == [[0, 1, 1], [0, 0, 0], [1, 0, 0], [0, 1, 0]]
+    tokenized = tokenize(data.train, tiny.tokenizer(), data.task)
+    assert tokenized["labels"][:] == data.train["label"][:]
+
+
+@pytest.mark.parametrize(
+    "labels, problem",
+    [
+        ([["a"], "b"], "'b' is not a list, as the first row's is"),
+        (["a", ["b"]], "['b'] is not one label, as the first row's is"),
+        ([["a"], [1]], "1 is not a text, as the first row's is"),
+        ([["a", 1.5]], "has 1.5; expected texts or integers"),
+        ([[["a"]]], "has ['a']; expected texts or integers"),
+        ([[0], [2]], "2 is out of range; expected 2 classes numbered 0..1"),
+        ([[], []], "no row has a label; expected two classes or more"),
+    ],
+)
+def test_lists_that_are_no_labels(tmp_path, labels, problem):
+    for split in ("train", "validation"):
+        (tmp_path / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in several(labels)))
+    with pytest.raises(ValueError, match=re.escape(problem)):
+        load_task(tmp_path)
