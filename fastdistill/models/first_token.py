@@ -42,7 +42,12 @@ def looks_at_the_first_token(model: nn.Module) -> bool:
     model = uncompiled(model)
     known = getattr(getattr(model, "config", None), "model_type", None) in ARCHITECTURES
     own = type(model).__module__.startswith("transformers.")
-    return known and own and type(model).__name__.endswith(HEADS)
+    return known and own and type(model).__name__.endswith(HEADS) and not _quantizes_activations(model)
+
+
+def _quantizes_activations(model: nn.Module) -> bool:
+    """Whether layers round what they are given by its range, to which all tokens belong."""
+    return any(type(module).__module__.startswith("torch.ao.nn.quantized") for module in model.modules())
 
 
 def _first(*inputs: Any) -> tuple[Any, ...]:
