@@ -389,11 +389,12 @@ class DistillationTrainer(Trainer):
         ignore_keys: list[str] | None = None,
     ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
         if self._evaluating and self.objective.needs.labels is False and self.head.labels(inputs) is None:
-            named, self.label_names, self.can_return_loss = self.label_names, [], True  # else Trainer asks for no loss
+            before = self.label_names, self.can_return_loss
+            self.label_names, self.can_return_loss = [], True  # else Trainer asks for no loss
             try:
                 loss, logits, _ = super().prediction_step(model, inputs, prediction_loss_only, ignore_keys)
             finally:
-                self.label_names, self.can_return_loss = named, False
+                self.label_names, self.can_return_loss = before
             return loss, logits, None
         others = set(own_columns(self.objective)) | self._of_teachers_alone()
         inputs = {name: value for name, value in inputs.items() if name not in others}
