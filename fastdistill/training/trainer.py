@@ -387,18 +387,19 @@ class DistillationTrainer(Trainer):
         inputs: dict[str, Any],
         prediction_loss_only: bool,
         ignore_keys: list[str] | None = None,
-    ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+        **options: Any,
+    ) -> tuple[Any, Tensor | None, Tensor | None]:
         if self._evaluating and self.objective.needs.labels is False and self.head.labels(inputs) is None:
             before = self.label_names, self.can_return_loss
             self.label_names, self.can_return_loss = [], True  # else Trainer asks for no loss
             try:
-                loss, logits, _ = super().prediction_step(model, inputs, prediction_loss_only, ignore_keys)
+                loss, logits, _ = super().prediction_step(model, inputs, prediction_loss_only, ignore_keys, **options)
             finally:
                 self.label_names, self.can_return_loss = before
             return loss, logits, None
         others = set(own_columns(self.objective)) | self._of_teachers_alone()
         inputs = {name: value for name, value in inputs.items() if name not in others}
-        return super().prediction_step(model, inputs, prediction_loss_only, ignore_keys)
+        return super().prediction_step(model, inputs, prediction_loss_only, ignore_keys, **options)
 
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
         self._evaluating = True
