@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor, nn
 
 from fastdistill.models.architectures import ARCHITECTURES, architecture, encoder_layers
+from fastdistill.models.heads import is_causal
 from fastdistill.models.hooks import hooked, inputs_changed, uncompiled
 
 if TYPE_CHECKING:
@@ -42,7 +43,8 @@ def looks_at_the_first_token(model: nn.Module) -> bool:
     model = uncompiled(model)
     known = getattr(getattr(model, "config", None), "model_type", None) in ARCHITECTURES
     own = type(model).__module__.startswith("transformers.")
-    return known and own and type(model).__name__.endswith(HEADS) and not _quantizes_activations(model)
+    is_classifier = known and own and type(model).__name__.endswith(HEADS)
+    return is_classifier and not is_causal(model) and not _quantizes_activations(model)
 
 
 def _quantizes_activations(model: nn.Module) -> bool:

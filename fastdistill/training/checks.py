@@ -79,6 +79,8 @@ def check_head(objective: Objective, student: nn.Module, head: Head, dataset: An
             f"objective is {objective}, for {problem}, but model is for {head.kind}; expected "
             f"{_FITS[head.problem or '']}"
         )
+    if objective.needs.per_example and (head.per_token or head.kind == "question_answering"):
+        raise ValueError(f"objective {objective} is of examples, but model is for {head.kind}; expected a classifier")
     if head.per_token or head.kind == "question_answering":
         stored = {teacher + LOGITS for teacher in objective.needs.teachers or (TEACHER,)}
         if dataset is not None and (found := sorted(stored & columns_of(dataset))):

@@ -380,6 +380,11 @@ def test_without_labels_the_objective_is_evaluated(tmp_path: Path) -> None:
     "name, options, message",
     [
         ("LlamaForCausalLM", {"objective": fastdistill.PKD()}, "of the one token that a classifier looks at"),
+        (
+            "BertForTokenClassification",
+            {"objective": fastdistill.DeKD(da_weight=0)},
+            "is of examples, but model is for",
+        ),
         ("BertForTokenClassification", {"objective": MSE()}, "for one output, but model has 5; expected LogitsKD"),
         (
             "BertForTokenClassification",
@@ -396,6 +401,12 @@ def test_without_labels_the_objective_is_evaluated(tmp_path: Path) -> None:
 def test_what_a_head_is_not_for_is_named(tmp_path: Path, name: str, options: Any, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         trainer(tmp_path, name, **options)
+
+
+@pytest.mark.parametrize("name", ["BertForTokenClassification", "BertForQuestionAnswering"])
+def test_logits_of_every_token_are_not_stored(name: str) -> None:
+    with pytest.raises(ValueError, match=f"model {name} is for .*, with logits of every token; expected a classifier"):
+        fastdistill.store(tiny.dataset(4), heads.model(name), collate=heads.collate)
 
 
 def test_a_head_of_unknown_labels_is_named(tmp_path: Path) -> None:
