@@ -16,10 +16,11 @@ _Array = np.ndarray[Any, np.dtype[Any]]
 
 
 def compute_metrics(task: Task) -> Callable[[EvalPrediction], dict[str, float]]:
-    """Return a function from an EvalPrediction to {task.metric: value}.
+    """Return a function from an EvalPrediction to {task.metric: value}, or of several labels both of theirs.
 
-    Predictions are logits [N, C], of which the largest is taken, or for regression [N] or [N, 1]; of a tuple,
-    the first entry. Labels are [N]: integers 0..C-1, or finite numbers for regression.
+    Predictions are logits [N, C], of which the largest is taken, for regression [N] or [N, 1], and of several labels
+    [N, C], of which those above 0 are taken; of a tuple, the first entry. Labels are [N]: integers 0..C-1, or finite
+    numbers for regression; several are [N, C], 0 or 1, and NaN where it is not known.
 
     - "accuracy": the share of right predictions.
     - "f1": with two classes that of class 1, 2TP / (2TP + FP + FN); with more the plain mean of it over the
@@ -28,11 +29,15 @@ def compute_metrics(task: Task) -> Callable[[EvalPrediction], dict[str, float]]:
       K-category assignments by a K-category correlation coefficient, 2004); 0 where the labels or the
       predictions are all one class.
     - "spearman": Spearman's rank correlation; 0 where the labels or the predictions are all equal.
+    - "f1_micro", "f1_macro": of several labels, over all of them together, and the plain mean of each label's; 0 for
+      one that is nowhere, and in no prediction.
 
     Raises ValueError for other shapes, no rows, predictions that are NaN, or labels that are not the task's.
     """
 
     def compute(evaluated: EvalPrediction) -> dict[str, float]:
+        if task.multi_label:
+            return _of_several(task, evaluated.label_ids, evaluated.predictions)
         labels, predictions = _checked(task, evaluated.label_ids, evaluated.predictions)
         return {task.metric: _score(task, labels, predictions)}
 
@@ -53,6 +58,24 @@ def _score(task: Task, labels: _Array, predictions: _Array) -> float:
     if task.metric == "matthews":
         return float(metrics.matthews_corrcoef(labels, predictions))
     return float(stats.spearmanr(labels, predictions).statistic)
+
+
+def _of_several(task: Task, labels: Any, predictions: Any) -> dict[str, float]:
+    labels = np.asarray(labels, dtype=np.float64)
+    logits = np.asarray(predictions[0] if isinstance(predictions, tuple) else predictions)
+    if labels.ndim != 2 or labels.shape[1] != task.num_labels or not len(labels):
+        raise ValueError(f"labels has shape {list(labels.shape)}; expected [N, {task.num_labels}], N at least 1")
+    if logits.shape != labels.shape:
+        raise ValueError(f"predictions for {task.name!r} has shape {list(logits.shape)}; expected {list(labels.shape)}")
+    if missing := int(np.isnan(logits).sum()):
+        raise ValueError(f"predictions has {missing} NaN of {logits.size}; expected numbers")
+    known = ~np.isnan(labels) & (labels != -100)
+    if odd := [value for value in labels[known] if value not in (0, 1)]:
+        raise ValueError(f"labels for {task.name!r} has {odd[0]}; expected 0 or 1, or NaN where it is not known")
+    there, said = known & (labels == 1), known & (logits > 0)
+    right, all_of = (there & said).sum(0), there.sum(0) + said.sum(0)
+    each = 2 * right / np.maximum(all_of, 1)
+    return {"f1_micro": float(2 * right.sum() / max(all_of.sum(), 1)), "f1_macro": float(each.mean())}
 
 
 def _checked(task: Task, labels: Any, predictions: Any) -> tuple[_Array, _Array]:

@@ -131,6 +131,7 @@ class DeKD(Objective):
             columns=(EXAMPLE,) if self.select_per == "epoch" else (),
             problem="classification",
             labels=True,
+            per_example=True,
         )
 
     def choose(self, logits: Tensor, generator: torch.Generator | None = None) -> None:
