@@ -149,13 +149,25 @@ class DeKD(Objective):
     def parts(
         self, student: Any, teacher: Any, labels: Tensor | None, example: Tensor | None = None
     ) -> tuple[Tensor, dict[str, Tensor]]:
+        terms, counts = self._terms(student, teacher, labels, example)
+        loss, parts = weighted_sum(terms)
+        return loss, parts | counts
+
+    def summands(self, student: Any, teacher: Any, labels: Tensor | None, **columns: Tensor) -> dict[str, Tensor]:
+        terms, _ = self._terms(student, teacher, labels, **columns)
+        return {name: weight * loss for name, (weight, loss) in terms.items()}
+
+    def _terms(
+        self, student: Any, teacher: Any, labels: Tensor | None, example: Tensor | None = None
+    ) -> tuple[dict[str, tuple[float, Tensor]], dict[str, Tensor]]:
+        """By name weight and loss, and what was counted."""
         if labels is None and self.ce_weight:
             raise ValueError(f"labels is None; {self} needs them")
         if student.logits.dim() != 2:
             raise ValueError(f"student.logits has shape {tuple(student.logits.shape)}; expected [B, C]")
         main, assistant = self._named(teacher)
         kept = self._kept(student.logits.detach(), example)
-        terms = {}
+        terms: dict[str, tuple[float, Tensor]] = {}
         if self.ce_weight:
             terms["ce"] = self.ce_weight, self._cross_entropy(student.logits, labels, kept)
         half = len(kept) // 2 if assistant is not None else 0
@@ -175,10 +187,8 @@ class DeKD(Objective):
         if self.da_weight:
             aligned, layers = self._align(student, taught, kept)
             terms["da"] = self.da_weight, aligned
-        loss, parts = weighted_sum(terms)
-        if self.log_selection:
-            parts |= _entropies(student.logits.detach()[kept]) | layers
-        return loss, parts
+        counts = _entropies(student.logits.detach()[kept]) | layers if self.log_selection else {}
+        return terms, counts
 
     def _named(self, teacher: Any) -> tuple[Any, Any]:
         teachers = self.needs.teachers

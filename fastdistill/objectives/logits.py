@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -70,6 +70,11 @@ class LogitsKD(Objective):
             ce = kd_ce_loss(student.logits, teacher_logits, labels, kd_weight=0.0, label_smoothing=self.label_smoothing)
         return loss, {"kd": (total - self.ce_weight * ce) / self.kd_weight, "ce": ce}
 
+    def summands(self, student: Any, teacher: Any, labels: Tensor | None, **columns: Tensor) -> dict[str, Tensor]:
+        alone = {"kd": replace(self, ce_weight=0.0, label_smoothing=0.0)} if self.kd_weight else {}
+        alone |= {"ce": replace(self, kd_weight=0.0)} if self.ce_weight else {}
+        return {name: one(student, teacher, labels) for name, one in alone.items()}
+
 
 @dataclass(frozen=True)
 class MSE(Objective):
@@ -101,6 +106,11 @@ class MSE(Objective):
         if self.label_weight:
             terms["label"] = self.label_weight, _squared_error(prediction, labels)
         return weighted_sum(terms)
+
+    def summands(self, student: Any, teacher: Any, labels: Tensor | None, **columns: Tensor) -> dict[str, Tensor]:
+        alone = {"kd": replace(self, label_weight=0.0)} if self.kd_weight else {}
+        alone |= {"label": replace(self, kd_weight=0.0)} if self.label_weight else {}
+        return {name: one(student, teacher, labels) for name, one in alone.items()}
 
 
 @dataclass(frozen=True)

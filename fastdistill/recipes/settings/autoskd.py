@@ -17,6 +17,7 @@ class AutoSKDSettings(RecipeSettings, PlotSettings):
     does: ClassVar[str] = (
         "distil from a team of teachers, one sampled a step, as likely as is learned to be best (AutoSKDBERT)"
     )
+    begins_as: ClassVar[Literal["teacher", "pretrained"]] = "pretrained"
     title: ClassVar[str] = "AutoSKDBERT"
 
     task: str = option(kind=Text(), help=f"{TASK}; or a folder of images, train/CLASS/* and validation/CLASS/*")
@@ -94,6 +95,7 @@ class AutoSKDSettings(RecipeSettings, PlotSettings):
     )
 
     def check(self) -> None:
+        super().check()
         uses_kd = self.baselines or self.chain or self.team_from == "teacher"
         if self.kd_temperature is not None and not uses_kd:
             raise ValueError(

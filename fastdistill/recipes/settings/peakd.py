@@ -19,6 +19,7 @@ class PeaKDSettings(FirstLayersSettings):
     does: ClassVar[str] = (
         "distil into layers that are applied twice, after a pretraining with the teacher's predictions (Pea-KD)"
     )
+    begins_as: ClassVar[Literal["teacher", "pretrained"]] = "pretrained"
     title: ClassVar[str] = "Pea-KD"
 
     shared_layers: int | None = option(
@@ -64,6 +65,7 @@ class PeaKDSettings(FirstLayersSettings):
     )
 
     def check(self) -> None:
+        super().check()
         for parts in self.without:
             if {"sps", "swap"} <= set(parts):
                 raise ValueError(f"--without {','.join(parts)}: swap changes nothing without sps")

@@ -84,21 +84,6 @@ class StarkSettings(RecipeSettings, DistillationSettings, PlotSettings):
     round_to: int | None = option(
         None, kind=Integer(1), metavar="N", help="round the neurons that a layer keeps to a multiple of N (default: 1)"
     )
-    learning_rate_grid: tuple[float, ...] | None = option(
-        None,
-        kind=Listed(POSITIVE),
-        metavar="X[,X...]",
-        help="students' peak learning rates to try, of which the best on the validation examples counts; a chain's "
-        "assistants take the first (default: --learning-rate)",
-    )
-    batch_size_grid: tuple[int, ...] | None = option(
-        None,
-        kind=Listed(Integer(1)),
-        metavar="X[,X...]",
-        help="batch sizes of students to try, of which the best on the validation examples counts; a chain's "
-        "assistants take the first (default: --batch-size)",
-    )
-
     @property
     def sparsities(self) -> tuple[float, ...]:
         return self.sparsity or SPARSITIES
@@ -107,6 +92,7 @@ class StarkSettings(RecipeSettings, DistillationSettings, PlotSettings):
         return {**super().record(), "sparsity": self.sparsities}
 
     def check(self) -> None:
+        super().check()
         if (self.student_layers is None) == (self.student_sparsity is None):
             raise ValueError("expected either --student-layers or --student-sparsity")
         if self.student_layers is None and self.chain is not None:
@@ -123,7 +109,6 @@ class StarkSettings(RecipeSettings, DistillationSettings, PlotSettings):
             "--tradeoff": self.tradeoff != 0.5 and at_random,
             "--score-on": self.score_on != "train" and at_random and self.student_sparsity is None,
             "--sparsity": self.sparsity is not None and set(self.selection) == {"auto"},
-            "--learning-rate": self.learning_rate is not None and self.learning_rate_grid is not None,
             "--kd-temperature": self.kd_temperature is not None and not (self.baselines or self.chain),
         }
         if names := [name for name, is_ignored in ignored.items() if is_ignored]:
