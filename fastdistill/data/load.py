@@ -156,8 +156,8 @@ def _subset(dataset: Dataset, size: int | None, seed: int) -> Dataset:
 
 
 def hold_out(task: Task, dataset: Dataset, seed: int, every: int = 10) -> tuple[Dataset, Dataset]:
-    """Divide into nine tenths and one tenth, class by class, or that every so manieth row is held out; every class keeps
-    its first row for training."""
+    """Divide into nine tenths and one tenth, class by class, or with another number in the place of ten; every class
+    keeps its first row for training."""
     labels = np.zeros(len(dataset)) if task.is_regression else np.asarray(dataset["label"][:])
     order = np.random.RandomState(seed).permutation(len(dataset))
     order = order[np.argsort(labels[order], kind="stable")]

@@ -1,4 +1,4 @@
-"""The metrics of a task: in the form that Trainer's `compute_metrics` takes, and of examples that count several times."""
+"""The metrics of a task, in the form that Trainer's `compute_metrics` takes, and of examples that count many times."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ _Array = np.ndarray[Any, np.dtype[Any]]
 
 
 def compute_metrics(task: Task) -> Callable[[EvalPrediction], dict[str, float]]:
-    """Return a function from an EvalPrediction to {name: value}, of which the first is the task's metric; the others are
-    those that papers tell beside it.
+    """Return a function from an EvalPrediction to {name: value}, of which the first is the task's metric, and the
+    others are those that papers tell beside it.
 
     Predictions are logits [N, C], of which the largest is taken, or for regression [N] or [N, 1]; of a tuple,
     the first entry. Labels are [N]: integers 0..C-1, or finite numbers for regression.
@@ -65,16 +65,16 @@ def scores(task: Task, labels: _Array, predictions: _Array, weights: _Array) -> 
 def _confusion(labels: _Array, predictions: _Array, classes: int, weights: _Array) -> _Array:
     """How often which class was predicted as which, ``[R, C, C]``."""
     cells = np.eye(classes * classes)[labels * classes + predictions]
-    return (weights @ cells).reshape(-1, classes, classes)
+    counts: _Array = (weights @ cells).reshape(-1, classes, classes)
+    return counts
 
 
 def _f1(counts: _Array) -> _Array:
     hits, said, there = np.einsum("rcc->rc", counts), counts.sum(1), counts.sum(2)
     either = said + there
-    f1 = np.divide(2 * hits, either, out=np.zeros_like(either), where=either > 0)
-    if counts.shape[1] == 2:
-        return f1[:, 1]
-    return f1.sum(1) / (either > 0).sum(1)
+    f1: _Array = np.divide(2 * hits, either, out=np.zeros_like(either), where=either > 0)
+    mean: _Array = f1[:, 1] if counts.shape[1] == 2 else f1.sum(1) / (either > 0).sum(1)
+    return mean
 
 
 def _matthews(counts: _Array) -> _Array:
@@ -82,7 +82,8 @@ def _matthews(counts: _Array) -> _Array:
     said, there = counts.sum(1), counts.sum(2)
     above = right * total - (said * there).sum(1)
     below = np.sqrt((total**2 - (said**2).sum(1)) * (total**2 - (there**2).sum(1)))
-    return np.divide(above, below, out=np.zeros_like(above), where=below > 0)
+    found: _Array = np.divide(above, below, out=np.zeros_like(above), where=below > 0)
+    return found
 
 
 def _correlation(x: _Array, y: _Array, weights: _Array) -> _Array:
@@ -94,7 +95,8 @@ def _correlation(x: _Array, y: _Array, weights: _Array) -> _Array:
     above = (weights * x * y).sum(1)
     squares = (weights * x * x).sum(1) * (weights * y * y).sum(1)
     tiny = 1e-24 * total[:, 0] ** 2 * (np.abs(x).max(1) * np.abs(y).max(1)) ** 2  # what is left of equal values
-    return np.divide(above, np.sqrt(squares), out=np.zeros_like(above), where=squares > tiny)
+    found: _Array = np.divide(above, np.sqrt(squares), out=np.zeros_like(above), where=squares > tiny)
+    return found
 
 
 def _ranks(values: _Array, weights: _Array) -> _Array:
@@ -102,7 +104,8 @@ def _ranks(values: _Array, weights: _Array) -> _Array:
     _, place = np.unique(values, return_inverse=True)
     order = place.argsort(kind="stable")
     each = np.add.reduceat(weights[:, order], np.flatnonzero(np.diff(place[order], prepend=-1)), axis=1)
-    return (each.cumsum(1) - (each - 1) / 2)[:, place]
+    ranks: _Array = (each.cumsum(1) - (each - 1) / 2)[:, place]
+    return ranks
 
 
 def checked(task: Task, labels: Any, predictions: Any) -> tuple[_Array, _Array]:

@@ -34,7 +34,7 @@ def gradient_norms(training: Training, data: Dataset, collate: Collate) -> Norms
     """Of the terms whose sum is the objective's loss, on the first batch of the data; models are in eval mode."""
     device = PartialState().device
     objective, student = copy.deepcopy((training.objective, training.model))
-    student.to(device)  # type: ignore[arg-type]
+    student.to(device)
     if isinstance(objective, DeKD) and objective.select_per == "epoch":
         objective = replace(objective, select_per="batch")  # there is no choice yet
     teachers = training.teacher if isinstance(training.teacher, Mapping) else {TEACHER: training.teacher}

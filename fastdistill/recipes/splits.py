@@ -28,6 +28,10 @@ class Splits:
     select_on: str
     report_on: str
 
+    @property
+    def names(self) -> dict[str, str]:
+        return {"select_on": self.select_on, "report_on": self.report_on}
+
 
 def splits_of(settings: RecipeSettings, data: TaskData) -> Splits:
     """Raises ValueError for a test split that is not there."""

@@ -153,8 +153,8 @@ class ComparisonSettings(Settings):
     student_from: Literal["teacher", "pretrained"] | None = option(
         None,
         kind=Choice(("teacher", "pretrained")),
-        help="whose first layers students and assistants begin as: the fine-tuned teacher's, which is already a form of "
-        "transfer, or the pretrained encoder's, with a new head (default: as in the method's paper, pretrained for "
+        help="whose first layers students and assistants begin as: the fine-tuned teacher's, which is already a form "
+        "of transfer, or the pretrained encoder's, with a new head (default: as in the method's paper, pretrained for "
         "peakd and autoskd, else teacher; and teacher where --teacher is not fine-tuned here)",
     )
     baselines: bool = flag("a student that has no teacher, and one by plain distillation")
@@ -233,6 +233,12 @@ class DistillationSettings(Settings):
         None,
         kind=Choice(get_args(Divergence)),
         help="of the student's probabilities from the teacher's (default: forward_kl)",
+    )
+    form: Literal["paper", "released"] | None = option(
+        None,
+        kind=Choice(("paper", "released")),
+        help="as STARK's paper prints the loss, without the factor temperature^2 before the teacher's term, or as its "
+        "published code has it, with that factor and half of the sum (default: with the factor, and all of the sum)",
     )
 
 
