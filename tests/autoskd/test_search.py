@@ -51,7 +51,7 @@ def test_a_search(method: Any, order: int) -> None:
 
 def test_sswo_moves_the_sampled_weight_alone() -> None:
     """But for the division by the sum, which leaves the others' ratio as it was."""
-    found = search(replace(SETTINGS, theta_baseline=False))
+    found = search(replace(SETTINGS, theta_optimizer="adam", theta_baseline=False))
     for before, after in itertools.pairwise(found.theta[:8]):
         ratio = after / before
         pairs = [torch.isclose(ratio[i], ratio[j], rtol=1e-12) for i, j in itertools.combinations(range(N), 2)]
@@ -112,7 +112,7 @@ def test_theta_follows_the_teachers_and_not_the_draws() -> None:
 
 def test_what_is_subtracted_is_the_teams_mean() -> None:
     """Of what each teacher's gradient was when it was last sampled: step by step, with plain gradient descent."""
-    asked = replace(SETTINGS, drop=0, theta_learning_rate=0.1)
+    asked = replace(SETTINGS, drop=0, theta_optimizer="sgd", theta_learning_rate=0.1)
     collate = DataCollatorWithPadding(tiny.tokenizer())
     state = autoskd._Search(tiny.bert(layers=1), data(), NAMES, asked, collate, torch.device("cpu"), False)
     last: dict[int, float] = {}

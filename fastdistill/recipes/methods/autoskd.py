@@ -59,7 +59,8 @@ def autoskd(settings: AutoSKDSettings) -> Report:
     task = source.data.task
     if settings.drop is not None and settings.drop >= source.teachers:
         raise ValueError(f"--drop is {settings.drop}; expected fewer than the {source.teachers} teachers")
-    _search_settings(settings, source.learning_rate, drop=settings.drop or 0).schedule(len(source.data.train))
+    rate = (settings.learning_rate_grid or (source.learning_rate,))[0]
+    _search_settings(settings, rate, drop=settings.drop or 0).schedule(len(source.data.train))
     comparison = source.comparison()
 
     team = source.train(comparison)
@@ -77,7 +78,7 @@ def autoskd(settings: AutoSKDSettings) -> Report:
             with_logits.seeded(stages.seed),
             students[stages.seed],
             tuple(team),
-            _search_settings(settings, source.learning_rate, drop, stages.seed),
+            _search_settings(settings, rate, drop, stages.seed),
         )
         for stages in comparison.seeded
     ]

@@ -107,15 +107,15 @@ class TrainingSettings(Settings):
         None,
         kind=Listed(POSITIVE),
         metavar="X[,X...]",
-        help="students' peak learning rates to try, of which the best counts; assistants take the first (default: "
-        "--learning-rate)",
+        help="students' peak learning rates to try, of which the best counts; assistants, and a search, take the first "
+        "(default: --learning-rate)",
     )
     batch_size_grid: tuple[int, ...] | None = option(
         None,
         kind=Listed(Integer(1)),
         metavar="X[,X...]",
-        help="batch sizes of students to try, of which the best counts; assistants take the first (default: "
-        "--batch-size)",
+        help="batch sizes of students to try, of which the best counts; assistants take the first; --batch-size is "
+        "then the teacher's and the search's (default: --batch-size)",
     )
     label_smoothing: float | None = option(
         None, kind=Number(low=0, below=1), metavar="X", help="of the students' labels (default: 0)"
@@ -203,10 +203,8 @@ class RecipeSettings(RunSettings, TrainingSettings, ComparisonSettings):
         return {"command": self.command, **asdict(self)}
 
     def check(self) -> None:
-        for name in ("learning_rate", "batch_size"):
-            if getattr(self, f"{name}_grid") is not None and getattr(self, name) != getattr(RecipeSettings, name):
-                option = name.replace("_", "-")
-                raise ValueError(f"--{option} would have no effect beside --{option}-grid; leave it out")
+        if self.learning_rate is not None and self.learning_rate_grid is not None:
+            raise ValueError("--learning-rate would have no effect beside --learning-rate-grid; leave it out")
 
 
 @dataclass(frozen=True, kw_only=True)
