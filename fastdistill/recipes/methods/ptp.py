@@ -89,7 +89,7 @@ def output_parameters(model: PreTrainedModel) -> set[str]:
     shapes = []
     for more in (0, 1):
         config = copy.deepcopy(model.config)
-        config.num_labels = int(model.num_labels) + more
+        config.num_labels = len(model.config.id2label or ()) + more
         with torch.device("meta"):
             made = type(model)(config)
         shapes.append({name: parameter.shape for name, parameter in made.named_parameters()})
