@@ -28,7 +28,7 @@ RECIPES = {
     "dekd": ["--student-layers", "1", "--without", "ds,ta,doa", "--no-plots"],
     "autoskd": [
         "--student-layers", "1", "--team", "1,2,3", "--candidates", "2", "--search-epochs", "2",
-        "--theta-learning-rate", "0.01", "--drop", "1", "--no-plots",
+        "--theta-optimizer", "adam", "--theta-learning-rate", "0.01", "--drop", "1", "--no-plots",
     ],
     "peakd": ["--student-layers", "1"],
 }  # fmt: skip

@@ -85,7 +85,7 @@ def load_task(
     else:
         task, splits = _from_files(Path(name_or_path))
     if "validation" not in splits:
-        splits["train"], splits["validation"] = _hold_out(task, splits["train"], seed)
+        splits["train"], splits["validation"] = hold_out(task, splits["train"], seed)
     for split, dataset in splits.items():
         splits[split] = _subset(dataset, max_train_examples if split == "train" else max_eval_examples, seed)
     return TaskData(task, splits["train"], splits["validation"], splits.get("test"))
@@ -160,14 +160,15 @@ def _subset(dataset: Dataset, size: int | None, seed: int) -> Dataset:
     return dataset.select(np.random.RandomState(seed).permutation(len(dataset))[:size])
 
 
-def _hold_out(task: Task, dataset: Dataset, seed: int) -> tuple[Dataset, Dataset]:
-    """Divide into nine tenths and one tenth, class by class; every class keeps its first row for training."""
+def hold_out(task: Task, dataset: Dataset, seed: int, every: int = 10) -> tuple[Dataset, Dataset]:
+    """Divide into nine tenths and one tenth, class by class, or with another number in the place of ten; every class
+    keeps its first row for training."""
     alike = task.is_regression or task.multi_label
     labels = np.zeros(len(dataset)) if alike else np.asarray(dataset["label"][:])
     order = np.random.RandomState(seed).permutation(len(dataset))
     order = order[np.argsort(labels[order], kind="stable")]
     _, starts, sizes = np.unique(labels[order], return_index=True, return_counts=True)
-    held_out = (np.arange(len(order)) - np.repeat(starts, sizes)) % 10 == 1
+    held_out = (np.arange(len(order)) - np.repeat(starts, sizes)) % every == 1
     if not held_out.any():
         raise ValueError(f"task {task.name!r}: train has too few rows to make a validation split of")
     return dataset.select(np.sort(order[~held_out])), dataset.select(np.sort(order[held_out]))

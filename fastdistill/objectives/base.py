@@ -101,6 +101,10 @@ class Objective(ABC):
 
         An empty dictionary where the loss is all there is to say."""
 
+    def summands(self, student: Any, teacher: Any, labels: Tensor | None, **columns: Tensor) -> dict[str, Tensor]:
+        """What the loss is the sum of: its terms by name, weighted, with gradients; by default "loss" alone."""
+        return {"loss": self.parts(student, teacher, labels, **columns)[0]}
+
     def __call__(self, student: Any, teacher: Any = None, labels: Tensor | None = None, **columns: Tensor) -> Tensor:
         return self.parts(student, as_needed(self, teacher), labels, **columns)[0]
 
@@ -150,6 +154,16 @@ class WeightedSum(Objective):
             own = {column: columns[column] for column in term.needs.columns}
             terms[name] = weight, term(student, teacher, labels, **own)
         return weighted_sum(terms)
+
+    def summands(self, student: Any, teacher: Any, labels: Tensor | None, **columns: Tensor) -> dict[str, Tensor]:
+        """Those of each objective, as "name/term" where it has several."""
+        found = {}
+        for name, (weight, objective) in self.terms.items():
+            own = {column: columns[column] for column in objective.needs.columns}
+            terms = objective.summands(student, as_needed(objective, teacher), labels, **own)
+            for term, value in terms.items():
+                found[name if len(terms) == 1 else f"{name}/{term}"] = weight * value
+        return found
 
 
 def as_needed(objective: Objective, teacher: Any) -> Any:

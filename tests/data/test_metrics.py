@@ -2,12 +2,14 @@ import warnings
 
 import numpy as np
 import pytest
+import scipy.stats
+import sklearn.metrics
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from sklearn.metrics import f1_score
 from transformers import EvalPrediction
 
-from fastdistill.data.metrics import compute_metrics
+from fastdistill.data.metrics import compute_metrics, scores
 from fastdistill.data.tasks import Task
 
 
@@ -24,7 +26,7 @@ def evaluate(metric, predictions, labels, classes=2):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         found = compute_metrics(task(metric, classes))(EvalPrediction(predictions, np.asarray(labels)))
-    assert list(found) == [metric] and type(found[metric]) is float
+    assert next(iter(found)) == metric and {type(value) for value in found.values()} == {float}
     return found[metric]
 
 
@@ -93,6 +95,49 @@ def test_bounds_and_perfection(pairs):
     if len(set(labels)) > 1:
         assert evaluate("matthews", one_hot(labels, 4), labels, classes=4) == pytest.approx(1.0)
         assert evaluate("spearman", np.exp(labels), np.asarray(labels, float)) == pytest.approx(1.0)
+
+
+BESIDE = {
+    "accuracy": ("accuracy",),
+    "f1": ("f1", "accuracy", "accuracy_and_f1"),
+    "matthews": ("matthews", "accuracy"),
+    "spearman": ("spearman", "pearson", "pearson_and_spearman"),
+}
+
+
+def by_libraries(name, labels, predictions):
+    if name == "accuracy_and_f1":
+        return (by_libraries("accuracy", labels, predictions) + by_libraries("f1", labels, predictions)) / 2
+    if name == "pearson_and_spearman":
+        return (by_libraries("pearson", labels, predictions) + by_libraries("spearman", labels, predictions)) / 2
+    return {
+        "accuracy": lambda: sklearn.metrics.accuracy_score(labels, predictions),
+        "f1": lambda: sklearn.metrics.f1_score(labels, predictions, average="binary" if labels.max() < 2 else "macro"),
+        "matthews": lambda: sklearn.metrics.matthews_corrcoef(labels, predictions),
+        "pearson": lambda: scipy.stats.pearsonr(labels, predictions).statistic,
+        "spearman": lambda: scipy.stats.spearmanr(labels, predictions).statistic,
+    }[name]()
+
+
+@pytest.mark.parametrize(
+    ("metric", "classes"), [*((m, c) for m in ("accuracy", "f1", "matthews") for c in (2, 4)), ("spearman", 1)]
+)
+def test_each_is_the_libraries_also_of_examples_that_count_several_times(metric, classes):
+    draw = np.random.RandomState(0)
+    if classes == 1:
+        labels = draw.randint(0, 6, 40).astype(float)
+        predictions = labels + 3 * draw.randn(40).round(1)  # with ties
+    else:
+        labels = draw.randint(0, classes, 40)
+        predictions = np.where(draw.rand(40) < 0.6, labels, draw.randint(0, classes, 40))
+    weights = np.concatenate([np.ones((1, 40), int), draw.multinomial(40, np.full(40, 1 / 40), 5)])
+    found = scores(task(metric, classes), labels, predictions, weights)
+    extra = ("f1",) if metric == "accuracy" and classes > 2 else ()
+    assert tuple(found) == BESIDE[metric] + extra
+    for place, times in enumerate(weights):
+        rows = np.repeat(np.arange(40), times)
+        for name, values in found.items():
+            assert values[place] == pytest.approx(by_libraries(name, labels[rows], predictions[rows]), abs=1e-12), name
 
 
 @pytest.mark.parametrize("metric", ["accuracy", "f1", "matthews"])

@@ -30,7 +30,7 @@ def measured(output: Path) -> Any:
     return untimed(output, "results", "candidates", "searches", "drop")
 
 
-EVERYTHING = ("--random-candidates", "1", "--baselines", "--seeds", "0,7", "--drop", "1")
+EVERYTHING = ("--random-candidates", "1", "--baselines", "--seeds", "0,7", "--drop", "1", "--baseline-runs", "1")
 
 
 @pytest.mark.slow
@@ -67,6 +67,12 @@ def test_candidates_are_of_the_search(finished: Path) -> None:
         tried = found["candidates"]["autoskd"][place]
         for one, theta in zip(tried.values(), search.candidates.tolist(), strict=True):
             assert list(one["theta"].values()) == theta
+        said, reached = found["searches"][place], torch.tensor([found["results"][name]["accuracy"] for name in TEAM])
+        assert sum(said["draws"].values()) == search.selected_at
+        theta = search.theta[search.selected_at - 1]
+        assert said["correlation_with_teachers"] == pytest.approx(
+            torch.corrcoef(torch.stack([theta, reached.double()]))[0, 1].item(), nan_ok=True
+        )
         assert found["searches"][place]["theta"] == dict(zip(TEAM, search.theta[-1].tolist(), strict=True))
 
 
@@ -93,8 +99,8 @@ def test_other_ways(sources: Path, tmp_path: Path, more: tuple[str, ...]) -> Non
     assert main(command(sources, tmp_path / "run", *more, "--no-plots")) == 0
     found = record(tmp_path / "run")
     metrics = {name: found["results"][name]["accuracy"] for name in (*found["team"], "finetuned")}
-    weaker = sum(metrics[name] < metrics["finetuned"] for name in found["team"])
-    assert found["drop"] == min(weaker, len(found["team"]) - 1)
+    weak = sum(metrics[name] <= metrics["finetuned"] for name in found["team"])  # as the student itself is
+    assert found["drop"] == min(max(1, weak), len(found["team"]) - 1)
 
 
 @pytest.mark.slow
@@ -139,6 +145,7 @@ def test_a_killed_search_goes_on(sources: Path, finished: Path, tmp_path: Path) 
         (("--order", "1", "--look-ahead", "1"), "order 1 does not look ahead"),
         (("--student-layers", "4"), "expected from 1 to 3"),
         (("--kd-temperature", "3"), "--kd-temperature would have no effect"),
+        (("--method", "cr", "--no-theta-baseline"), "--no-theta-baseline would have no effect"),
         (("--method", "both"), "invalid choice: 'both'"),
         (("--task", "scores"), "is regression"),
     ],

@@ -21,6 +21,7 @@ from fastdistill.objectives.base import Objective
 from fastdistill.recipes import executors
 from fastdistill.recipes.examples import of_text
 from fastdistill.recipes.executors import Local, Ray, Trial
+from fastdistill.recipes.splits import Splits
 from fastdistill.recipes.stages import Stages
 from fastdistill.recipes.training import Training
 from tests import tiny
@@ -61,7 +62,9 @@ class Wrong(Objective):
 def stages(folder: Path, name: str) -> Stages:
     if not (folder / "task").exists():
         tiny.task_folder(folder / "task", train=48)
-    return Stages(folder / name, of_text(load_task(folder / "task"), tiny.tokenizer()), batch_size=16)
+    found = load_task(folder / "task")
+    splits = Splits(found.task, found.train, found.validation, found.validation, "validation", "validation")
+    return Stages(folder / name, of_text(splits, tiny.tokenizer()), batch_size=16)
 
 
 @pytest.mark.slow

@@ -85,7 +85,9 @@ def test_the_table_shows_every_model(sources: Path, finished: Path, capsys: pyte
     assert main(command(sources, finished)) == 0
     said = capsys.readouterr()
     for name in STAGES:
-        assert f"{100 * before[name]['accuracy']:.1f}" in next(row for row in said.out.splitlines() if name in row)
+        assert f"{100 * before[name]['accuracy']:.1f}" in next(
+            row for row in said.out.splitlines() if f"│ {name}" in row
+        )
         assert f"{name}: done earlier" in said.err.replace("\n", "")
     assert metrics(finished) == before
     assert {path: path.stat().st_mtime_ns for path in finished.glob("*/model.safetensors")} == stamps
