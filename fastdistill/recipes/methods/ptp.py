@@ -90,7 +90,7 @@ def output_parameters(model: PreTrainedModel) -> set[str]:
     """The names of those whose shape depends on the number of classes."""
     shapes = []
     for more in (0, 1):
-        config = copy.deepcopy(model.config)
+        config = plain_config(model.config)
         config.num_labels = len(model.config.id2label or ()) + more
         with torch.device("meta"):
             made = type(model)(config)
