@@ -6,6 +6,8 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import numpy as np
+import pyarrow.compute as pc
+import torch
 from transformers import DataCollatorWithPadding
 
 from fastdistill.data.images import ImageCollator, pixels, size_of
@@ -31,6 +33,14 @@ class Examples:
     collate: Collate
     tokenizer: PreTrainedTokenizerBase | None = None
     """Is saved beside models."""
+
+    def tokens(self) -> torch.Tensor | None:
+        """The ids that models may be given, padding's among them; None for images."""
+        if self.tokenizer is None:
+            return None
+        columns = (split.data.column("input_ids") for split in (self.train, self.validation, self.report))
+        found = [pc.unique(pc.list_flatten(column)).to_numpy() for column in columns]
+        return torch.from_numpy(np.unique(np.concatenate([*found, [self.tokenizer.pad_token_id]]))).long()
 
 
 def of_text(data: Splits, tokenizer: PreTrainedTokenizerBase, max_length: int | None = None) -> Examples:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Mapping
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,6 +18,7 @@ from transformers.trainer_callback import ProgressCallback
 
 from fastdistill.data.metrics import compute_metrics
 from fastdistill.models.first_token import first_token_only
+from fastdistill.models.vocabulary import can_compact, compact_vocabulary
 from fastdistill.objectives.selection import EXAMPLE
 from fastdistill.recipes.best import BestEpoch
 from fastdistill.recipes.examples import Examples
@@ -82,7 +84,10 @@ def fit(
     trainer.add_callback(_ProgressBar(training.name))
     trainer.add_callback(best)
     teachers = teacher.values() if isinstance(teacher, Mapping) else (teacher,)
-    with first_token_only(*(() if objective.needs.all_tokens else (student, *teachers))):
+    with (
+        _compact(student, examples, trainer),
+        first_token_only(*(() if objective.needs.all_tokens else (student, *teachers))),
+    ):
         if training.epochs:
             _train(trainer, best, checkpoint)
         else:
@@ -99,6 +104,16 @@ def fit(
         labels=reported.label_ids,
         loss=reported.metrics["test_loss"],
     )
+
+
+def _compact(
+    student: PreTrainedModel, examples: Examples, trainer: DistillationTrainer
+) -> AbstractContextManager[None]:
+    """With the embeddings that the examples have, where that can be."""
+    tokens = examples.tokens()
+    if tokens is None or trainer.is_fsdp_enabled or not can_compact(student):
+        return nullcontext()
+    return compact_vocabulary(student, tokens)
 
 
 def _train(trainer: DistillationTrainer, best: BestEpoch, checkpoint: str | None) -> None:
