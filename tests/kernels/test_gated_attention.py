@@ -203,6 +203,7 @@ def test_any_strides_of_what_the_forward_gave(gate_grad: bool) -> None:
         assert torch.equal(x, y)
 
 
+@pytest.mark.slow
 @interpreted
 @pytest.mark.parametrize("gate_grad", [False, True])
 def test_a_closed_head_is_not_read(gate_grad: bool) -> None:

@@ -106,6 +106,7 @@ def test_every_dtype(dtypes: tuple[torch.dtype, torch.dtype]) -> None:
     check(*make(2, SWEPT, dtypes=dtypes), divergence="reverse_kl", temperature=1.0)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("classes", [1, 2, 3, 7, 127, 128, 129, 1000, 1024, 1025, 4096, 4097, 8192, 8193, 12289])
 def test_every_width(classes: int, dtype: torch.dtype) -> None:
@@ -174,6 +175,7 @@ def test_any_strides(classes: int, monkeypatch: pytest.MonkeyPatch) -> None:
         assert rows.data_ptr() == even.data_ptr() and rows.stride()[-2:] == (stride, 1)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("classes", [TILED, SWEPT])
 @pytest.mark.parametrize("reduction", REDUCTIONS)
 @pytest.mark.parametrize("ce_weight", [0.0, 0.3])
@@ -270,6 +272,7 @@ def test_unusual_logits(classes: int, divergence: str, student_logit: float, tea
         torch.testing.assert_close(value[0, known], answer[0, known], equal_nan=True)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("classes", [TILED, SWEPT])
 @pytest.mark.parametrize("divergence", DIVERGENCES)
 @pytest.mark.parametrize("size", [1e4, 1e8, 1e30])
@@ -302,6 +305,7 @@ def test_huge_logits_that_round_either_way(classes: int) -> None:
         check(student * size, teacher, labels, kd_weight=0.0)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("height", [20.0, 60.0, 85.0, 120.0])
 def test_a_maximum_beyond_the_first_block(height: float, dtype: torch.dtype) -> None:

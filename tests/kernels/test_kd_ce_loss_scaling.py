@@ -19,6 +19,7 @@ pytestmark = pytest.mark.skipif(
 )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("shape", [(700, 3), (2, 3, 1500), (5, 1), (4,), (0, 3)])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16])
 def test_scale_rows(shape: tuple[int, ...], dtype: torch.dtype) -> None:

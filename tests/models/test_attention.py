@@ -50,6 +50,7 @@ def masks(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, ...] | None]:
     return seen
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("run", [as_it_is, compiled])
 @pytest.mark.parametrize("kind", TEXT)
 def test_padding_is_a_mask_of_one_row(kind: str, run: Callable[[Any], Any], masks: list[Any]) -> None:
