@@ -102,8 +102,8 @@ def _refuse(name: str, value: object, expected: str) -> None:
 
 
 def create_mask(mask_function: Callable[..., Any], **options: Any) -> Tensor | None:
-    """As transformers makes one for PyTorch's attention, but of one row where all queries attend to the same keys; to be
-    added to the scores for models whose attention is their own in any case, as MPNet's and RoFormer's."""
+    """As transformers makes one for PyTorch's attention, but of one row where all queries attend to the same keys; for
+    models whose attention is their own in any case, as MPNet's and RoFormer's, one to be added to the scores."""
     if mask_function is bidirectional_mask_function:
         options["q_length"] = 1
     name = type(options.get("config")).__module__
