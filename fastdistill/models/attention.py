@@ -5,6 +5,7 @@ It is registered when `fastdistill.models`, or anything of it, is imported.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -101,11 +102,14 @@ def _refuse(name: str, value: object, expected: str) -> None:
 
 
 def create_mask(mask_function: Callable[..., Any], **options: Any) -> Tensor | None:
-    """As transformers makes one for PyTorch's attention, but of one row where all queries attend to the same keys."""
+    """As transformers makes one for PyTorch's attention, but of one row where all queries attend to the same keys; for
+    models whose attention is their own in any case, as MPNet's and RoFormer's, one to be added to the scores."""
     if mask_function is bidirectional_mask_function:
         options["q_length"] = 1
-    adds_it = getattr(options.get("config"), "model_type", None) == "mpnet"  # whose attention is its own in any case
-    return (eager_mask if adds_it else sdpa_mask)(mask_function=mask_function, **options)
+    name = type(options.get("config")).__module__
+    modeling = name.replace("configuration_", "modeling_")
+    own = modeling != name and modeling in sys.modules and not hasattr(sys.modules[modeling], "ALL_ATTENTION_FUNCTIONS")
+    return (eager_mask if own else sdpa_mask)(mask_function=mask_function, **options)
 
 
 AttentionInterface.register(IMPLEMENTATION, attention_forward)

@@ -98,6 +98,18 @@ def test_a_cache_with_room() -> None:
         torch.testing.assert_close(found, model("Llama", "eager")(IDS).last_hidden_state, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize(("name", "own"), [("RoFormer", {}), ("CodeGen", {"rotary_dim": 4}), ("MPNet", {})])
+def test_attention_of_a_models_own_gets_a_mask_that_it_can_add(name: str, own: dict[str, Any]) -> None:
+    states = []
+    for by in ("fastdistill", "eager"):
+        torch.manual_seed(0)
+        config = getattr(transformers, f"{name}Config")(**SHAPE | {"head_dim": 4} | own)
+        some = getattr(transformers, f"{name}Model")._from_config(config, attn_implementation=by).eval()
+        with torch.no_grad():
+            states += [some(IDS, attention_mask=mask).last_hidden_state[PADDING.bool()] for mask in (None, PADDING)]
+    torch.testing.assert_close(states[:2], states[2:])
+
+
 @pytest.mark.parametrize("name", REFUSED)
 def test_what_is_refused(name: str) -> None:
     changes, message = REFUSED[name]
