@@ -261,7 +261,8 @@ def architecture(model: PreTrainedModel) -> Architecture:
 
 def layer_stack(model: PreTrainedModel) -> nn.ModuleList:
     """The model's layers, or groups of them."""
-    stack = model.base_model.get_submodule(architecture(model).layers)
+    names = architecture(model)
+    stack = model.base_model.get_submodule(names.layers)
     assert isinstance(stack, nn.ModuleList)
     return stack
 

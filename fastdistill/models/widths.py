@@ -28,7 +28,8 @@ def declare_widths(model: PreTrainedModel, heads: Sequence[Sequence[int]], neuro
     for config in own_configs:
         forget_layers(config)
     for config in own_configs:
-        if hasattr(config, "is_heterogeneous"):
+        # Trainer reads a checkpoint's config as that of any model, and finds no layers by another name
+        if hasattr(config, "is_heterogeneous") and "num_hidden_layers" not in config.attribute_map:
             _set_layers(config, _by_layer(model), architecture(model).width)
 
 

@@ -353,10 +353,39 @@ def test_generation_without_heads_in_a_layer(kind: str) -> None:
     assert torch.equal(*found)
 
 
+@pytest.mark.parametrize("kind", ["qwen3", "gpt2"])
+def test_a_pruned_decoder_trains_resumes_and_generates(kind: str, tmp_path: Path) -> None:
+    model = model_of(kind, "AutoModelForCausalLM", eos_token_id=None)
+    student = without(model, [torch.tensor([1, 2, 3]), torch.tensor([2])], [torch.arange(5), torch.arange(7)])
+    rows = [{"input_ids": row, "labels": row} for row in torch.randint(5, 60, (8, 9))]
+    settings = {"per_device_train_batch_size": 4, "save_steps": 2, "train_sampling_strategy": "sequential"}
+    runs = []
+    for steps in (2, 4):
+        trainer = fastdistill.DistillationTrainer(
+            copy.deepcopy(student),
+            tiny.config(tmp_path, save_strategy="steps", num_train_epochs=2, max_steps=steps, **settings),
+            teacher_model=copy.deepcopy(model),
+            train_dataset=rows,
+        )
+        runs.append(trainer.train(resume_from_checkpoint=steps == 4))
+    assert runs[1].global_step == 4
+    loaded = fastdistill.from_pretrained(tmp_path / "checkpoint-4")
+    ids = rows[0]["input_ids"][None, :4]
+    options = {"max_new_tokens": 6, "do_sample": False, "attention_mask": torch.ones_like(ids)}
+    found = [m.eval().generate(ids, use_cache=c, **options) for m in (trainer.model, loaded) for c in (True, False)]
+    assert all(torch.equal(one, found[0]) for one in found)
+
+
 def test_layers_of_groups_come_back(tmp_path: Path) -> None:
-    """Of grouped queries a config that names heads of groups of different sizes is refused."""
-    smaller = without(model_of("llama"), [torch.tensor([0, 2])] * 2, [torch.arange(5)] * 2)
+    """Pruned twice; but a config that names heads of groups of different sizes is refused."""
+    model, batch = model_of("llama", num_attention_heads=8, head_dim=4), batch_of("llama")
+    once = without(model, [torch.tensor([0, 3, 5, 6])] * 2, [torch.arange(24)] * 2)
+    smaller = without(once, [torch.tensor([1, 3]), torch.tensor([0, 1])], [torch.arange(24)] * 2)
+    masks = [torch.zeros(8).index_fill(0, torch.tensor(own), 1) for own in ([3, 6], [0, 3])]
+    torch.testing.assert_close(logits_of(smaller, batch), with_gates(model, masks, [torch.ones(24)] * 2, batch))
+    assert smaller.config.fastdistill_pruned["heads"] == [[3, 6], [0, 3]]
     smaller.save_pretrained(tmp_path)
+    torch.testing.assert_close(logits_of(fastdistill.from_pretrained(tmp_path), batch), logits_of(smaller, batch))
     config = json.loads((tmp_path / "config.json").read_text())
     config["fastdistill_pruned"]["heads"][0] = [0, 1, 2]
     (tmp_path / "config.json").write_text(json.dumps(config))
