@@ -39,20 +39,24 @@ class BestEpoch(TrainerCallback):
     ) -> None:
         self.trainer, self.folder, self.metric, self.by, self.patience = trainer, folder, metric, best, patience
 
+    @staticmethod
+    def evaluations(log: Log) -> list[Mapping[str, float]]:
+        return [entry for entry in log if "eval_loss" in entry]
+
     def best(self, log: Log) -> Mapping[str, float]:
         """The evaluation that counts."""
-        evaluations = [entry for entry in log if "eval_loss" in entry]
-        return max(evaluations, key=self._rank)
+        return max(self.evaluations(log), key=self._rank)
 
     def is_over(self, log: Log) -> bool:
-        evaluations = [entry for entry in log if "eval_loss" in entry]
+        """Whether there has been no better one for as long as there is patience."""
+        evaluations = self.evaluations(log)
         if self.patience is None or not evaluations:
             return False
         return len(evaluations) - evaluations.index(self.best(log)) > self.patience
 
     def can_go_on(self, state: TrainerState) -> bool:
         """Whether the best so far, which a training that goes on from there may come back to, is there."""
-        if not any("eval_loss" in entry for entry in state.log_history):
+        if not self.evaluations(state.log_history):
             return True
         best = self.best(state.log_history)
         return best["step"] == state.global_step == state.max_steps or self._file(best).is_file()
@@ -85,7 +89,7 @@ class BestEpoch(TrainerCallback):
             control.should_training_stop = True
 
     def _evaluate(self, state: Any) -> None:
-        evaluated = {entry["step"] for entry in state.log_history if "eval_loss" in entry}
+        evaluated = {entry["step"] for entry in self.evaluations(state.log_history)}
         if state.global_step not in evaluated:
             with torch.random.fork_rng():  # the rest must not depend on whether it was before the last checkpoint
                 self.trainer.evaluate()
@@ -97,7 +101,7 @@ class BestEpoch(TrainerCallback):
 
     def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """No checkpoint needs what was best before."""
-        if state.is_world_process_zero and any("eval_loss" in entry for entry in state.log_history):
+        if state.is_world_process_zero and self.evaluations(state.log_history):
             needed = self._file(self.best(state.log_history))
             for file in self.folder.glob(f"{UNFINISHED}.best-*"):
                 if file != needed:

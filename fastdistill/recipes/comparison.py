@@ -125,7 +125,7 @@ class Comparison:
 
     def teach(self, teacher: Training) -> Trained:
         """The teacher, whose first layers the assistants are."""
-        self._assistants[()] = trained = self.stages.train(self._measured(self.stages, teacher))
+        self._assistants[()] = trained = self.stages.train(self.measured(self.stages, teacher))
         self.results[teacher.name] = trained.result
         return trained
 
@@ -140,7 +140,7 @@ class Comparison:
 
     def assist(self, name: str, model: PreTrainedModel, teacher: PreTrainedModel) -> Trained:
         """An assistant by plain distillation."""
-        trained = self.stages.train(self._measured(self.stages, self.training(name, model, (self.kd, teacher))))
+        trained = self.stages.train(self.measured(self.stages, self.training(name, model, (self.kd, teacher))))
         self.results[name] = trained.result
         return trained
 
@@ -161,7 +161,7 @@ class Comparison:
 
         def each() -> Iterator[Trial]:
             for stages, training in trials:
-                several = self._several(self._measured(stages, training))
+                several = self._several(self.measured(stages, training))
                 numbers.append(len(several))
                 yield from (Trial(stages, one) for one in several)
 
@@ -179,7 +179,7 @@ class Comparison:
             several.append(replace(training, name=name, run=run, **vars(point)))
         return several
 
-    def _measured(self, stages: Stages, training: Training) -> Training:
+    def measured(self, stages: Stages, training: Training) -> Training:
         """The same; with `debug_gradients` its terms' gradients are measured, once."""
         if self.settings.debug_gradients and training.epochs and training.name not in self.gradients:
             examples = stages.examples

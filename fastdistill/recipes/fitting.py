@@ -90,9 +90,10 @@ def fit(
     ):
         if training.epochs:
             _train(trainer, best, checkpoint)
-        else:
+        if not best.evaluations(trainer.state.log_history):  # there was nothing to train
             trainer.evaluate()
         log = trainer.state.log_history
+        best.restore(log)
         chosen = best.best(log)
         reported: Any = trainer.predict(examples.report)
     return Fitted(
@@ -117,7 +118,7 @@ def _compact(
 
 
 def _train(trainer: DistillationTrainer, best: BestEpoch, checkpoint: str | None) -> None:
-    """To the end, and then back to the best epoch."""
+    """To the end, or to where there has been no better epoch for too long."""
     before = None if checkpoint is None else TrainerState.load_from_json(str(Path(checkpoint) / "trainer_state.json"))
     if before is not None and not best.can_go_on(before):
         before = checkpoint = None  # the best so far is lost: it begins anew
@@ -126,7 +127,6 @@ def _train(trainer: DistillationTrainer, best: BestEpoch, checkpoint: str | None
         trainer.state.global_step = -1  # the model has the weights of no step
     else:
         trainer.train(resume_from_checkpoint=checkpoint)
-    best.restore(trainer.state.log_history)
 
 
 def config_of(

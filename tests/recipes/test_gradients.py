@@ -8,7 +8,7 @@ import pytest
 import torch
 from transformers import DataCollatorWithPadding
 
-from fastdistill import MSE, PKD, DeKD, LogitsKD, WeightedSum
+from fastdistill import MSE, PKD, AvgKD, DeKD, LogitsKD, SampledTeacher, WeightedSum
 from fastdistill.objectives.base import Objective
 from fastdistill.objectives.logits import TaskLoss
 from fastdistill.recipes.gradients import gradient_norms, gradients_table
@@ -67,7 +67,7 @@ def norms(objective: Any, **options: Any) -> dict[str, float]:
 
 def by_hand(objective: Any, weight: float = 1.0) -> float:
     """Of the weighted loss of the first twelve examples, without dropout."""
-    asked = training(objective)
+    asked = training(CE)
     rows = tiny.dataset(20).select(range(12))
     batch = tiny.tokenizer().pad(rows.select_columns(["input_ids", "attention_mask"])[:], return_tensors="pt")
     inputs = {"input_ids": batch["input_ids"], "attention_mask": batch["attention_mask"], "output_hidden_states": True}
@@ -105,6 +105,22 @@ def test_without_the_temperatures_square_teachers_hardly_teach() -> None:
     default = norms(DeKD(), teacher=teachers)
     assert default == shares[True, "sum"]
     assert min(default["ta"], default["da"]) > 0.05 * default["ce"]
+
+
+def test_of_stored_teachers_too() -> None:
+    """As autoskd has them: no model runs."""
+    data = tiny.dataset(20).add_column("a_logits", [[1.0, -1.0]] * 20).add_column("b_logits", [[-2.0, 1.0]] * 20)
+    for objective in (AvgKD(("a", "b")), SampledTeacher({"a": 0.5, "b": 0.5})):
+        asked = training(objective, teacher=None)
+        found = gradient_norms(asked, data, DataCollatorWithPadding(tiny.tokenizer()))
+        assert found["loss"]["gradient"] > 0
+    one = gradient_norms(training(AvgKD(("a",)), teacher=None), data, DataCollatorWithPadding(tiny.tokenizer()))
+    target = torch.tensor([[1.0, -1.0]] * 12)
+
+    def soft_ce(student: Any, teacher: Any, labels: Any) -> Any:
+        return -(target.softmax(-1) * student.logits.log_softmax(-1)).sum(-1).mean()
+
+    assert one["loss"]["gradient"] == pytest.approx(by_hand(soft_ce), rel=1e-4)
 
 
 def test_what_is_measured_changes_nothing() -> None:

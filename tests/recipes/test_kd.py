@@ -93,10 +93,11 @@ def test_the_table_shows_every_model(sources: Path, finished: Path, capsys: pyte
     assert {path: path.stat().st_mtime_ns for path in finished.glob("*/model.safetensors")} == stamps
 
 
-def test_both_students_begin_as_the_teachers_first_layers(
-    sources: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("whose", ["teacher", "pretrained"])
+def test_both_students_begin_as_the_same_first_layers(
+    sources: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], whose: str
 ) -> None:
-    """And see the same batches in the same order."""
+    """And see the same batches in the same order. The table says what they are."""
     begun, seen = {}, {}
     compute = fitting.DistillationTrainer.compute_loss
 
@@ -107,10 +108,24 @@ def test_both_students_begin_as_the_teachers_first_layers(
         return compute(self, model, inputs, *args, **kwargs)
 
     monkeypatch.setattr(fitting.DistillationTrainer, "compute_loss", watched)
-    assert main(command(sources, tmp_path / "run")) == 0
-    teacher = first_layers(model(tmp_path / "run" / "teacher"), 1).state_dict()
+    options = ("--student-from", "pretrained", "--debug-gradients") if whose == "pretrained" else ()
+    assert main(command(sources, tmp_path / "run", "--epochs", "1", "--teacher-epochs", "1", *options)) == 0
+    asked = KDSettings(task=str(sources / "task"), teacher=str(sources / "encoder"), student_layers=1, output="o")
+    source = model(tmp_path / "run" / "teacher") if whose == "teacher" else begin(asked).pretrained
     for name in ("finetuned", "distilled"):
-        torch.testing.assert_close(begun[name], teacher, rtol=0, atol=0)
+        torch.testing.assert_close(begun[name], first_layers(source, 1).state_dict(), rtol=0, atol=0)
+    found, said = results(tmp_path / "run"), " ".join(capsys.readouterr().out.split())
+    of = {"teacher": "fine-tuned teacher", "pretrained": "pretrained encoder"}[whose]
+    assert f"cut of the {of}" in said
+    assert (found["student_from"], found["settings"]["student_from"]) == (whose, whose)
+    assert (found["select_on"], found["report_on"], found["report_examples"]) == ("validation", "validation", 24)
+    if options:
+        assert {name: set(terms) for name, terms in found["gradients"].items()} == {
+            "teacher": {"loss"},
+            "finetuned": {"loss"},
+            "distilled": {"kd", "ce"},
+        }
+        assert "gradients before the first step" in said
     assert len(seen["finetuned"]) == len(seen["distilled"])
     assert all(map(torch.equal, seen["finetuned"], seen["distilled"]))
 
@@ -285,6 +300,16 @@ def test_a_classifier_of_the_task_is_not_fine_tuned(
     assert metrics(tmp_path) == metrics(finished)
     assert main([*arguments, "--seed", "1"]) == 0  # which the teacher does not depend on
     assert metrics(tmp_path)["finetuned"] != metrics(finished)["finetuned"]
+
+
+def test_a_classifier_has_no_pretrained_encoder(
+    sources: Path, finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    teacher = os.path.relpath(finished / "teacher", sources)
+    arguments = command(
+        sources, tmp_path / "run", "--student-from", "pretrained", "--teacher-epochs", "0", teacher=teacher
+    )
+    assert "is a classifier already; expected teacher" in commands.refused(arguments, capsys)
 
 
 @pytest.mark.slow

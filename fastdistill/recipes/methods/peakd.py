@@ -127,7 +127,9 @@ class _Run:
     def _pretrain(self, name: str, student: PreTrainedModel) -> PreTrainedModel:
         training = self.comparison.training(name, ptp_student(student, seed=self.stages.seed), (TaskLoss(), None))
         epochs = self.settings.ptp_epochs or self.settings.epochs
-        self.pretrained[name] = self.ptp.train(replace(training, epochs=epochs, best="loss"))
+        self.pretrained[name] = self.ptp.train(
+            self.comparison.measured(self.ptp, replace(training, epochs=epochs, best="loss"))
+        )
         return with_body_of(student, self.pretrained[name].model)
 
 
