@@ -34,13 +34,14 @@ RUNS_APART = 1_000_003
 
 @dataclass(frozen=True)
 class Fitted:
-    """A trained model, what it reaches on the examples that select, in which epoch, what was logged, and its outputs on
-    those that are reported, with their labels and mean loss."""
+    """A trained model, what it reaches on the examples that select, in which epoch, what was logged, how many examples
+    a second it was trained on, if any, and its outputs on those that are reported, with their labels and mean loss."""
 
     model: PreTrainedModel
     selection: float
     epoch: float
     log: list[dict[str, float]]
+    speed: float | None
     outputs: np.ndarray[Any, np.dtype[Any]]
     labels: np.ndarray[Any, np.dtype[Any]]
     loss: float
@@ -101,6 +102,7 @@ def fit(
         selection=chosen[f"eval_{metric}"],
         epoch=chosen.get("epoch", 0.0),
         log=log,
+        speed=next((entry["train_samples_per_second"] for entry in log if "train_samples_per_second" in entry), None),
         outputs=reported.predictions.reshape(len(examples.report), -1),
         labels=reported.label_ids,
         loss=reported.metrics["test_loss"],

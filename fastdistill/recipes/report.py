@@ -125,6 +125,9 @@ def summary(metric: str, results: Sequence[Mapping[str, Any]]) -> dict[str, Any]
     spread = {"spread": statistics.stdev(values)} if len(values) > 1 else {}
     measured = (metric, "loss", "selection", "examples_per_second", "seconds", "parameters")
     mean = {key: statistics.fmean(result[key] for result in results) for key in measured}
+    for key in ("trained_examples_per_second", "peak_memory"):  # which not every stage, or system, has
+        if told := [result[key] for result in results if result.get(key) is not None]:
+            mean[key] = max(told) if key == "peak_memory" else statistics.fmean(told)
     metrics = {name: statistics.fmean(one["metrics"][name] for one in results) for name in results[0]["metrics"]}
     each = {"values": values, "epochs": [one["epoch"] for one in results], "stages": [one["stage"] for one in results]}
     return {**mean, **spread, **each, "metrics": metrics, "parameters": round(mean["parameters"])}

@@ -21,6 +21,7 @@ from transformers import EvalPrediction, PreTrainedModel
 from fastdistill.data.metrics import compute_metrics
 from fastdistill.digest import digest, model_digest
 from fastdistill.models.first_token import first_token_only
+from fastdistill.recipes import memory
 from fastdistill.recipes.examples import Examples
 from fastdistill.recipes.fitting import check_processes, config_of, fit
 from fastdistill.recipes.folder import UNFINISHED, Folder
@@ -136,6 +137,7 @@ class Stages:
         if checkpoint:
             self.console.print(f"{training.name}: going on from {checkpoint}")
         started = time.perf_counter()
+        memory.reset_peak()
         config = config_of(
             training,
             folder.path,
@@ -157,6 +159,8 @@ class Stages:
             "epoch": fitted.epoch,
             "parameters": fitted.model.num_parameters(),
             "examples_per_second": speed,
+            "trained_examples_per_second": fitted.speed,
+            "peak_memory": memory.peak(),
             "seconds": round(time.perf_counter() - started, 2),
             "resumed": checkpoint is not None,
         }

@@ -52,7 +52,8 @@ class Trained:
 
     The result has of the examples that are reported the task's "metric" by its name, "loss", and "metrics", all that
     papers tell of the task; "selection", the metric on the examples that select, and "epoch", the one that counts;
-    parameters, examples_per_second and seconds; and in "stage" its folder, where predictions.parquet is, too."""
+    parameters, examples_per_second of forward passes, trained_examples_per_second, peak_memory in bytes (of the GPU's
+    tensors, or the process) and seconds; and in "stage" its folder, where predictions.parquet is, too."""
 
     model: PreTrainedModel
     result: dict[str, Any]

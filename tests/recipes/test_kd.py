@@ -62,7 +62,8 @@ def test_a_run_leaves_models_and_results(finished: Path) -> None:
         assert trained.config.num_hidden_layers == (3 if name == "teacher" else 1)
         assert trained.config.id2label == {0: "0", 1: "1"}
         assert measured["parameters"] == trained.num_parameters()
-        assert measured["examples_per_second"] > 0
+        assert measured["examples_per_second"] > 0 and measured["trained_examples_per_second"] > 0
+        assert measured["peak_memory"] > 2**20
         assert AutoTokenizer.from_pretrained(finished / name).get_vocab() == tiny.tokenizer().get_vocab()
         assert not list((finished / name).glob("checkpoint-*"))
         assert not list((finished / name).glob("*.bin"))
