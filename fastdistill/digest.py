@@ -59,7 +59,7 @@ def row_pieces(rows: Dataset) -> Iterator[str | memoryview]:
 
 def model_digest(model: PreTrainedModel) -> str:
     """Of the model's weights, adapters, and what its config says beside where and by what it was written."""
-    adapters = model.peft_config if is_peft(uncompiled(model)) else {}  # type: ignore[attr-defined]
+    adapters = model.peft_config if is_peft(uncompiled(model)) else {}
     wrapped = [str(model.active_adapters), *map(str, adapters.items())] if adapters else []
     model = unwrapped(model)
     config = model.config.to_dict()

@@ -14,7 +14,7 @@ def command(recipe: str, sources: Path, output: Path, *more: str, task: str = "t
     return [
         recipe, "--task", str(sources / task), "--teacher", str(sources / "encoder"), "--output", str(output),
         "--epochs", "1", "--teacher-epochs", "1", "--batch-size", "16", "--learning-rate", "0.01",
-        "--teacher-learning-rate", "0.01", *more,
+        "--teacher-learning-rate", "0.01", "--select-on", "validation", *more,
     ]  # fmt: skip
 
 

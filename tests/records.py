@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-TIMES = ("seconds", "examples_per_second", "resumed")
+TIMES = ("seconds", "examples_per_second", "trained_examples_per_second", "peak_memory", "resumed")
 
 
 def record(output: Path) -> dict[str, Any]:
@@ -14,7 +14,7 @@ def record(output: Path) -> dict[str, Any]:
 
 
 def untimed(output: Path, *keys: str) -> Any:
-    """These parts of a record, without what differs from run to run: times."""
+    """These parts of a record, without what differs from run to run: times and memory."""
     return without_times({key: record(output)[key] for key in keys})
 
 

@@ -28,7 +28,13 @@ def data(number: int = 40) -> datasets.Dataset:
 
 
 SETTINGS = Settings(
-    drop=1, candidates=3, epochs=5, batch_size=8, learning_rate=1e-2, theta_learning_rate=1e-2, temperature=1.0
+    drop=1,
+    candidates=3,
+    epochs=5,
+    batch_size=8,
+    learning_rate=1e-2,
+    theta_optimizer="adam",  # it moves much in few steps
+    theta_learning_rate=1e-2,
 )
 
 

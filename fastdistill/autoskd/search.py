@@ -44,6 +44,8 @@ if TYPE_CHECKING:
 
 Method = Literal["sswo", "cr"]
 METHODS = ("sswo", "cr")
+ThetaOptimizer = Literal["sgd", "adam"]
+THETA_OPTIMIZERS = ("sgd", "adam")
 
 
 @dataclass(frozen=True)
@@ -59,7 +61,13 @@ class Settings:
         batch_size: examples of each half in a step.
         learning_rate: peak of the student's Adam (weight decay 1e-4), after a linear rise over a tenth of the steps;
             it then falls to 0. Gradients are clipped to a norm of 1.
-        theta_learning_rate: of theta's Adam (weight decay 1e-3).
+        theta_optimizer: "sgd", whose steps are as long as the gradient; or the paper's "adam" (weight decay 1e-3),
+            which moves the sampled teacher by about its rate however much better or worse it is: theta then follows the
+            draws (see `Found.correlation`).
+        theta_learning_rate: of it; the paper's are 3e-4 to 1e-3.
+        theta_baseline: subtract from the sampled teacher's gradient the mean over the team of what each teacher's was
+            when it was last sampled; the average teacher then does not move. The paper does not: where the student
+            agrees with all, all are pushed up, the more often the more often they are drawn. For "sswo" alone.
         look_ahead: alpha; by default theta's learning rate, as the paper has it.
         temperature: of the loss; the paper's has none (1).
         seed: of the halves, batches, draws and dropout.
@@ -72,13 +80,18 @@ class Settings:
     epochs: float = 15.0
     batch_size: int = 32
     learning_rate: float = 3e-5
-    theta_learning_rate: float = 1e-3
+    theta_optimizer: ThetaOptimizer = "sgd"
+    theta_learning_rate: float = 3e-2
+    theta_baseline: bool = True
     look_ahead: float | None = None
     temperature: float = 1.0
     seed: int = 0
 
     def __post_init__(self) -> None:
         check_choice("method", self.method, METHODS)
+        check_choice("theta_optimizer", self.theta_optimizer, THETA_OPTIMIZERS)
+        if not isinstance(self.theta_baseline, bool):
+            raise TypeError(f"theta_baseline is {self.theta_baseline!r}; expected True or False")
         if self.order not in (1, 2):
             raise ValueError(f"order is {self.order!r}; expected 1 or 2")
         if self.order == 1 and self.look_ahead is not None:
@@ -115,21 +128,34 @@ class Settings:
 @dataclass(frozen=True)
 class Found:
     """What a search found: theta before the first step and after each, ``[steps + 1, n]``; the candidates, ``[k, n]``;
-    and the step after which teachers were selected (its row of `theta` is after the selection). All float64."""
+    and the step after which teachers were selected (its row of `theta` is after the selection). All float64. `drawn`
+    are the places of the teachers that were sampled, a step each, int64; none for "cr"."""
 
     names: tuple[str, ...]
     theta: Tensor
     candidates: Tensor
     selected_at: int
+    drawn: Tensor
+
+    def draw_counts(self) -> Tensor:
+        """How often each was sampled in phase 1, ``[n]``: what theta correlates with where it follows the draws."""
+        return torch.bincount(self.drawn[: self.selected_at], minlength=len(self.names))
+
+    def correlation(self, values: Tensor) -> float:
+        """Pearson's of theta at the end of phase 1, before selection, with one value a teacher, such as its accuracy;
+        NaN where one of the two is all equal."""
+        both = torch.stack([self.theta[self.selected_at - 1], values.to(torch.float64)])
+        return float(torch.corrcoef(both)[0, 1])
 
     def save(self, path: Path) -> None:
         facts = {"names": ",".join(self.names), "selected_at": str(self.selected_at)}
-        save_tensors({"theta": self.theta, "candidates": self.candidates}, path, facts)
+        save_tensors({"theta": self.theta, "candidates": self.candidates, "drawn": self.drawn}, path, facts)
 
     @classmethod
     def load(cls, path: Path) -> Found:
         tensors, facts = load_tensors(path)
-        return cls(tuple(facts["names"].split(",")), tensors["theta"], tensors["candidates"], int(facts["selected_at"]))
+        found = (tensors["theta"], tensors["candidates"], int(facts["selected_at"]), tensors["drawn"])
+        return cls(tuple(facts["names"].split(",")), *found)
 
 
 def search(
@@ -149,7 +175,7 @@ def search(
     a copy, on that of the training half. Half of the steps; teacher selection; the other half of them.
 
     theta's step runs the student in eval mode and float32: its gradient is of one function, without dropout. Under
-    "sswo" the teacher is drawn from Cat(theta) once a step; Adam moves its weight alone.
+    "sswo" the teacher is drawn from Cat(theta) once a step, and its weight alone moves.
 
     In a data-parallel run every process calls it and takes its share of each batch. All find the same, and what one
     process alone would, within rounding; but dropout draws other numbers, and BatchNorm takes each share's statistics
@@ -161,7 +187,7 @@ def search(
             random half of it trains the student, the rest theta.
         names: the teachers', in theta's order.
         collate: makes a batch of examples without labels.
-        checkpoint: a file for the state (student, both Adams, theta, generator), written whole or not at all,
+        checkpoint: a file for the state (student, both optimizers, theta, generator), written whole or not at all,
             `checkpoints` times on the way. A call that finds one of the same student, logits and settings goes on from
             it and ends as one that was never interrupted; one of others is written over. It stays there at the end.
         device: where it runs; by default where the student is.
@@ -217,10 +243,15 @@ class _Search:
         self.steps, self.selected_at, self.snapshots = settings.schedule(len(dataset))
         self.draws = Draws(settings.seed)
         uniform = torch.full((len(names),), 1 / len(names), dtype=torch.float64)
-        self.theta = [weight.clone().requires_grad_() for weight in uniform]  # apart: Adam moves one and no other
-        self.history = [uniform]
+        self.theta = [weight.clone().requires_grad_() for weight in uniform]  # apart: a step moves one and no other
+        self.history, self.drawn = [uniform], list[int]()
         self.adam = torch.optim.Adam(self.student.parameters(), settings.learning_rate, weight_decay=1e-4)
-        self.theta_adam = torch.optim.Adam(self.theta, settings.theta_learning_rate, weight_decay=1e-3)
+        self.theta_optimizer: torch.optim.Optimizer = (
+            torch.optim.SGD(self.theta, settings.theta_learning_rate)
+            if settings.theta_optimizer == "sgd"
+            else torch.optim.Adam(self.theta, settings.theta_learning_rate, weight_decay=1e-3)
+        )
+        self.slopes = torch.full((len(names),), torch.nan, dtype=torch.float64)  # when each was last sampled
         self.digest = digest(
             [repr((asdict(settings), names, bf16)), model_digest(student), *tensor_pieces({"team": self.team})]
         )
@@ -234,6 +265,7 @@ class _Search:
         theta = self.history[-1]
         sampled = self.settings.method == "sswo"
         active = [self.draws.draw(theta)] if sampled else theta.nonzero().flatten().tolist()
+        self.drawn += active if sampled else []
         train, validation = (replace(one, team=one.team[:, active]) for one in (train, validation))
         # Dropout's numbers are the step's (and the process's) own: the state to keep is one generator's
         torch.manual_seed(int(torch.randint(2**62, (), generator=self.draws.generator)) + self.process)
@@ -256,10 +288,13 @@ class _Search:
             temperature=self.settings.temperature,
             reduce=sums_over_processes,
         ).to("cpu", torch.float64)
+        if self.settings.theta_baseline and self.settings.method == "sswo":
+            self.slopes[active] = gradient
+            gradient = gradient - self.slopes[theta > 0].nanmean()
         for place, slope in zip(active, gradient, strict=True):
             self.theta[place].grad = slope
-        self.theta_adam.step()
-        self.theta_adam.zero_grad(set_to_none=True)
+        self.theta_optimizer.step()
+        self.theta_optimizer.zero_grad(set_to_none=True)
         moved = renormalize(torch.stack(self.theta).detach())
         self._set(moved)
         return moved
@@ -304,7 +339,8 @@ class _Search:
 
     def found(self) -> Found:
         theta = torch.stack(self.history)
-        return Found(self.names, theta, theta[self.snapshots].clone(), self.selected_at)
+        drawn = torch.tensor(self.drawn, dtype=torch.int64)
+        return Found(self.names, theta, theta[self.snapshots].clone(), self.selected_at, drawn)
 
     # The checkpoint
 
@@ -314,8 +350,9 @@ class _Search:
         return {f"student.{name}": tensor for name, tensor in named}
 
     def save(self, path: Path) -> None:
-        kept = {"generator": self.draws.get_extra_state(), "history": torch.stack(self.history)}
-        for prefix, optimizer in (("adam", self.adam), ("theta_adam", self.theta_adam)):
+        kept = {"generator": self.draws.get_extra_state(), "history": torch.stack(self.history), "slopes": self.slopes}
+        kept["drawn"] = torch.tensor(self.drawn, dtype=torch.int64)
+        for prefix, optimizer in (("adam", self.adam), ("theta_optimizer", self.theta_optimizer)):
             for place, state in optimizer.state_dict()["state"].items():
                 kept |= {f"{prefix}.{place}.{key}": value for key, value in state.items()}
         tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in (kept | self._tensors()).items()}
@@ -331,9 +368,10 @@ class _Search:
             for name, tensor in self._tensors().items():
                 tensor.copy_(tensors[name])
         self.draws.set_extra_state(tensors["generator"])
-        self.history = list(tensors["history"])
+        self.history, self.slopes = list(tensors["history"]), tensors["slopes"]
+        self.drawn = tensors["drawn"].tolist()
         self._set(self.history[-1])
-        for prefix, optimizer in (("adam", self.adam), ("theta_adam", self.theta_adam)):
+        for prefix, optimizer in (("adam", self.adam), ("theta_optimizer", self.theta_optimizer)):
             state: dict[int, dict[str, Tensor]] = {}
             for name, tensor in tensors.items():
                 if name.startswith(f"{prefix}."):

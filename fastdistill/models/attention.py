@@ -5,6 +5,7 @@ It is registered when `fastdistill.models`, or anything of it, is imported.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -63,6 +64,10 @@ def attention_forward(
     sinks, biases, a sliding window that is not in a mask, and whatever else is not known to make no difference.
     """
     _check_keywords(kwargs, attention_mask, key.shape[2])
+    if scaling is None:  # with which GPT-2 says these of itself in later versions of transformers
+        for name, usual in (("scale_attn_weights", True), ("scale_attn_by_inverse_layer_idx", False)):
+            if getattr(module, name, usual) != usual:
+                _refuse(name, not usual, str(usual))
     if is_causal is None:
         is_causal = getattr(module, "is_causal", True)
     is_causal = bool(is_causal) and attention_mask is None and query.shape[2] > 1  # a mask says all
@@ -85,19 +90,26 @@ def _check_keywords(keywords: dict[str, Any], attention_mask: Tensor | None, key
             continue
         if name == "sliding_window" and (attention_mask is not None or value >= keys):
             continue
-        shown = f"a tensor of shape {tuple(value.shape)}" if isinstance(value, Tensor) else repr(value)
-        raise ValueError(
-            f"{name} is {shown}, which {IMPLEMENTATION!r} attention cannot do; "
-            "expected None, or a model with attn_implementation='eager'"
-        )
+        _refuse(name, value, "None")
+
+
+def _refuse(name: str, value: object, expected: str) -> None:
+    shown = f"a tensor of shape {tuple(value.shape)}" if isinstance(value, Tensor) else repr(value)
+    raise ValueError(
+        f"{name} is {shown}, which {IMPLEMENTATION!r} attention cannot do; "
+        f"expected {expected}, or a model with attn_implementation='eager'"
+    )
 
 
 def create_mask(mask_function: Callable[..., Any], **options: Any) -> Tensor | None:
-    """As transformers makes one for PyTorch's attention, but of one row where all queries attend to the same keys."""
+    """As transformers makes one for PyTorch's attention, but of one row where all queries attend to the same keys; for
+    models whose attention is their own in any case, as MPNet's and RoFormer's, one to be added to the scores."""
     if mask_function is bidirectional_mask_function:
         options["q_length"] = 1
-    adds_it = getattr(options.get("config"), "model_type", None) == "mpnet"  # whose attention is its own in any case
-    return (eager_mask if adds_it else sdpa_mask)(mask_function=mask_function, **options)
+    name = type(options.get("config")).__module__
+    modeling = name.replace("configuration_", "modeling_")
+    own = modeling != name and modeling in sys.modules and not hasattr(sys.modules[modeling], "ALL_ATTENTION_FUNCTIONS")
+    return (eager_mask if own else sdpa_mask)(mask_function=mask_function, **options)
 
 
 AttentionInterface.register(IMPLEMENTATION, attention_forward)

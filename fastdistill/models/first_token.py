@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor, nn
 
 from fastdistill.models.architectures import ARCHITECTURES, architecture, encoder_layers
+from fastdistill.models.heads import is_causal
 from fastdistill.models.hooks import hooked, inputs_changed, uncompiled
 
 if TYPE_CHECKING:
@@ -42,7 +43,13 @@ def looks_at_the_first_token(model: nn.Module) -> bool:
     model = uncompiled(model)
     names = ARCHITECTURES.get(getattr(getattr(model, "config", None), "model_type", ""))
     own = type(model).__module__.startswith("transformers.")
-    return names is not None and bool(names.alone) and own and type(model).__name__.endswith(HEADS)
+    is_classifier = names is not None and bool(names.alone) and own and type(model).__name__.endswith(HEADS)
+    return is_classifier and not is_causal(model) and not _quantizes_activations(model)
+
+
+def _quantizes_activations(model: nn.Module) -> bool:
+    """Whether layers round what they are given by its range, to which all tokens belong."""
+    return any(type(module).__module__.startswith("torch.ao.nn.quantized") for module in model.modules())
 
 
 def _first(*inputs: Any) -> tuple[Any, ...]:

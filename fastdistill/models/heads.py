@@ -64,7 +64,7 @@ class Head:
     def problem(self) -> Problem | None:
         """The kind of loss that fits."""
         if self.kind in ("regression", "multi_label", None):
-            return self.kind  # type: ignore[return-value]
+            return self.kind
         return "classification"
 
     @property
@@ -114,6 +114,12 @@ class Head:
         found = copy.copy(outputs)
         found.logits = logits
         return found
+
+    def told(self, outputs: Any, logits: Tensor) -> Any:
+        """What a prediction is made of: the outputs, or of an answer start and end `aligned`, none at padding."""
+        if self.kind != "question_answering":
+            return outputs
+        return {"start_logits": logits[:, 0], "end_logits": logits[:, 1]}
 
     def _attended(self, inputs: Mapping[str, Any], like: Any) -> Tensor | None:
         """Which rows of logits, shaped as `like`, are of tokens alone; None where all are, for all that is known."""

@@ -8,7 +8,7 @@ from functools import cache
 from typing import Any
 
 from torch import Tensor, nn
-from transformers.utils import TransformersKwargs
+from transformers.utils.generic import TransformersKwargs
 
 from fastdistill.models.heads import LABELS
 from fastdistill.models.hooks import unwrapped
@@ -17,11 +17,12 @@ from fastdistill.models.hooks import unwrapped
 def taken_by(model: nn.Module) -> frozenset[str] | None:
     """The inputs that a model's forward names and, if it takes others, those that transformers hands on to its layers;
     None where it takes any."""
-    return _taken(type(unwrapped(model)))
+    kind: Any = type(unwrapped(model))
+    return _taken(kind)
 
 
 @cache
-def _taken(kind: type[nn.Module]) -> frozenset[str] | None:
+def _taken(kind: Any) -> frozenset[str] | None:
     parameters = inspect.signature(kind.forward).parameters
     names = {name for name, one in parameters.items() if one.kind not in (one.VAR_POSITIONAL, one.VAR_KEYWORD)}
     others = [one for one in parameters.values() if one.kind == one.VAR_KEYWORD]

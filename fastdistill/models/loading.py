@@ -173,7 +173,7 @@ def load_classifier(name_or_path: str, task: Task, *, seed: int = 0) -> PreTrain
     answers: dict[str, Any] = {
         "id2label": dict(enumerate(names)),
         "label2id": {name: label for label, name in enumerate(names)},
-        "problem_type": "regression" if task.is_regression else "single_label_classification",
+        "problem_type": task.problem_type,
     }
     has_head = describe_head(name_or_path, task) in ("task", "unnamed")
     if is_reshaped(load_config(source)):

@@ -47,6 +47,7 @@ class Needs:
         labels: False where the loss is whole without them, so that it can be told of data that has none; True where it
             is not. None where nothing is known: labels are then handed on unseen, whatever they are.
         vocab: "common" where the teacher's logits may be of more or fewer tokens than the student's.
+        per_example: logits must be ``[B, C]``, and not of tokens.
     """
 
     teacher: bool = True
@@ -59,6 +60,7 @@ class Needs:
     problem: Problem | None = None
     labels: bool | None = None
     vocab: Literal["same", "common"] = "same"
+    per_example: bool = False
 
     def __post_init__(self) -> None:
         if self.all_tokens is None:
@@ -69,7 +71,8 @@ class Objective(ABC):
     """A loss of a student's outputs against a teacher's outputs, labels, or both: the mean over the examples.
 
     In `DistillationTrainer` the labels are those of each row of logits, for causal models too, -100 for padding, and
-    start and end of an answer are rows ``[B, 2, S]`` of ``logits`` (see `fastdistill.models.heads.Head`).
+    start and end of an answer are rows ``[B, 2, S]`` of ``logits``. In a plain loop `fastdistill.models.heads.head_of`
+    has them: ``head.labels(batch)`` and ``head.aligned(outputs, batch)``.
 
     Gradients reach the student and, where its outputs require one, the teacher.
     """
@@ -97,6 +100,10 @@ class Objective(ABC):
         logs have their means, and of integers, which count something, the sums.
 
         An empty dictionary where the loss is all there is to say."""
+
+    def summands(self, student: Any, teacher: Any, labels: Tensor | None, **columns: Tensor) -> dict[str, Tensor]:
+        """What the loss is the sum of: its terms by name, weighted, with gradients; by default "loss" alone."""
+        return {"loss": self.parts(student, teacher, labels, **columns)[0]}
 
     def __call__(self, student: Any, teacher: Any = None, labels: Tensor | None = None, **columns: Tensor) -> Tensor:
         return self.parts(student, as_needed(self, teacher), labels, **columns)[0]
@@ -148,6 +155,16 @@ class WeightedSum(Objective):
             terms[name] = weight, term(student, teacher, labels, **own)
         return weighted_sum(terms)
 
+    def summands(self, student: Any, teacher: Any, labels: Tensor | None, **columns: Tensor) -> dict[str, Tensor]:
+        """Those of each objective, as "name/term" where it has several."""
+        found = {}
+        for name, (weight, objective) in self.terms.items():
+            own = {column: columns[column] for column in objective.needs.columns}
+            terms = objective.summands(student, as_needed(objective, teacher), labels, **own)
+            for term, value in terms.items():
+                found[name if len(terms) == 1 else f"{name}/{term}"] = weight * value
+        return found
+
 
 def as_needed(objective: Objective, teacher: Any) -> Any:
     """The teachers' outputs as the objective takes them: run, unless it does that itself."""
@@ -174,6 +191,7 @@ def _joint_needs(terms: Mapping[str, Needs]) -> Needs:
         columns=tuple({column: None for needs in terms.values() for column in needs.columns}),
         problem=next(iter(problems.values()), None),
         labels=_joint_labels([needs.labels for needs in terms.values()]),
+        per_example=any(needs.per_example for needs in terms.values()),
         vocab="common" if any(needs.vocab == "common" for needs in taught.values()) else "same",
     )
 

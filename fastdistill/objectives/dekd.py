@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from fastdistill.objectives.base import Needs, Objective, weighted_sum
-from fastdistill.objectives.pkd import align, hidden_states, informative_layers, projections
+from fastdistill.objectives.pkd import OVER, Over, align, hidden_states, informative_layers, projections
 from fastdistill.objectives.selection import EXAMPLE, Chosen, Strategy, check_ratio, select
 from fastdistill.ops import kd_ce_loss, select_uncertain, uncertainty
 from fastdistill.ops.checks import check_choice, check_number
@@ -32,11 +32,15 @@ class DeKD(Objective):
 
     * :math:`\mathrm{KL}^T` and :math:`\mathrm{KL}^A`: of the kept examples, ordered by entropy, the more certain
       half learns from the teacher and the less certain half from the assistant: forward KL at temperature
-      :math:`\tau`, each the mean over its half (section 3.3, equation 7). Of an odd number the teacher has the
-      one more; of a half without examples the term is 0.
+      :math:`\tau`, times :math:`\tau^2`, each the mean over its half (section 3.3, equation 7). Of an odd number the
+      teacher has the one more; of a half without examples the term is 0.
     * :math:`L_{DA}`: of the teacher's layers the M whose [CLS] states have the highest entropy on the kept examples
-      are aligned, in the order of their depth, with the student's layers 1 to M (equations 8 and 9), by the mean
-      over layers and kept examples of the squared distance between states of length 1. The paper writes their sum.
+      are aligned, in the order of their depth, with the student's layers 1 to M (equations 8 and 9), by the sum over
+      layers, of the mean over kept examples of the squared distance between states of length 1.
+
+    The paper prints no factor :math:`\tau^2`. At its temperature of 5 the teachers' gradient is then about 1/25 of what
+    it is with it, far below the labels', and neither selection nor assistant can matter. As printed:
+    ``scale_by_temperature=False``.
 
     The teachers' outputs are given by name, ``{"teacher": ..., "assistant": ...}``; without an assistant, the
     teacher's alone. As `TeacherOutputs` (`DistillationTrainer` gives those) a teacher is run on the examples routed to
@@ -51,9 +55,11 @@ class DeKD(Objective):
         ce_on: cross-entropy on "all" examples of a batch, or on the "selected" ones.
         ce_weight, ta_weight, da_weight: lambda 1 to 3, >= 0; a term with weight 0 is left out.
         temperature: tau > 0.
-        scale_by_temperature: multiply the KL terms by tau^2. The paper does not.
-        assistant: whether there is one; without, all kept examples learn from the teacher.
+        scale_by_temperature: multiply the KL terms by tau^2.
+        assistant: whether there is one; without, all kept examples learn from the teacher, with the weight of both
+            terms: twice the mean over them.
         layers: M; by default the number of the student's layers.
+        over_layers: the "sum" over the layers, as printed, or their "mean".
         widths: the student's and the teacher's hidden size, where they differ: each of the M pairs (`layers` must be
             given) then has a learned linear map from one to the other, in `module`.
         label_smoothing: in [0, 1), of the hard labels.
@@ -76,9 +82,10 @@ class DeKD(Objective):
     ta_weight: float = 0.3
     da_weight: float = 0.2
     temperature: float = 5.0
-    scale_by_temperature: bool = False
+    scale_by_temperature: bool = True
     assistant: bool = True
     layers: int | None = None
+    over_layers: Over = "sum"
     widths: tuple[int, int] | None = None
     label_smoothing: float = 0.0
     log_selection: bool = False
@@ -89,6 +96,7 @@ class DeKD(Objective):
         check_choice("strategy", self.strategy, STRATEGIES)
         check_choice("select_per", self.select_per, ("batch", "epoch"))
         check_choice("ce_on", self.ce_on, ("all", "selected"))
+        check_choice("over_layers", self.over_layers, OVER)
         for name in ("ce_weight", "ta_weight", "da_weight"):
             check_number(name, getattr(self, name), minimum=0)
         if not self.ta_weight and not self.da_weight:
@@ -100,7 +108,7 @@ class DeKD(Objective):
                 raise TypeError(f"{name} is {getattr(self, name)!r}; expected True or False")
         self._refuse_without("ce_weight", "ce_on", "label_smoothing")
         self._refuse_without("ta_weight", "temperature", "scale_by_temperature")
-        self._refuse_without("da_weight", "layers", "widths")
+        self._refuse_without("da_weight", "layers", "widths", "over_layers")
         if self.layers is not None and (isinstance(self.layers, bool) or not isinstance(self.layers, int)):
             raise TypeError(f"layers is {self.layers!r}; expected an integer or None")
         if self.layers is not None and self.layers < 1:
@@ -131,6 +139,7 @@ class DeKD(Objective):
             columns=(EXAMPLE,) if self.select_per == "epoch" else (),
             problem="classification",
             labels=True,
+            per_example=True,
         )
 
     def choose(self, logits: Tensor, generator: torch.Generator | None = None) -> None:
@@ -142,13 +151,25 @@ class DeKD(Objective):
     def parts(
         self, student: Any, teacher: Any, labels: Tensor | None, example: Tensor | None = None
     ) -> tuple[Tensor, dict[str, Tensor]]:
+        terms, counts = self._terms(student, teacher, labels, example)
+        loss, parts = weighted_sum(terms)
+        return loss, parts | counts
+
+    def summands(self, student: Any, teacher: Any, labels: Tensor | None, **columns: Tensor) -> dict[str, Tensor]:
+        terms, _ = self._terms(student, teacher, labels, **columns)
+        return {name: weight * loss for name, (weight, loss) in terms.items()}
+
+    def _terms(
+        self, student: Any, teacher: Any, labels: Tensor | None, example: Tensor | None = None
+    ) -> tuple[dict[str, tuple[float, Tensor]], dict[str, Tensor]]:
+        """By name weight and loss, and what was counted."""
         if labels is None and self.ce_weight:
             raise ValueError(f"labels is None; {self} needs them")
         if student.logits.dim() != 2:
             raise ValueError(f"student.logits has shape {tuple(student.logits.shape)}; expected [B, C]")
         main, assistant = self._named(teacher)
         kept = self._kept(student.logits.detach(), example)
-        terms = {}
+        terms: dict[str, tuple[float, Tensor]] = {}
         if self.ce_weight:
             terms["ce"] = self.ce_weight, self._cross_entropy(student.logits, labels, kept)
         half = len(kept) // 2 if assistant is not None else 0
@@ -158,7 +179,9 @@ class DeKD(Objective):
             # of those that the teacher was asked for, the certain ones are the last
             answers = None if taught is None else taught.logits[-len(certain) :]
             learned = self._divergence(student.logits, certain, answers)
-            if assistant is not None:
+            if assistant is None:
+                learned = 2 * learned
+            else:
                 answers = rows_of(assistant, uncertain).logits if half else None
                 learned = learned + self._divergence(student.logits, uncertain, answers)
             terms["ta"] = self.ta_weight, learned
@@ -166,10 +189,8 @@ class DeKD(Objective):
         if self.da_weight:
             aligned, layers = self._align(student, taught, kept)
             terms["da"] = self.da_weight, aligned
-        loss, parts = weighted_sum(terms)
-        if self.log_selection:
-            parts |= _entropies(student.logits.detach()[kept]) | layers
-        return loss, parts
+        counts = _entropies(student.logits.detach()[kept]) | layers if self.log_selection else {}
+        return terms, counts
 
     def _named(self, teacher: Any) -> tuple[Any, Any]:
         teachers = self.needs.teachers
@@ -201,7 +222,7 @@ class DeKD(Objective):
         if self.ce_on == "selected":
             logits, labels = logits[kept], labels[kept]
         smoothing = self.label_smoothing
-        total = kd_ce_loss(logits, logits.detach(), labels, kd_weight=0.0, label_smoothing=smoothing, reduction="sum")
+        total = kd_ce_loss(logits, None, labels, kd_weight=0.0, label_smoothing=smoothing, reduction="sum")
         return total / labels.ne(-100).sum().clamp(min=1)
 
     def _divergence(self, logits: Tensor, rows: Tensor, answers: Tensor | None) -> Tensor:
@@ -225,7 +246,8 @@ class DeKD(Objective):
             return _nothing(student.logits), {}
         theirs = torch.stack([layer[:, 0] for layer in hidden_states("teacher", taught)[1:]])
         layers = informative_layers(theirs, number)
-        loss = align([layer[kept, 0] for layer in ours[:number]], theirs[layers], self._projections)
+        distances = align([layer[kept, 0] for layer in ours[:number]], theirs[layers], self._projections)
+        loss = distances.sum() if self.over_layers == "sum" else distances.mean()
         chosen = torch.zeros(len(theirs), dtype=torch.int64, device=layers.device).index_fill(0, layers, 1)
         return loss, {f"layer/{place}": flag for place, flag in enumerate(chosen, 1)}
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import torch
@@ -61,8 +61,12 @@ class LogitsKD(Objective):
 
     def parts(self, student: Any, teacher: Any, labels: Tensor | None) -> tuple[Tensor, dict[str, Tensor]]:
         _check_given(self, teacher, labels if self.ce_weight else True)
-        teacher_logits = teacher.logits if self.kd_weight else student.logits.detach()
-        if self.vocab == "common" and teacher_logits.shape[-1] != student.logits.shape[-1]:
+        teacher_logits = teacher.logits if self.kd_weight else None
+        if (
+            teacher_logits is not None
+            and self.vocab == "common"
+            and teacher_logits.shape[-1] != student.logits.shape[-1]
+        ):
             return weighted_sum(self._apart(student, teacher_logits, labels))
         loss = kd_ce_loss(
             student.logits,
@@ -81,7 +85,7 @@ class LogitsKD(Objective):
         if not self.kd_weight:
             return loss, {"ce": total / self.ce_weight}
         with torch.no_grad():  # the kernel gives the sum; a pass for the cheaper term gives both
-            ce = kd_ce_loss(student.logits, teacher_logits, labels, kd_weight=0.0, label_smoothing=self.label_smoothing)
+            ce = kd_ce_loss(student.logits, None, labels, kd_weight=0.0, label_smoothing=self.label_smoothing)
         return loss, {"kd": (total - self.ce_weight * ce) / self.kd_weight, "ce": ce}
 
     def _apart(self, student: Any, teacher: Tensor, labels: Tensor | None) -> dict[str, tuple[float, Tensor]]:
@@ -101,9 +105,14 @@ class LogitsKD(Objective):
         terms = {"kd": (self.kd_weight, kd)}
         if self.ce_weight:
             smoothing = self.label_smoothing
-            ce = kd_ce_loss(logits, logits.detach(), labels, kd_weight=0.0, label_smoothing=smoothing)
+            ce = kd_ce_loss(logits, None, labels, kd_weight=0.0, label_smoothing=smoothing)
             terms["ce"] = self.ce_weight, ce
         return terms
+
+    def summands(self, student: Any, teacher: Any, labels: Tensor | None, **columns: Tensor) -> dict[str, Tensor]:
+        alone = {"kd": replace(self, ce_weight=0.0, label_smoothing=0.0)} if self.kd_weight else {}
+        alone |= {"ce": replace(self, kd_weight=0.0)} if self.ce_weight else {}
+        return {name: one(student, teacher, labels) for name, one in alone.items()}
 
 
 @dataclass(frozen=True)
@@ -138,6 +147,11 @@ class MSE(Objective):
         if self.label_weight:
             terms["label"] = self.label_weight, _squared_error(prediction, labels)
         return weighted_sum(terms)
+
+    def summands(self, student: Any, teacher: Any, labels: Tensor | None, **columns: Tensor) -> dict[str, Tensor]:
+        alone = {"kd": replace(self, label_weight=0.0)} if self.kd_weight else {}
+        alone |= {"label": replace(self, kd_weight=0.0)} if self.label_weight else {}
+        return {name: one(student, teacher, labels) for name, one in alone.items()}
 
 
 @dataclass(frozen=True)
@@ -195,6 +209,11 @@ class MultiLabelKD(Objective):
             terms["bce"] = self.bce_weight, _binary_cross_entropy(student.logits, labels)
         return weighted_sum(terms)
 
+    def summands(self, student: Any, teacher: Any, labels: Tensor | None, **columns: Tensor) -> dict[str, Tensor]:
+        alone = {"kd": replace(self, bce_weight=0.0)} if self.kd_weight else {}
+        alone |= {"bce": replace(self, kd_weight=0.0)} if self.bce_weight else {}
+        return {name: one(student, teacher, labels) for name, one in alone.items()}
+
 
 @dataclass(frozen=True)
 class TaskLoss(Objective):
@@ -226,7 +245,7 @@ class TaskLoss(Objective):
         elif is_multi_label:
             raise ValueError(f"label_smoothing is {self.label_smoothing} but labels are {labels.dtype}; expected 0")
         elif logits.shape[-1] > 1:
-            loss = kd_ce_loss(logits, logits.detach(), labels, kd_weight=0.0, label_smoothing=self.label_smoothing)
+            loss = kd_ce_loss(logits, None, labels, kd_weight=0.0, label_smoothing=self.label_smoothing)
         elif self.label_smoothing:
             raise ValueError(f"label_smoothing is {self.label_smoothing} but the student has one output; expected 0")
         else:

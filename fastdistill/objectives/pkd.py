@@ -16,18 +16,23 @@ from fastdistill.ops.checks import check_choice
 
 Pairs = Literal["skip", "last"] | Sequence[tuple[int, int]]
 
+Over = Literal["mean", "sum"]
+OVER = ("mean", "sum")
+
 
 @dataclass(eq=False)
 class PKD(Objective):
     r"""Patient distillation of the [CLS] token's hidden states (Sun et al. 2019, equation 7).
 
     .. math::
-        \ell = \frac{1}{|I|\,B} \sum_{(i,j) \in I} \sum_b
+        \ell = \frac{1}{|I|\,B\,d} \sum_{(i,j) \in I} \sum_b
         \left\| \frac{h^s_{i,b}}{\|h^s_{i,b}\|} - \frac{h^t_{j,b}}{\|h^t_{j,b}\|} \right\|^2
 
     It says nothing of logits or labels: add it to others by `WeightedSum`.
 
     Args:
+        over: of the hidden size d the "mean", as in the published code of PKD and Pea-KD, to which their weights
+            (beta = 100, up to 500) belong; or the "sum", as their papers print it: d times as much.
         pairs: :math:`I`, (student layer, teacher layer), counted from 1, with 0 for the embeddings. "skip" pairs
             the k layers of a student with every (L/k)-th of a teacher's L, and "last" with its last k; both, as in
             the paper, leave the last layer of each out, where each has more than one.
@@ -40,10 +45,12 @@ class PKD(Objective):
 
     pairs: Pairs = "skip"
     widths: tuple[int, int] | None = None
+    over: Over = "mean"
     module: nn.ModuleList | None = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
         check_pairs(self.pairs, ("skip", "last"))
+        check_choice("over", self.over, OVER)
         if self.widths is not None and isinstance(self.pairs, str):
             raise ValueError(f"widths is {self.widths} but pairs is {self.pairs!r}; expected the pairs as numbers")
         self.module = None if self.widths is None else projections(self.widths, len(self.pairs))
@@ -57,8 +64,11 @@ class PKD(Objective):
             raise ValueError(f"teacher is None; {self} needs its outputs")
         student_states, teacher_states = hidden_states("student", student), hidden_states("teacher", teacher)
         ours, theirs = zip(*layer_pairs(self.pairs, len(student_states) - 1, len(teacher_states) - 1), strict=True)
-        aligned = align([student_states[i][:, 0] for i in ours], [teacher_states[j][:, 0] for j in theirs], self.module)
-        return aligned, {}
+        distances = align(
+            [student_states[i][:, 0] for i in ours], [teacher_states[j][:, 0] for j in theirs], self.module
+        )
+        width = teacher_states[0].shape[-1] if self.over == "mean" else 1
+        return distances.mean() / width, {}
 
 
 def check_pairs(pairs: object, rules: Collection[str]) -> None:
@@ -105,7 +115,8 @@ def _is_pair(pair: object) -> bool:
 def align(
     student_states: Sequence[Tensor] | Tensor, teacher_states: Sequence[Tensor] | Tensor, module: nn.ModuleList | None
 ) -> Tensor:
-    """The mean over pairs and examples of the squared distance between states of length 1; ``[B, d]`` a layer.
+    """For each pair the mean over examples of the squared distance between states of length 1, ``[pairs]``; states are
+    ``[B, d]`` a layer.
 
     The student's are first mapped by the pair's own projection, if there is a `module` of them. Raises
     ValueError where the sizes still differ.
@@ -120,7 +131,7 @@ def align(
     if module is not None:
         student_states = [project(states) for project, states in zip(module, student_states, strict=True)]
     ours, theirs = _of_length_one(student_states), _of_length_one(teacher_states)
-    return (ours - theirs).square().sum(-1).mean()
+    return (ours - theirs).square().sum(-1).mean(-1)
 
 
 def _of_length_one(states: Sequence[Tensor] | Tensor) -> Tensor:

@@ -120,7 +120,7 @@ class MTBERT(_OfTeam):
 
 
 def _cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
-    return kd_ce_loss(logits, logits, labels, kd_weight=0.0, reduction="none")
+    return kd_ce_loss(logits, None, labels, kd_weight=0.0, reduction="none")
 
 
 @dataclass(frozen=True)

@@ -7,16 +7,18 @@ from typing import Any
 
 from transformers import PreTrainedModel
 
-from fastdistill.data.load import TaskData, load_task
+from fastdistill.data.load import load_task
 from fastdistill.data.tasks import Task
 from fastdistill.models.loading import check_tokenizer, describe_head, load_classifier, load_tokenizer
 from fastdistill.objectives.logits import TaskLoss
 from fastdistill.processes import join
 from fastdistill.recipes.examples import Examples, of_text
 from fastdistill.recipes.settings import RecipeSettings
+from fastdistill.recipes.splits import Splits, splits_of
 from fastdistill.recipes.stages import Stages
 from fastdistill.recipes.training import Training
 
+RATES = ("learning_rate", "teacher_learning_rate")
 TEACHER_EPOCHS = 2.0
 TEACHER_RATE, STUDENT_RATE, WIDTH = 1e-4, 3e-4, 384
 """Peak learning rates for encoders of this hidden width or less; the wider need less, as its inverse square."""
@@ -27,8 +29,9 @@ class Beginning:
     """What there is before anything is trained, and what the settings leave open."""
 
     settings: RecipeSettings
-    data: TaskData
+    data: Splits
     pretrained: PreTrainedModel
+    student_from: str
     teacher_epochs: float
     learning_rate: float
     teacher_learning_rate: float
@@ -43,8 +46,8 @@ class Beginning:
 
     def record(self) -> dict[str, Any]:
         """The settings for results.json, with what they left open."""
-        filled = {name: getattr(self, name) for name in ("teacher_epochs", "learning_rate", "teacher_learning_rate")}
-        return self.settings.record() | filled
+        filled = {name: getattr(self, name) for name in ("teacher_epochs", "student_from", *RATES)}
+        return self.settings.record() | filled | self.data.names
 
     def stages(self) -> Stages:
         assert self.settings.teacher is not None
@@ -64,15 +67,16 @@ class Beginning:
         )
 
 
-def load(settings: RecipeSettings) -> TaskData:
+def load(settings: RecipeSettings) -> Splits:
     """The data that is asked for."""
     join()
-    return load_task(
+    data = load_task(
         settings.task,
         max_train_examples=settings.max_train_examples,
         max_eval_examples=settings.max_eval_examples,
         seed=settings.seed,
     )
+    return splits_of(settings, data)
 
 
 def stages_of(settings: RecipeSettings, examples: Examples) -> Stages:
@@ -84,14 +88,20 @@ def stages_of(settings: RecipeSettings, examples: Examples) -> Stages:
         bf16=settings.bf16,
         checkpoints=settings.checkpoints,
         tensorboard=settings.tensorboard,
+        patience=settings.early_stopping,
     )
 
 
-def begin(settings: RecipeSettings, data: TaskData | None = None) -> Beginning:
+def begin(settings: RecipeSettings, data: Splits | None = None) -> Beginning:
     """Load what is asked for; nothing is written. Raises ValueError for a task of images."""
     data = load(settings) if data is None else data
     if data.task.is_of_images:
         raise ValueError(f"--task {settings.task} is of images; expected one of text")
+    if data.task.multi_label:
+        raise ValueError(
+            f"--task {settings.task} has several labels an example, which no recipe takes; expected one label, or "
+            "fastdistill.DistillationTrainer, which does"
+        )
     if settings.teacher is None:
         raise ValueError(f"--teacher is None; expected a model for {data.task.name}")
     teacher_epochs = _teacher_epochs(settings.teacher, settings.teacher_epochs, data.task)
@@ -101,10 +111,22 @@ def begin(settings: RecipeSettings, data: TaskData | None = None) -> Beginning:
         settings,
         data,
         pretrained,
+        _student_from(settings, teacher_epochs),
         teacher_epochs,
         settings.learning_rate or STUDENT_RATE * narrow,
         settings.teacher_learning_rate or TEACHER_RATE * narrow,
     )
+
+
+def _student_from(settings: RecipeSettings, teacher_epochs: float) -> str:
+    if teacher_epochs:
+        return settings.student_from or settings.begins_as
+    if settings.student_from == "pretrained":
+        raise ValueError(
+            f"--student-from is pretrained, but {settings.teacher} is a classifier already; expected teacher, or a "
+            "--teacher that is fine-tuned here"
+        )
+    return "teacher"
 
 
 def _teacher_epochs(teacher: str, asked: float | None, task: Task) -> float:

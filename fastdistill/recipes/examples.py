@@ -6,11 +6,14 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import numpy as np
+import pyarrow.compute as pc
+import torch
 from transformers import DataCollatorWithPadding
 
 from fastdistill.data.images import ImageCollator, pixels, size_of
-from fastdistill.data.load import TaskData, tokenize
+from fastdistill.data.load import tokenize
 from fastdistill.data.tasks import Task
+from fastdistill.recipes.splits import Splits
 from fastdistill.teachers.store import Collate
 
 if TYPE_CHECKING:
@@ -20,23 +23,36 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Examples:
-    """Columns are the models' inputs and `labels`; of text also `length`, by which validation is sorted."""
+    """Columns are the models' inputs and `labels`; of text also `length`. What the best is selected by is `validation`,
+    and results are of `report`."""
 
     task: Task
     train: Dataset
     validation: Dataset
+    report: Dataset
     collate: Collate
     tokenizer: PreTrainedTokenizerBase | None = None
     """Is saved beside models."""
 
+    def tokens(self) -> torch.Tensor | None:
+        """The ids that models may be given, padding's among them; None for images."""
+        if self.tokenizer is None:
+            return None
+        columns = (split.data.column("input_ids") for split in (self.train, self.validation, self.report))
+        found = [pc.unique(pc.list_flatten(column)).to_numpy() for column in columns]
+        return torch.from_numpy(np.unique(np.concatenate([*found, [self.tokenizer.pad_token_id]]))).long()
 
-def of_text(data: TaskData, tokenizer: PreTrainedTokenizerBase, max_length: int | None = None) -> Examples:
-    train, validation = (tokenize(split, tokenizer, data.task, max_length) for split in (data.train, data.validation))
-    validation = validation.select(np.argsort(validation["length"][:], kind="stable"))  # less padding
-    return Examples(data.task, train, validation, DataCollatorWithPadding(tokenizer), tokenizer)
+
+def of_text(data: Splits, tokenizer: PreTrainedTokenizerBase, max_length: int | None = None) -> Examples:
+    """`validation` and `report` are in the order of their length: there is less padding so."""
+    splits = (tokenize(split, tokenizer, data.task, max_length) for split in (data.train, data.select, data.report))
+    train, validation, report = splits
+    validation, report = (of.select(np.argsort(of["length"][:], kind="stable")) for of in (validation, report))
+    return Examples(data.task, train, validation, report, DataCollatorWithPadding(tokenizer), tokenizer)
 
 
-def of_images(data: TaskData) -> Examples:
+def of_images(data: Splits) -> Examples:
     """All of the first training image's size."""
     size = size_of(data.train)
-    return Examples(data.task, pixels(data.train, size), pixels(data.validation, size), ImageCollator(size))
+    train, validation, report = (pixels(split, size) for split in (data.train, data.select, data.report))
+    return Examples(data.task, train, validation, report, ImageCollator(size))

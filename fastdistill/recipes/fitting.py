@@ -4,25 +4,47 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Mapping
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from accelerate import PartialState  # type: ignore[import-untyped]
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, TrainerState
 from transformers.integrations.fsdp import is_fsdp_enabled
 from transformers.trainer_callback import ProgressCallback
 
 from fastdistill.data.metrics import compute_metrics
 from fastdistill.models.first_token import first_token_only
+from fastdistill.models.vocabulary import can_compact, compact_vocabulary
 from fastdistill.objectives.selection import EXAMPLE
+from fastdistill.recipes.best import BestEpoch
 from fastdistill.recipes.examples import Examples
 from fastdistill.recipes.training import Teacher, Training
 from fastdistill.training.trainer import DistillationConfig, DistillationTrainer
 
 if TYPE_CHECKING:
     from datasets import Dataset
+
+RUNS_APART = 1_000_003
+"""How far the seeds of repeated trainings lie from one another."""
+
+
+@dataclass(frozen=True)
+class Fitted:
+    """A trained model, what it reaches on the examples that select, in which epoch, what was logged, how many examples
+    a second it was trained on, if any, and its outputs on those that are reported, with their labels and mean loss."""
+
+    model: PreTrainedModel
+    selection: float
+    epoch: float
+    log: list[dict[str, float]]
+    speed: float | None
+    outputs: np.ndarray[Any, np.dtype[Any]]
+    labels: np.ndarray[Any, np.dtype[Any]]
+    loss: float
 
 
 def fit(
@@ -32,8 +54,9 @@ def fit(
     teacher: Teacher,
     config: DistillationConfig,
     checkpoint: str | None,
-) -> tuple[PreTrainedModel, dict[str, float], list[dict[str, float]]]:
-    """Train a copy of the model, from its checkpoint on, and evaluate it: the copy, what was measured, what was logged.
+    patience: int | None = None,
+) -> Fitted:
+    """Train a copy of the model, from its checkpoint on, evaluate it after each epoch, and take the best.
 
     `train_data` has what the teacher says as columns where `teacher` is None. Processes (torchrun, accelerate launch)
     share each batch, and find what one alone would, within rounding, but for dropout, whose numbers are each process's
@@ -56,14 +79,56 @@ def fit(
         compute_metrics=compute_metrics(examples.task),
         callbacks=list(callbacks),
     )
+    metric = examples.task.metric
+    best = BestEpoch(trainer, Path(str(config.output_dir)), metric, training.best, patience)
     trainer.remove_callback(ProgressCallback)
     trainer.add_callback(_ProgressBar(training.name))
+    trainer.add_callback(best)
     teachers = teacher.values() if isinstance(teacher, Mapping) else (teacher,)
-    with first_token_only(*(() if objective.needs.all_tokens else (student, *teachers))):
+    with (
+        _compact(student, examples, trainer),
+        first_token_only(*(() if objective.needs.all_tokens else (student, *teachers))),
+    ):
         if training.epochs:
-            trainer.train(resume_from_checkpoint=checkpoint)
-        measured = trainer.evaluate()
-    return _whole(trainer, training.model), measured, trainer.state.log_history
+            _train(trainer, best, checkpoint)
+        if not best.evaluations(trainer.state.log_history):  # there was nothing to train
+            trainer.evaluate()
+        log = trainer.state.log_history
+        best.restore(log)
+        chosen = best.best(log)
+        reported: Any = trainer.predict(examples.report)
+    return Fitted(
+        model=_whole(trainer, training.model),
+        selection=chosen[f"eval_{metric}"],
+        epoch=chosen.get("epoch", 0.0),
+        log=log,
+        speed=next((entry["train_samples_per_second"] for entry in log if "train_samples_per_second" in entry), None),
+        outputs=reported.predictions.reshape(len(examples.report), -1),
+        labels=reported.label_ids,
+        loss=reported.metrics["test_loss"],
+    )
+
+
+def _compact(
+    student: PreTrainedModel, examples: Examples, trainer: DistillationTrainer
+) -> AbstractContextManager[None]:
+    """With the embeddings that the examples have, where that can be."""
+    tokens = examples.tokens()
+    if tokens is None or trainer.is_fsdp_enabled or not can_compact(student):
+        return nullcontext()
+    return compact_vocabulary(student, tokens)
+
+
+def _train(trainer: DistillationTrainer, best: BestEpoch, checkpoint: str | None) -> None:
+    """To the end, or to where there has been no better epoch for too long."""
+    before = None if checkpoint is None else TrainerState.load_from_json(str(Path(checkpoint) / "trainer_state.json"))
+    if before is not None and not best.can_go_on(before):
+        before = checkpoint = None  # the best so far is lost: it begins anew
+    if before is not None and best.is_over(before.log_history):
+        trainer.state = before
+        trainer.state.global_step = -1  # the model has the weights of no step
+    else:
+        trainer.train(resume_from_checkpoint=checkpoint)
 
 
 def config_of(
@@ -78,7 +143,7 @@ def config_of(
         per_device_eval_batch_size=max(64, training.batch_size),
         weight_decay=0.01,
         warmup_steps=0.1,
-        seed=seed,
+        seed=(seed + training.run * RUNS_APART) % 2**32,
         bf16=bf16,
         use_cpu=not torch.accelerator.is_available(),
         logging_steps=0.05,

@@ -70,6 +70,8 @@ class Scoring:
             data = data.select(np.argsort(data["length"][:], kind="stable"))
         # whole batches to each process: they are those that one process would have
         number = processes.num_processes
+        if self.reduce == "example" and self.of_weights:
+            batch_size = 1  # a batch's gradient is then an example's
         data = data.select([row for row in range(len(data)) if row // batch_size % number == processes.process_index])
         loader = DataLoader(data.remove_columns("length"), batch_size, collate_fn=collate)
         options: dict[str, Any] = {"objective": self.objective, "progress": processes.is_main_process}

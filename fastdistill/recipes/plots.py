@@ -23,22 +23,41 @@ def require_matplotlib() -> None:
         raise ImportError("plots need matplotlib, which an extra brings: pip install 'fastdistill[bench]'")
 
 
+LEAST_SPAN = 0.1
+"""Of a metric's axis: what is noise must not look like more."""
+
+Levels = tuple[float, float, float]
+"""A metric, and its interval."""
+
+
 def metric_by_share(
     path: Path,
     share: str,
     metric: str,
-    curves: Mapping[str, Mapping[float, tuple[float, float]]],
-    lines: Mapping[str, float],
+    curves: Mapping[str, Mapping[float, Levels]],
+    lines: Mapping[str, Levels],
+    caption: str,
 ) -> Path:
-    """Curves by name: from a share, as of the examples that are kept, to (metric, its spread). `lines` are levels."""
-    figure, axes = _figure(share, metric)
-    for name, points in curves.items():
+    """Curves by name: from a share, as of the examples that are kept, to a metric and its interval, a band. `lines` are
+    levels, of which the first two have bands, too."""
+    figure, axes = _figure(share, f"{metric} %")
+    for place, (name, points) in enumerate(curves.items()):
         shares = sorted(points)
-        means, spreads = zip(*(points[share] for share in shares), strict=True)
-        axes.errorbar(shares, means, yerr=spreads if any(spreads) else None, marker="o", capsize=3, label=name)
-    for place, (name, level) in enumerate(lines.items()):
-        axes.axhline(level, color="grey", linestyle=("--", ":", "-.")[place % 3], label=name)
-    axes.legend()
+        values, *band = ([100 * level for level in of] for of in zip(*(points[x] for x in shares), strict=True))
+        axes.plot(shares, values, marker="o", color=f"C{place}", label=name)
+        if len(shares) > 1:
+            axes.fill_between(shares, *band, color=f"C{place}", alpha=0.2, linewidth=0)
+        else:
+            axes.vlines(shares, *band, color=f"C{place}")
+    for place, (name, (value, low, high)) in enumerate(lines.items()):
+        axes.axhline(100 * value, color="grey", linestyle=("--", ":", "-.", (0, (1, 4)))[place % 4], label=name)
+        if place < 2:
+            axes.axhspan(100 * low, 100 * high, color="grey", alpha=0.1, linewidth=0)
+    bottom, top = axes.get_ylim()
+    more = max(0.0, 100 * LEAST_SPAN - (top - bottom)) / 2
+    axes.set_ylim(bottom - more, top + more)
+    _legend(axes)
+    figure.text(0.5, -0.02, f"{caption}; bands hold 95 % of resamples", ha="center", va="top", fontsize="small")
     return _save(figure, path)
 
 
@@ -54,17 +73,20 @@ def heat_map(path: Path, layers: Sequence[Tensor], label: str) -> Path:
     return _save(figure, path)
 
 
-def densities(path: Path, values: Tensor, label: str) -> Path:
-    """The density of these numbers, its first peak, and the share of them up to each number."""
-    where, height = density(values)
-    peak = first_peak(values)
-    figure, axes = _figure(label, "density")
-    axes.plot(where, height, label="density")
-    axes.axvline(peak, color="grey", linestyle="--", label="first peak")
+def densities(path: Path, values: Mapping[str, Tensor], of: str) -> Path:
+    """The densities of scores by name and, of the first, the first peak and the share of them up to each number."""
+    figure, axes = _figure(f"score of {of}, of length 1 in each layer", "density")
+    for name, numbers in values.items():
+        axes.plot(*density(numbers), label=name)
+    main = next(iter(values.values()))
+    axes.axvline(first_peak(main), color="grey", linestyle="--", label="first peak")
     shares = axes.twinx()
     shares.set_ylabel("share at or below")
-    shares.plot(values.sort().values, [(i + 1) / len(values) for i in range(len(values))], color="C1")
-    axes.legend()
+    shares.set_ylim(0, 1)
+    steps = [(place + 1) / len(main) for place in range(len(main))]
+    axes.plot([], [], color="C0", linestyle=":", label="share at or below")
+    shares.plot(main.sort().values, steps, color="C0", linestyle=":")
+    _legend(axes)
     return _save(figure, path)
 
 
@@ -96,7 +118,7 @@ def probabilities_over_steps(path: Path, names: Sequence[str], theta: Tensor, se
         axes.plot(theta[:, place], color=f"C{place % 10}", linestyle=("-", "--", ":")[place // 10 % 3], label=name)
     axes.axvline(selected_at, color="grey", linestyle="--", label="teacher selection")
     axes.set_ylim(bottom=0)
-    axes.legend()
+    _legend(axes)
     return _save(figure, path)
 
 
@@ -113,7 +135,12 @@ def _figure(x: str, y: str) -> tuple[Figure, Any]:
     return figure, axes
 
 
+def _legend(axes: Any) -> None:
+    """Above, where it covers nothing."""
+    axes.figure.legend(*axes.get_legend_handles_labels(), loc="outside upper center", ncols=3, fontsize="small")
+
+
 def _save(figure: Figure, path: Path) -> Path:
     with replacing(path) as temporary:
-        figure.savefig(temporary, format="svg")
+        figure.savefig(temporary, format="svg", bbox_inches="tight")
     return path

@@ -6,7 +6,7 @@ import json
 import platform
 import statistics
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -21,8 +21,37 @@ from fastdistill.data.tasks import Task
 from fastdistill.files import replacing
 
 Results = Mapping[str, Mapping[str, Any]]
-"""By model: its metric, loss, parameters, examples_per_second, and what else was found. Of several seeds these are
-means, and "spread" is the metric's sample standard deviation."""
+"""By model what `Trained.result` has, and what else was found. Of several seeds these are means, "values" and "stages"
+have those of each, and "spread" is the metric's sample standard deviation. "against" has, by baseline, the difference
+from it and the interval that holds 95 % of its resamples (`paired_bootstrap`)."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Told:
+    """Of what results are, and by what the best was selected."""
+
+    seeds: int
+    select_on: str
+    select_examples: int
+    report_on: str
+    report_examples: int
+    student_from: str | None = None
+
+    def __str__(self) -> str:
+        seeds = "1 seed" if self.seeds == 1 else f"{self.seeds} seeds"
+        slice_of = "held out of " if self.select_on == "train" else ""
+        return (
+            f"{self.report_on}, {self.report_examples:,} examples, {seeds}; selected on {self.select_examples:,} "
+            f"examples {slice_of}{self.select_on}"
+        )
+
+    @property
+    def no_teacher(self) -> str:
+        """What a student without a teacher is."""
+        if self.student_from is None:
+            return "finetuned has no teacher, and begins with weights at random"
+        whose = {"teacher": "fine-tuned teacher", "pretrained": "pretrained encoder"}[self.student_from]
+        return f"finetuned learns from the labels alone; like all students it begins as a cut of the {whose}"
 
 
 @dataclass(frozen=True)
@@ -68,6 +97,7 @@ def finish(
     task: Task,
     results: Results,
     seconds: float,
+    told: Told,
     *tables: Table,
     plots: Sequence[Path] = (),
     **more: Any,
@@ -76,6 +106,7 @@ def finish(
     record = {
         "task": task.name,
         "metric": task.metric,
+        **asdict(told),
         "results": results,
         **more,
         "settings": settings,
@@ -85,16 +116,21 @@ def finish(
     file = output / "results.json"
     if PartialState().is_main_process:
         write_json(file, record)
-    return Report(record, file, (*tables, results_table(task, results)), tuple(plots))
+    return Report(record, file, (*tables, results_table(task, results, told)), tuple(plots))
 
 
 def summary(metric: str, results: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     """Means over seeds, and of the metric each value and, of two or more, the sample standard deviation."""
     values = [result[metric] for result in results]
     spread = {"spread": statistics.stdev(values)} if len(values) > 1 else {}
-    measured = (metric, "loss", "examples_per_second", "seconds", "parameters")
+    measured = (metric, "loss", "selection", "examples_per_second", "seconds", "parameters")
     mean = {key: statistics.fmean(result[key] for result in results) for key in measured}
-    return {**mean, **spread, "values": values, "parameters": round(mean["parameters"])}
+    for key in ("trained_examples_per_second", "peak_memory"):  # which not every stage, or system, has
+        if told := [result[key] for result in results if result.get(key) is not None]:
+            mean[key] = max(told) if key == "peak_memory" else statistics.fmean(told)
+    metrics = {name: statistics.fmean(one["metrics"][name] for one in results) for name in results[0]["metrics"]}
+    each = {"values": values, "epochs": [one["epoch"] for one in results], "stages": [one["stage"] for one in results]}
+    return {**mean, **spread, **each, "metrics": metrics, "parameters": round(mean["parameters"])}
 
 
 def percent(result: Mapping[str, Any], metric: str) -> str:
@@ -102,16 +138,31 @@ def percent(result: Mapping[str, Any], metric: str) -> str:
     return f"{100 * result[metric]:.1f}" + (f" ± {100 * result['spread']:.1f}" if "spread" in result else "")
 
 
-def results_table(task: Task, results: Results) -> Table:
-    """One row a model: its metric in percent, with its spread over seeds, if there were several, its parameters,
-    and how many examples a second it evaluates."""
-    table = Table("model", title=task.name)
-    for column in (f"{task.metric} %", "parameters", "examples/s"):
+def against(result: Mapping[str, Any], reference: str) -> str:
+    """The difference from a baseline in points, its interval, and "better" or "worse" only where that excludes 0."""
+    if (found := result.get("against", {}).get(reference)) is None:
+        return ""
+    difference, low, high = (100 * found[name] for name in ("difference", "low", "high"))
+    verdict = f" {found['verdict']}" if found["verdict"] in ("better", "worse") else ""
+    return f"{difference:+.1f} [{low:.1f}, {high:.1f}]{verdict}"
+
+
+def results_table(task: Task, results: Results, told: Told) -> Table:
+    """One row a model: its metrics in percent, with the spread over seeds, if there were several, its difference from
+    each baseline with an interval, its parameters, and how many examples a second it evaluates."""
+    has_no_teacher = f"; {told.no_teacher}" if "finetuned" in results else ""
+    table = Table("model", title=task.name, caption=f"{told}{has_no_teacher}")
+    others = [name for name in next(iter(results.values()))["metrics"] if name != task.metric]
+    references = [name for name in ("kd", "finetuned") if any(name in of.get("against", {}) for of in results.values())]
+    columns = [task.metric, *others]
+    for column in (*(f"{c} %" for c in columns), *(f"against {r}" for r in references), "parameters", "examples/s"):
         table.add_column(column, justify="right")
     for name, result in results.items():
         table.add_row(
             name,
             percent(result, task.metric),
+            *(f"{100 * result['metrics'][other]:.1f}" for other in others),
+            *(against(result, reference) for reference in references),
             f"{result['parameters'] / 1e6:.2f} M",
             f"{result['examples_per_second']:,.0f}",
         )

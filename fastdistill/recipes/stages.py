@@ -7,6 +7,7 @@ settings, data or input models changed begins anew.
 from __future__ import annotations
 
 import json
+import os
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
@@ -15,14 +16,17 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from accelerate import PartialState  # type: ignore[import-untyped]
 from rich.console import Console
-from transformers import PreTrainedModel
+from transformers import EvalPrediction, PreTrainedModel
 
+from fastdistill.data.metrics import compute_metrics
 from fastdistill.digest import digest, model_digest
 from fastdistill.models.first_token import first_token_only
+from fastdistill.recipes import memory
 from fastdistill.recipes.examples import Examples
 from fastdistill.recipes.fitting import check_processes, config_of, fit
 from fastdistill.recipes.folder import UNFINISHED, Folder
 from fastdistill.recipes.measuring import Scoring, examples_per_second
+from fastdistill.recipes.predictions import PREDICTIONS, save_predictions
 from fastdistill.recipes.report import versions
 from fastdistill.recipes.training import Teacher, Trained, Training
 from fastdistill.sensitivity.units import Sensitivities
@@ -50,6 +54,7 @@ class Stages:
         bf16: mixed precision.
         checkpoints: how often a stage saves its state on its way.
         tensorboard: whether to write TensorBoard logs.
+        patience: epochs without a better one after which a training ends; None for none.
         stored: where teachers' outputs are kept; by default "stored" in `output`.
         data: a digest of the examples; by default it is computed.
     """
@@ -61,6 +66,7 @@ class Stages:
     bf16: bool = False
     checkpoints: int = 3
     tensorboard: bool = False
+    patience: int | None = None
     stored: Path | None = None
     data: str = ""
 
@@ -69,7 +75,10 @@ class Stages:
         output.mkdir(parents=True, exist_ok=True)
         object.__setattr__(self, "output", output)
         object.__setattr__(self, "stored", self.stored or output / "stored")
-        object.__setattr__(self, "data", self.data or _data_digest(self.examples.train, self.examples.validation))
+        object.__setattr__(self, "data", self.data or self._data_digest())
+
+    def _data_digest(self) -> str:
+        return _digest_of(self.examples.train, self.examples.validation, self.examples.report)
 
     @property
     def task(self) -> Task:
@@ -90,10 +99,15 @@ class Stages:
         return self._on(replace(examples, train=train))
 
     def relabelled(self, task: Task, train: Tensor, validation: Tensor) -> Stages:
-        """The same examples with other labels, those of another task, in the same folder."""
+        """The same examples with other labels, those of another task, in the same folder; what selects is reported."""
         splits = ((self.examples.train, train), (self.examples.validation, validation))
         changed = [data.remove_columns("labels").add_column("labels", of.cpu().numpy()) for data, of in splits]
-        return self._on(replace(self.examples, task=task, train=changed[0], validation=changed[1]))
+        own, others = changed
+        return self._on(replace(self.examples, task=task, train=own, validation=others, report=others))
+
+    def on_training(self, rows: Tensor) -> Stages:
+        """With some of the training examples alone, in the same folder."""
+        return self._on(replace(self.examples, train=self.examples.train.select(rows.tolist())))
 
     def _on(self, examples: Examples) -> Stages:
         return replace(self, examples=examples, data="")
@@ -123,6 +137,7 @@ class Stages:
         if checkpoint:
             self.console.print(f"{training.name}: going on from {checkpoint}")
         started = time.perf_counter()
+        memory.reset_peak()
         config = config_of(
             training,
             folder.path,
@@ -132,25 +147,32 @@ class Stages:
             tensorboard=self.tensorboard,
         )
         examples, metric = self.examples, self.task.metric
-        student, measured, log = fit(training, examples, *self._taught(training), config, checkpoint)
-        with first_token_only(None if training.objective.needs.all_tokens else student):
-            speed = examples_per_second(student, examples.validation, examples.collate, self.batch_size)
+        fitted = fit(training, examples, *self._taught(training), config, checkpoint, self.patience)
+        with first_token_only(None if training.objective.needs.all_tokens else fitted.model):
+            speed = examples_per_second(fitted.model, examples.report, examples.collate, self.batch_size)
+        reached = compute_metrics(self.task)(EvalPrediction(fitted.outputs, fitted.labels))
         result = {
-            metric: measured[f"eval_{metric}"],
-            "loss": measured["eval_loss"],
-            "parameters": student.num_parameters(),
+            metric: reached[metric],
+            "loss": fitted.loss,
+            "metrics": reached,
+            "selection": fitted.selection,
+            "epoch": fitted.epoch,
+            "parameters": fitted.model.num_parameters(),
             "examples_per_second": speed,
+            "trained_examples_per_second": fitted.speed,
+            "peak_memory": memory.peak(),
             "seconds": round(time.perf_counter() - started, 2),
             "resumed": checkpoint is not None,
         }
 
         def save() -> None:
-            student.save_pretrained(folder.path)
+            fitted.model.save_pretrained(folder.path)
+            save_predictions(folder.path / PREDICTIONS, fitted.labels, fitted.outputs)
             if examples.tokenizer is not None:
                 examples.tokenizer.save_pretrained(folder.path)
 
-        folder.close(came_from, result, log, save)
-        return Trained(folder.load(), result, log)
+        folder.close(came_from, result, fitted.log, save)
+        return self.load(training.name)
 
     def prepare(self, training: Training) -> bool:
         """What several stages' `train` would do at the same time if each ran in a process of its own: store what their
@@ -166,7 +188,9 @@ class Stages:
         found = folder.read()
         if "result" not in found:
             raise ValueError(f"{folder.path} holds no stage that is done")
-        return Trained(folder.load(), found["result"], found["log"])
+        assert self.stored is not None
+        stage = os.path.relpath(folder.path, self.stored.parent)
+        return Trained(folder.load(), {**found["result"], "stage": stage}, found["log"])
 
     def log(self, name: str) -> list[dict[str, float]]:
         """Of a stage that was trained."""
@@ -230,6 +254,9 @@ class Stages:
             "epochs": training.epochs,
             "learning_rate": training.learning_rate,
             "batch_size": training.batch_size,
+            "best": training.best,
+            "run": training.run,
+            "patience": self.patience,
             "objective": training.objective.fingerprint,
             "model": model_digest(training.model),
             "teacher": _digests(training.teacher),
@@ -252,7 +279,7 @@ class Stages:
         return self.outputs_of(teacher, states_of=first if states else None), None
 
 
-def _data_digest(*splits: Dataset) -> str:
+def _digest_of(*splits: Dataset) -> str:
     return digest(json.dumps(batch, default=bytes.hex) for split in splits for batch in split.iter(1000))
 
 

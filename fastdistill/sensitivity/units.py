@@ -17,7 +17,6 @@ from fastdistill.digest import digest, model_digest, tensor_pieces
 from fastdistill.files import check_file, load_tensors, save_tensors
 from fastdistill.models.first_token import first_token_only
 from fastdistill.models.fit import check_finite, check_model
-from fastdistill.models.gates import Gates, gate
 from fastdistill.models.heads import head_of
 from fastdistill.models.hooks import whole
 from fastdistill.models.inputs import inputs_of
@@ -26,6 +25,7 @@ from fastdistill.objectives.base import ATTENTION_MASK, LossFunction, Objective,
 from fastdistill.objectives.logits import MSE, LogitsKD, MultiLabelKD, TaskLoss
 from fastdistill.ops.checks import check_choice
 from fastdistill.processes import rank_and_number, sum_over_processes
+from fastdistill.sensitivity.values import UnitValues, unit_values
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -74,9 +74,10 @@ def score(
         Q = E_D \left| \frac{\partial L_{KD}}{\partial \xi} \right|
 
     with gates :math:`\xi = 1` on every head and neuron (STARK, Yang et al. 2022, section 3.2). Both models are in eval
-    mode meanwhile, and as they were afterwards. Of each batch there is one forward pass, and with gates of its own for
-    each example one backward pass gives every example's gradient. Weights take no gradient. Of an objective that sees
-    the logits alone, a single backward pass serves both P and Q for two classes or regression; otherwise there are two.
+    mode meanwhile, and as they were afterwards. Of each batch there is one forward pass, and one backward pass gives
+    every example's gradient: a gate's is the sum of its unit's values times their gradients, in float32 for models of
+    16 bits, so that nothing is multiplied by gates of one. Weights take no gradient. Of an objective that sees the
+    logits alone, a single backward pass serves both P and Q for two classes or regression; otherwise there are two.
 
     Args:
         teacher: a classifier, or regression model, that `fastdistill.gate` knows.
@@ -110,8 +111,8 @@ def score(
     teacher, student = whole(teacher), None if student is None else whole(student)
     device = next(teacher.parameters()).device
     narrowed = (teacher, student) if student is None or not chosen.needs.all_tokens else ()
-    with evaluating(teacher, student), first_token_only(*narrowed), gate(teacher) as gates:
-        sizes = [len(g) for g in gates.tensors]
+    with evaluating(teacher, student), first_token_only(*narrowed), unit_values(teacher) as values:
+        sizes = values.units
         widest = torch.float32 if device.type == "mps" else torch.float64
         totals = torch.zeros(1 if student is None else 2, sum(sizes), dtype=widest, device=device)
         kept = None
@@ -123,7 +124,7 @@ def score(
                 kept.see(batch)
             if number < done:
                 continue
-            count += _add(totals, teacher, student, gates, chosen, reduce, batch)
+            count += _add(totals, teacher, student, values, chosen, reduce, batch)
             if kept is not None and (number + 1) % SAVE_EVERY == 0:
                 kept.save(totals, count)
         if kept is not None:
@@ -142,7 +143,7 @@ def _add(
     totals: Tensor,
     teacher: PreTrainedModel,
     student: PreTrainedModel | None,
-    gates: Gates,
+    units: UnitValues,
     objective: Objective,
     reduce: str,
     batch: dict[str, Any],
@@ -151,7 +152,7 @@ def _add(
     features, columns, labels, labelled = split_batch(batch, objective, teacher, student, totals.device)
     if not labelled:
         return 0
-    gates.per_example(len(labels))
+    units.clear()
     with torch.enable_grad():
         outputs = outputs_of(teacher, features, student)
     losses: list[Callable[[Any], Tensor]] = [lambda theirs: TaskLoss()(theirs, None, labels) * labelled]
@@ -162,18 +163,18 @@ def _add(
 
     if student is None or objective.needs.only:
         of_softmax = not labels.is_floating_point() and (student is None or objective.needs.only == "probabilities")
-        found = _from_logits(gates, outputs.logits, losses, of_softmax)
+        found = _from_logits(units, outputs.logits, losses, of_softmax)
     else:
         with torch.enable_grad():
             values = [loss(outputs) for loss in losses]
-        found = [_gradients(gates, values[0], retain_graph=True), _gradients(gates, values[1])]
+        found = [units.gradients(values[0], retain_graph=True), units.gradients(values[1])]
     for total, gradients in zip(totals, found, strict=True):
         total += gradients.abs().sum(0) if reduce == "example" else gradients.sum(0).abs() / labelled
     return labelled if reduce == "example" else 1
 
 
 def _from_logits(
-    gates: Gates, logits: Tensor, losses: Sequence[Callable[[Any], Tensor]], of_softmax: bool
+    units: UnitValues, logits: Tensor, losses: Sequence[Callable[[Any], Tensor]], of_softmax: bool
 ) -> list[Tensor]:
     """The gradients of losses that see the logits alone.
 
@@ -187,20 +188,10 @@ def _from_logits(
         grad_outputs += torch.autograd.grad(value, leaf)
     if logits.dim() == 2 and (logits.shape[1] == 1 or (logits.shape[1] == 2 and of_softmax)):
         vector = logits.new_tensor([1.0, -1.0])[: logits.shape[1]].expand_as(logits)
-        base = _gradients(gates, logits, vector)
+        base = units.gradients(logits, vector)
         return [base * factor[:, :1] for factor in grad_outputs]
     last = len(grad_outputs) - 1
-    return [_gradients(gates, logits, row, retain_graph=place < last) for place, row in enumerate(grad_outputs)]
-
-
-def _gradients(
-    gates: Gates, outputs: Tensor, grad_output: Tensor | None = None, *, retain_graph: bool = False
-) -> Tensor:
-    """Every example's, ``[B, all gates]``; of a model without heads and neurons there are none."""
-    if not outputs.requires_grad:
-        return outputs.new_zeros(len(gates.heads[0]), 0)
-    found = torch.autograd.grad(outputs, gates.tensors, grad_output, retain_graph=retain_graph, materialize_grads=True)
-    return torch.cat(found, 1)
+    return [units.gradients(logits, row, retain_graph=place < last) for place, row in enumerate(grad_outputs)]
 
 
 def objective_of(

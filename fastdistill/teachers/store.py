@@ -29,7 +29,7 @@ from fastdistill.digest import digest, model_digest, row_pieces, tensor_pieces
 from fastdistill.files import sync, writing
 from fastdistill.models.first_token import first_token_only
 from fastdistill.models.fit import check_model
-from fastdistill.models.heads import used_states
+from fastdistill.models.heads import head_of, used_states
 from fastdistill.models.hooks import refuse_hooked, whole
 from fastdistill.models.inputs import taken_by
 from fastdistill.objectives.pkd import hidden_states as all_states
@@ -370,6 +370,12 @@ def _check(
     check_dataset(dataset)
     check_model("model", model)
     refuse_hooked(whole(model))
+    head = head_of(model)  # type: ignore[arg-type]
+    if head.per_token or head.kind == "question_answering":
+        raise ValueError(
+            f"model {type(model).__name__} is for {head.kind}, with logits of every token; expected a classifier of "
+            "examples, [B, C], or the model itself as the trainer's teacher_model"
+        )
     check_name("name is", name)
     if not callable(collate):
         raise TypeError(f"collate is {collate!r}; expected a function from a list of examples to a batch")

@@ -79,6 +79,8 @@ def check_head(objective: Objective, student: nn.Module, head: Head, dataset: An
             f"objective is {objective}, for {problem}, but model is for {head.kind}; expected "
             f"{_FITS[head.problem or '']}"
         )
+    if objective.needs.per_example and (head.per_token or head.kind == "question_answering"):
+        raise ValueError(f"objective {objective} is of examples, but model is for {head.kind}; expected a classifier")
     if head.per_token or head.kind == "question_answering":
         stored = {teacher + LOGITS for teacher in objective.needs.teachers or (TEACHER,)}
         if dataset is not None and (found := sorted(stored & columns_of(dataset))):
@@ -86,6 +88,12 @@ def check_head(objective: Objective, student: nn.Module, head: Head, dataset: An
                 f"train_dataset has the column {found[0]!r}, of one row of logits an example, but model is for "
                 f"{head.kind}; expected a teacher_model, and no such column"
             )
+    columns = set() if dataset is None else columns_of(dataset)
+    if head.kind == "seq2seq_lm" and columns and not columns & {"labels", "decoder_input_ids"}:
+        raise ValueError(
+            "train_dataset has no column 'labels', of which a decoder's inputs are made; expected it, or "
+            "'decoder_input_ids'"
+        )
     of_one_token = objective.needs.hidden_states and not objective.needs.all_tokens
     is_classifier = name.endswith("ForSequenceClassification") and not config_of(student, "is_encoder_decoder")
     if of_one_token and not is_classifier and is_causal(student):

@@ -184,20 +184,21 @@ class DistillationTrainer(Trainer):
         """The objective's loss in training, the task's own in evaluation."""
         labels, own = self.head.labels(inputs), own_columns(self.objective)
         batch = {name: value for name, value in inputs.items() if name not in own}
-        features = inputs_of(self.model, batch, others=self.teachers.values())
+        own_model: Any = self.model  # which `model` may wrap
+        features = inputs_of(own_model, batch, others=self.teachers.values())
         if not model.training and (labels is not None or self.objective.needs.labels is not False):
             student = model(**features)
             logits = self.head.aligned(student, batch).logits
             new = slice(self._not_repeated(len(logits)))
             counted = SequenceClassifierOutput(logits=logits[new])
             loss = TaskLoss()(counted, None, None if labels is None else labels[new])
-            return (loss, student) if return_outputs else loss
+            return (loss, self.head.told(student, logits)) if return_outputs else loss
 
         needs = self.objective.needs
         asked = {"output_hidden_states": True} if needs.hidden_states else {}
         teacher = self.teacher_outputs(batch | asked, inputs)
         student = model(**features, **asked)
-        seen = self._seen(self.model, student, batch)
+        seen = self._seen(own_model, student, batch)
         counts = self.head.counted(inputs)
         if labels is None and counts is not None:
             seen.counted = counts
@@ -386,17 +387,19 @@ class DistillationTrainer(Trainer):
         inputs: dict[str, Any],
         prediction_loss_only: bool,
         ignore_keys: list[str] | None = None,
-    ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+        **options: Any,
+    ) -> tuple[Any, Tensor | None, Tensor | None]:
         if self._evaluating and self.objective.needs.labels is False and self.head.labels(inputs) is None:
-            named, self.label_names, self.can_return_loss = self.label_names, [], True  # else Trainer asks for no loss
+            before = self.label_names, self.can_return_loss
+            self.label_names, self.can_return_loss = [], True  # else Trainer asks for no loss
             try:
-                loss, logits, _ = super().prediction_step(model, inputs, prediction_loss_only, ignore_keys)
+                loss, logits, _ = super().prediction_step(model, inputs, prediction_loss_only, ignore_keys, **options)
             finally:
-                self.label_names, self.can_return_loss = named, False
+                self.label_names, self.can_return_loss = before
             return loss, logits, None
         others = set(own_columns(self.objective)) | self._of_teachers_alone()
         inputs = {name: value for name, value in inputs.items() if name not in others}
-        return super().prediction_step(model, inputs, prediction_loss_only, ignore_keys)
+        return super().prediction_step(model, inputs, prediction_loss_only, ignore_keys, **options)
 
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
         self._evaluating = True
@@ -407,7 +410,8 @@ class DistillationTrainer(Trainer):
 
     def _of_teachers_alone(self) -> set[str]:
         """The inputs that teachers name and the student does not."""
-        ours = taken_by(self.model)
+        student: Any = self.model
+        ours = taken_by(student)
         theirs = [taken_by(teacher) for teacher in self.teachers.values()]
         return set() if ours is None else {name for names in theirs for name in names or ()} - ours - set(LABELS)
 

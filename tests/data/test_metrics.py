@@ -2,11 +2,14 @@ import warnings
 
 import numpy as np
 import pytest
+import scipy.stats
+import sklearn.metrics
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from sklearn.metrics import f1_score
 from transformers import EvalPrediction
 
-from fastdistill.data.metrics import compute_metrics
+from fastdistill.data.metrics import compute_metrics, scores
 from fastdistill.data.tasks import Task
 
 
@@ -23,7 +26,7 @@ def evaluate(metric, predictions, labels, classes=2):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         found = compute_metrics(task(metric, classes))(EvalPrediction(predictions, np.asarray(labels)))
-    assert list(found) == [metric] and type(found[metric]) is float
+    assert next(iter(found)) == metric and {type(value) for value in found.values()} == {float}
     return found[metric]
 
 
@@ -94,6 +97,49 @@ def test_bounds_and_perfection(pairs):
         assert evaluate("spearman", np.exp(labels), np.asarray(labels, float)) == pytest.approx(1.0)
 
 
+BESIDE = {
+    "accuracy": ("accuracy",),
+    "f1": ("f1", "accuracy", "accuracy_and_f1"),
+    "matthews": ("matthews", "accuracy"),
+    "spearman": ("spearman", "pearson", "pearson_and_spearman"),
+}
+
+
+def by_libraries(name, labels, predictions):
+    if name == "accuracy_and_f1":
+        return (by_libraries("accuracy", labels, predictions) + by_libraries("f1", labels, predictions)) / 2
+    if name == "pearson_and_spearman":
+        return (by_libraries("pearson", labels, predictions) + by_libraries("spearman", labels, predictions)) / 2
+    return {
+        "accuracy": lambda: sklearn.metrics.accuracy_score(labels, predictions),
+        "f1": lambda: sklearn.metrics.f1_score(labels, predictions, average="binary" if labels.max() < 2 else "macro"),
+        "matthews": lambda: sklearn.metrics.matthews_corrcoef(labels, predictions),
+        "pearson": lambda: scipy.stats.pearsonr(labels, predictions).statistic,
+        "spearman": lambda: scipy.stats.spearmanr(labels, predictions).statistic,
+    }[name]()
+
+
+@pytest.mark.parametrize(
+    ("metric", "classes"), [*((m, c) for m in ("accuracy", "f1", "matthews") for c in (2, 4)), ("spearman", 1)]
+)
+def test_each_is_the_libraries_also_of_examples_that_count_several_times(metric, classes):
+    draw = np.random.RandomState(0)
+    if classes == 1:
+        labels = draw.randint(0, 6, 40).astype(float)
+        predictions = labels + 3 * draw.randn(40).round(1)  # with ties
+    else:
+        labels = draw.randint(0, classes, 40)
+        predictions = np.where(draw.rand(40) < 0.6, labels, draw.randint(0, classes, 40))
+    weights = np.concatenate([np.ones((1, 40), int), draw.multinomial(40, np.full(40, 1 / 40), 5)])
+    found = scores(task(metric, classes), labels, predictions, weights)
+    extra = ("f1",) if metric == "accuracy" and classes > 2 else ()
+    assert tuple(found) == BESIDE[metric] + extra
+    for place, times in enumerate(weights):
+        rows = np.repeat(np.arange(40), times)
+        for name, values in found.items():
+            assert values[place] == pytest.approx(by_libraries(name, labels[rows], predictions[rows]), abs=1e-12), name
+
+
 @pytest.mark.parametrize("metric", ["accuracy", "f1", "matthews"])
 @pytest.mark.parametrize(
     ("predictions", "labels", "message"),
@@ -128,3 +174,23 @@ def test_unusable_classes_are_refused(metric, predictions, labels, message):
 def test_unusable_scores_are_refused(predictions, labels, message):
     with pytest.raises(ValueError, match=message):
         evaluate("spearman", predictions, labels)
+
+
+def test_f1_of_several_labels_is_sklearns():
+    draw = np.random.RandomState(0)
+    labels, logits = draw.randint(0, 2, (20, 4)).astype(np.float32), draw.randn(20, 4)
+    of_several = Task("t", ("sentence1",), ("a", "b", "c", "d"), "f1_macro", 8, multi_label=True)
+    found = compute_metrics(of_several)(EvalPrediction(logits, labels))
+    expected = {
+        f"f1_{mean}": f1_score(labels, logits > 0, average=mean, zero_division=0.0) for mean in ("micro", "macro")
+    }
+    assert found == pytest.approx(expected)
+    labels[3, 1] = np.nan  # what is not known counts neither way
+    logits[3, 1] = 9.0
+    either = compute_metrics(of_several)(EvalPrediction(logits, labels))
+    logits[3, 1] = -9.0
+    assert compute_metrics(of_several)(EvalPrediction(logits, labels)) == either
+    with pytest.raises(ValueError, match="labels for 't' has 2.0; expected 0 or 1"):
+        compute_metrics(of_several)(EvalPrediction(logits, np.full((20, 4), 2.0)))
+    with pytest.raises(ValueError, match=r"predictions for 't' has shape \[20, 3\]; expected \[20, 4\]"):
+        compute_metrics(of_several)(EvalPrediction(logits[:, :3], labels))

@@ -50,6 +50,7 @@ def masks(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, ...] | None]:
     return seen
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("run", [as_it_is, compiled])
 @pytest.mark.parametrize("kind", TEXT)
 def test_padding_is_a_mask_of_one_row(kind: str, run: Callable[[Any], Any], masks: list[Any]) -> None:
@@ -60,6 +61,7 @@ def test_padding_is_a_mask_of_one_row(kind: str, run: Callable[[Any], Any], mask
     assert masks == [(3, 1, 1, 9)] * (0 if kind == "mpnet" else 4)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", CONFIGS)
 def test_where_nothing_is_masked_there_is_no_mask(kind: str, masks: list[Any]) -> None:
     batches = [inputs(kind)] if kind == "vit" else [inputs(kind), {**inputs(kind), "attention_mask": torch.ones(2, 9)}]
@@ -80,6 +82,7 @@ def test_other_masks_have_a_row_for_each_query(masks: list[Any]) -> None:
     assert masks == [(3, 1, 9, 9)] * 4
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("gated", [False, True])
 def test_onnx_export(gated: bool, tmp_path: Path) -> None:
     import onnxruntime

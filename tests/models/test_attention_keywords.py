@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from typing import Any
 
 import pytest
@@ -27,7 +28,7 @@ SAME = {
     "Mistral, wide": {"sliding_window": 20},
     "Gemma2": {**MIXED, "attn_logit_softcapping": None, "query_pre_attn_scalar": 8},
     "Gemma3Text": {**MIXED, "query_pre_attn_scalar": 8},
-    "GPT2": {"scale_attn_by_inverse_layer_idx": True},
+    "GPT2": {},
     "GPTNeoX": {},
     "ModernBert": {"head_dim": 4, "local_attention": 4, "global_attn_every_n_layers": 2},
 }
@@ -45,7 +46,10 @@ def model(name: str, implementation: str, **changes: Any) -> Any:
     kind = name.split(",")[0]
     config = getattr(transformers, f"{kind}Config")(**SHAPE | changes)
     config._attn_implementation = implementation
-    return getattr(transformers, f"{kind}Model")(config).eval()
+    made = getattr(transformers, f"{kind}Model")
+    if not hasattr(sys.modules[made.__module__], "ALL_ATTENTION_FUNCTIONS"):
+        pytest.skip("its attention is its own in this transformers")
+    return made(config).eval()
 
 
 @pytest.mark.parametrize("name", SAME)
@@ -94,6 +98,18 @@ def test_a_cache_with_room() -> None:
         torch.testing.assert_close(found, model("Llama", "eager")(IDS).last_hidden_state, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize(("name", "own"), [("RoFormer", {}), ("CodeGen", {"rotary_dim": 4}), ("MPNet", {})])
+def test_attention_of_a_models_own_gets_a_mask_that_it_can_add(name: str, own: dict[str, Any]) -> None:
+    states = []
+    for by in ("fastdistill", "eager"):
+        torch.manual_seed(0)
+        config = getattr(transformers, f"{name}Config")(**SHAPE | {"head_dim": 4} | own)
+        some = getattr(transformers, f"{name}Model")._from_config(config, attn_implementation=by).eval()
+        with torch.no_grad():
+            states += [some(IDS, attention_mask=mask).last_hidden_state[PADDING.bool()] for mask in (None, PADDING)]
+    torch.testing.assert_close(states[:2], states[2:])
+
+
 @pytest.mark.parametrize("name", REFUSED)
 def test_what_is_refused(name: str) -> None:
     changes, message = REFUSED[name]
@@ -103,9 +119,9 @@ def test_what_is_refused(name: str) -> None:
         some(IDS, **({"decoder_input_ids": IDS} if name == "T5" else {}))
 
 
-def attend(mask: Tensor | None = None, **keywords: Any) -> Tensor:
+def attend(mask: Tensor | None = None, module: Any = None, **keywords: Any) -> Tensor:
     query, key = torch.randn(2, 4, 5, 8), torch.randn(2, 2, 5, 8)
-    return attention_forward(nn.Module(), query, key, key, mask, **keywords)[0]
+    return attention_forward(module or nn.Module(), query, key, key, mask, **keywords)[0]
 
 
 @pytest.mark.parametrize(
@@ -130,3 +146,23 @@ def test_keywords_that_change_nothing() -> None:
     other = attend(sliding_window=5, softcap=None, s_aux=None, **harmless)
     assert torch.equal(plain, other)
     attend(torch.ones(5, 5, dtype=torch.bool).tril(), sliding_window=2)  # which is in the mask
+
+
+@pytest.mark.parametrize(
+    "setting", [{"scale_attn_by_inverse_layer_idx": True}, {"scale_attn_weights": False}], ids=lambda x: next(iter(x))
+)
+def test_settings_of_gpt2(setting: dict[str, Any]) -> None:
+    """Which is told them by its module in earlier versions of transformers, in later ones by ``scaling``."""
+    (name, value), module = *setting.items(), nn.Module()
+    setattr(module, name, value)
+    with pytest.raises(ValueError, match=f"{name} is {value}, which 'fastdistill' attention cannot do"):
+        attend(module=module)
+    attend(module=module, scaling=0.3)
+    with torch.no_grad():
+        expected = model("GPT2", "eager", **setting)(IDS).last_hidden_state
+        try:
+            found = model("GPT2", "fastdistill", **setting)(IDS).last_hidden_state
+        except ValueError as error:
+            assert str(error).startswith(name)
+        else:
+            torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)

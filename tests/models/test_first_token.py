@@ -56,6 +56,7 @@ def test_other_models_stay_as_they_are() -> None:
         assert not any("forward" in vars(module) for module in model.modules())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("wrapped", [True, False])
 @pytest.mark.parametrize("kind", ["bert", "vit"])
 def test_compiled_models(kind: str, wrapped: bool) -> None:

@@ -148,6 +148,7 @@ def inside(model: Any, backend: str) -> Any:
     return model
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("compiled", [outside, inside])
 @pytest.mark.parametrize("implementation", ["sdpa", "fastdistill"])
 def test_compiled_models(implementation: str, compiled: Any, backend: str = "eager") -> None:
@@ -172,6 +173,7 @@ def test_compiled_models(implementation: str, compiled: Any, backend: str = "eag
         torch.testing.assert_close(model(**batch).logits, plain(**batch).logits)
 
 
+@pytest.mark.slow
 def test_a_model_compiled_by_inductor() -> None:
     test_compiled_models("fastdistill", outside, "inductor")
 
@@ -188,6 +190,7 @@ def test_an_exception_leaves_a_compiled_model_as_it_was(compiled: Any) -> None:
         assert not {"_fastdistill_hooked", "_fastdistill_head_gate"} & vars(module).keys()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("compiled", [outside, inside])
 def test_scores_of_a_compiled_model(compiled: Any) -> None:
     torch.compiler.reset()
@@ -242,6 +245,7 @@ def test_unknown_architectures() -> None:
         fastdistill.gate(nn.Linear(1, 1)).__enter__()  # type: ignore[arg-type]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("transformers_first", [True, False])
 def test_the_attention_is_registered_whatever_is_imported_first(transformers_first: bool) -> None:
     order = ["import transformers.modeling_utils", "import fastdistill.models"]

@@ -210,6 +210,7 @@ def test_scores_of_another_model() -> None:
         fastdistill.prune(tiny.bert(layers=2), scores, 0.5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("implementation", ["sdpa", "eager"])
 def test_onnx_export(implementation: str, tmp_path: Path) -> None:
     import onnxruntime

@@ -208,7 +208,7 @@ def test_objectives_can_be_told_apart_by_their_text() -> None:
 
 def test_a_fingerprint_says_what_is_computed() -> None:
     assert LogitsKD(3.0).fingerprint == LogitsKD(temperature=3.0).fingerprint != LogitsKD().fingerprint
-    assert PKD(pairs=[(1, 2)], widths=(4, 8)).fingerprint == "PKD(pairs=[(1, 2)], widths=(4, 8))"
+    assert PKD(pairs=[(1, 2)], widths=(4, 8)).fingerprint == "PKD(pairs=[(1, 2)], widths=(4, 8), over='mean')"
     both = WeightedSum({"kd": (0.5, MSE()), "none": (0.0, LogitsKD()), "task": (1.0, TaskLoss())})
     assert both.fingerprint == (
         "WeightedSum({'kd': (0.5, MSE(kd_weight=1.0, label_weight=1.0)), 'task': (1.0, TaskLoss(label_smoothing=0.0))})"

@@ -66,7 +66,8 @@ def by_hand(
     ce_on: str = "all",
     assistant: bool = True,
     layers: int = 3,
-    factor: float = 1.0,
+    factor: float = 25.0,
+    over_layers: str = "sum",
 ) -> dict[str, Tensor]:
     kept = sorted(kept, key=lambda i: entropy(student.logits[i]))  # the most certain first
     half = math.ceil(len(kept) / 2) if assistant else len(kept)
@@ -85,8 +86,9 @@ def by_hand(
     for place, j in enumerate(chosen):
         for i in kept:
             s, t = student.hidden_states[1 + place][i, 0], states[j][i, 0]
-            da = da + (s / s.norm() - t / t.norm()).pow(2).sum() / (layers * len(kept))
-    ta = ta * factor
+            da = da + (s / s.norm() - t / t.norm()).pow(2).sum() / len(kept)
+    da = da / layers if over_layers == "mean" else da
+    ta = ta * factor * (1 if assistant else 2)
     return {"ce": ce, "ta": ta, "da": da, "loss": weights[0] * ce + weights[1] * ta + weights[2] * da}
 
 
@@ -111,7 +113,7 @@ def test_it_is_the_papers_formula(strategy: Any, ratio: float, number: int, ce_o
 
 def test_every_setting_is_used() -> None:
     objective = DeKD(
-        ratio=0.5, ce_weight=0.7, ta_weight=1.5, da_weight=3.0, temperature=2.0, scale_by_temperature=True, layers=2
+        ratio=0.5, ce_weight=0.7, ta_weight=1.5, da_weight=3.0, temperature=2.0, scale_by_temperature=False, layers=2
     )
     loss, parts = objective.parts(STUDENT, TEACHERS, LABELS)
     expected = by_hand(
@@ -122,11 +124,31 @@ def test_every_setting_is_used() -> None:
         temperature=2.0,
         weights=(0.7, 1.5, 3.0),
         layers=2,
-        factor=4.0,
+        factor=1.0,
     )
     torch.testing.assert_close({"loss": loss, **parts}, expected)
     smooth = DeKD(label_smoothing=0.1).parts(STUDENT, TEACHERS, LABELS)[1]["ce"]
     torch.testing.assert_close(smooth, F.cross_entropy(STUDENT.logits, LABELS, label_smoothing=0.1))
+
+
+def test_as_it_is_printed_and_the_mean_over_layers() -> None:
+    """The two choices that the paper leaves open, each by its name."""
+    for scaled in (True, False):
+        for over in ("sum", "mean"):
+            objective = DeKD(scale_by_temperature=scaled, over_layers=over)
+            expected = by_hand(
+                STUDENT, TEACHERS, LABELS, kept=uncertain_first()[:4], factor=25.0 if scaled else 1.0, over_layers=over
+            )
+            torch.testing.assert_close(objective(STUDENT, TEACHERS, LABELS), expected["loss"])
+
+
+def test_without_an_assistant_teachers_keep_their_weight() -> None:
+    """A student with the teacher in the assistant's place learns as one that has no assistant."""
+    twice = {"teacher": TEACHERS["teacher"], "assistant": TEACHERS["teacher"]}
+    ours, theirs = outputs(1, grad=True), outputs(1, grad=True)
+    DeKD(assistant=False)(ours, TEACHERS["teacher"], LABELS).backward()
+    DeKD()(theirs, twice, LABELS).backward()
+    torch.testing.assert_close(ours.logits.grad, theirs.logits.grad)
 
 
 def test_random_keeps_any_and_orders_them_by_entropy() -> None:
@@ -290,7 +312,13 @@ def test_a_batch_without_a_chosen_example_asks_nobody(ce_on: Any) -> None:
         ({"log_selection": 1}, TypeError, "log_selection is 1; expected True or False"),
         ({"scale_by_temperature": "yes"}, TypeError, "scale_by_temperature is 'yes'; expected True or False"),
         ({"ta_weight": 0, "temperature": 2.0}, ValueError, "temperature is 2.0 but ta_weight is 0; expected 5.0"),
-        ({"ta_weight": 0, "scale_by_temperature": True}, ValueError, "scale_by_temperature is True but ta_weight is 0"),
+        (
+            {"ta_weight": 0, "scale_by_temperature": False},
+            ValueError,
+            "scale_by_temperature is False but ta_weight is 0",
+        ),
+        ({"da_weight": 0, "over_layers": "mean"}, ValueError, "over_layers is 'mean' but da_weight is 0"),
+        ({"over_layers": "max"}, ValueError, "over_layers is 'max'"),
         ({"ce_weight": 0, "label_smoothing": 0.1}, ValueError, "label_smoothing is 0.1 but ce_weight is 0; expected 0"),
         ({"ce_weight": 0, "ce_on": "selected"}, ValueError, "ce_on is 'selected' but ce_weight is 0; expected 'all'"),
     ],

@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from fastdistill import PKD, DistillationTrainer, LogitsKD, WeightedSum
@@ -27,7 +28,7 @@ def by_hand(student: Any, teacher: Any, pairs: list[tuple[int, int]], maps: Any 
             s, t = student.hidden_states[i][b, 0], teacher.hidden_states[j][b, 0]
             s = s if maps is None else maps[place].weight @ s + maps[place].bias
             total = total + (s / s.norm() - t / t.norm()).pow(2).sum()
-    return total / (3 * len(pairs))
+    return total / (3 * len(pairs))  # the papers' sum over the hidden size
 
 
 @pytest.mark.parametrize(
@@ -43,16 +44,26 @@ def by_hand(student: Any, teacher: Any, pairs: list[tuple[int, int]], maps: Any 
 )
 def test_pkd_is_the_papers_formula(pairs: Any, student_layers: int, teacher_layers: int, meant: Any) -> None:
     student, teacher = states(student_layers, 8, 1, grad=True), states(teacher_layers, 8, 2)
-    loss = PKD(pairs)(student, teacher)
+    loss = PKD(pairs, over="sum")(student, teacher)
     torch.testing.assert_close(loss, by_hand(student, teacher, meant))
     loss.backward()
     learned = {i for i, layer in enumerate(student.hidden_states) if layer.grad is not None}
     assert learned == {i for i, _ in meant}
 
 
+@pytest.mark.parametrize("width", [8, 384])
+def test_by_default_it_is_the_published_codes_scale(width: int) -> None:
+    """Which takes mse_loss of states of length 1: a mean over the hidden size, too."""
+    student, teacher = states(3, width, 1), states(6, width, 2)
+    ours, theirs = ([layer[:, 0] for layer in of.hidden_states] for of in (student, teacher))
+    pairs = [F.mse_loss(F.normalize(ours[i], dim=-1), F.normalize(theirs[j], dim=-1)) for i, j in [(1, 2), (2, 4)]]
+    torch.testing.assert_close(PKD()(student, teacher), sum(pairs) / 2)
+    torch.testing.assert_close(PKD(over="sum")(student, teacher), width * PKD()(student, teacher))
+
+
 def test_widths_that_differ_are_bridged_by_what_is_learned() -> None:
     student, teacher, pairs = states(2, 8, 1), states(4, 6, 2), [(1, 2), (2, 4)]
-    objective = PKD(pairs, widths=(8, 6))
+    objective = PKD(pairs, widths=(8, 6), over="sum")
     assert [tuple(p.shape) for p in objective.module.parameters()] == [(6, 8), (6,)] * 2
     objective.module.double()
     loss = objective(student, teacher)
@@ -81,6 +92,7 @@ def test_low_precision_is_compared_in_float32() -> None:
     "make, message",
     [
         (lambda: PKD("middle"), "pairs is 'middle'; expected one of 'skip', 'last'"),
+        (lambda: PKD(over="max"), "over is 'max'; expected one of 'mean', 'sum'"),
         (lambda: PKD([]), "pairs is \\[\\]; expected"),
         (lambda: PKD([(1, -1)]), "expected \\(student layer, teacher layer\\)"),
         (lambda: PKD(widths=(4, 8)), "widths is \\(4, 8\\) but pairs is 'skip'; expected the pairs as numbers"),

@@ -15,6 +15,7 @@ from fastdistill.ops import ActiveNeurons
 from fastdistill.ops.library import OPS
 from fastdistill.ops.native import NATIVE
 
+ALL_CHECKS = ("test_schema", "test_autograd_registration", "test_faketensor", "test_aot_dispatch_dynamic")
 LAYOUTS = ("contiguous", "transposed", "expanded", "sliced")
 
 
@@ -95,11 +96,14 @@ def has_gradient(op: str) -> bool:
     return not op.endswith("_") and op not in ("scale_rows", "select_uncertain")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize(("op", "grad"), [(op, grad) for op in OPS for grad in {False, has_gradient(op)}])
 def test_opcheck(op: str, grad: bool, layout: str) -> None:
+    """Autograd and compilation in one layout: test_compiles_whole has them in every one."""
+    checks = ALL_CHECKS if layout == "contiguous" else ("test_schema", "test_faketensor")
     for args in operands(op, layout, grad):
-        torch.library.opcheck(getattr(torch.ops.fastdistill, op).default, args)
+        torch.library.opcheck(getattr(torch.ops.fastdistill, op).default, args, test_utils=checks)
 
 
 # The functions --------------------------------------------------------------------------------------------------------
@@ -149,16 +153,19 @@ def with_gradients(function: Callable[..., Tensor], inputs: list[Tensor], grad: 
     return [output.detach(), *torch.autograd.grad(output, leaves, upstream)]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dynamic", [False, True])
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize(
     ("name", "grad"), [(name, grad) for name in FUNCTIONS for grad in {False, name in DIFFERENTIABLE}]
 )
 def test_compiles_whole(name: str, grad: bool, layout: str, dynamic: bool) -> None:
-    """With sizes and strides as Inductor asserts them, and nothing around the op that would take a compiler of C++."""
+    """In one layout by Inductor, which asserts sizes and strides (test_opcheck compares them in every layout); nothing
+    around the op would take a compiler of C++."""
     torch.compiler.reset()
     function, shapes = FUNCTIONS[name]
-    compiled = torch.compile(function, fullgraph=True, dynamic=dynamic, backend="aot_eager" if dynamic else "inductor")
+    backend = "inductor" if layout == "transposed" and not dynamic else "aot_eager"
+    compiled = torch.compile(function, fullgraph=True, dynamic=dynamic, backend=backend)
     inputs = [draw(*shape, layout=layout) for shape in shapes]
     for x, y in zip(with_gradients(compiled, inputs, grad), with_gradients(function, inputs, grad), strict=True):
         torch.testing.assert_close(x, y)
@@ -234,11 +241,18 @@ def test_torch_func_derivatives_are_refused(name: str, transform: str) -> None:
         "jacrev": lambda: torch.func.jacrev(scalar)(x),
         "vmap of grad": lambda: torch.vmap(torch.func.grad(scalar))(x[None]),
     }
-    said = r"cannot be differentiated by torch.func.*expected torch.autograd.grad" if NATIVE.cpu else "functorch"
-    if transform == "jvp" and not NATIVE.cpu:
-        pytest.skip("torch.library's autograd in Python takes no notice of forward mode")
+    own = NATIVE.cpu or transform == "jvp"
+    said = r"cannot be differentiated by torch.func.*expected torch.autograd.grad" if own else "functorch"
     with pytest.raises(RuntimeError, match=said):
         derive[transform]()
+
+
+@pytest.mark.parametrize("name", DIFFERENTIABLE)
+def test_forward_mode_is_refused(name: str) -> None:
+    function, shapes = FUNCTIONS[name]
+    inputs = [draw(*shape) for shape in shapes]
+    with torch.autograd.forward_ad.dual_level(), pytest.raises(RuntimeError, match="differentiated|jvp"):
+        function(torch.autograd.forward_ad.make_dual(inputs[0], inputs[0]), *inputs[1:])
 
 
 # Tensors of other kinds -----------------------------------------------------------------------------------------------

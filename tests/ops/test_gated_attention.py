@@ -256,6 +256,7 @@ def test_opcheck(device: str, gate: str, gate_grad: bool) -> None:
         torch.library.opcheck(torch.ops.fastdistill.gated_attention_backward.default, args)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dynamic", [False, True])
 def test_compiles_whole(device: str, dynamic: bool) -> None:
     torch.compiler.reset()

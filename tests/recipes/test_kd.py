@@ -4,8 +4,6 @@ import json
 import os
 import shutil
 import signal
-import subprocess
-import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -20,8 +18,8 @@ from fastdistill.models.students import first_layers
 from fastdistill.recipes import KDSettings, fitting, folder
 from fastdistill.recipes.begin import begin
 from tests import commands, tiny
+from tests.processes import start
 
-ROOT = Path(__file__).parents[2]
 STAGES = ("teacher", "finetuned", "distilled")
 ENCODER = {"layers": 3}
 EXAMPLES = 96
@@ -64,7 +62,8 @@ def test_a_run_leaves_models_and_results(finished: Path) -> None:
         assert trained.config.num_hidden_layers == (3 if name == "teacher" else 1)
         assert trained.config.id2label == {0: "0", 1: "1"}
         assert measured["parameters"] == trained.num_parameters()
-        assert measured["examples_per_second"] > 0
+        assert measured["examples_per_second"] > 0 and measured["trained_examples_per_second"] > 0
+        assert measured["peak_memory"] > 2**20
         assert AutoTokenizer.from_pretrained(finished / name).get_vocab() == tiny.tokenizer().get_vocab()
         assert not list((finished / name).glob("checkpoint-*"))
         assert not list((finished / name).glob("*.bin"))
@@ -87,16 +86,19 @@ def test_the_table_shows_every_model(sources: Path, finished: Path, capsys: pyte
     assert main(command(sources, finished)) == 0
     said = capsys.readouterr()
     for name in STAGES:
-        assert f"{100 * before[name]['accuracy']:.1f}" in next(row for row in said.out.splitlines() if name in row)
+        assert f"{100 * before[name]['accuracy']:.1f}" in next(
+            row for row in said.out.splitlines() if f"│ {name}" in row
+        )
         assert f"{name}: done earlier" in said.err.replace("\n", "")
     assert metrics(finished) == before
     assert {path: path.stat().st_mtime_ns for path in finished.glob("*/model.safetensors")} == stamps
 
 
-def test_both_students_begin_as_the_teachers_first_layers(
-    sources: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("whose", ["teacher", "pretrained"])
+def test_both_students_begin_as_the_same_first_layers(
+    sources: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], whose: str
 ) -> None:
-    """And see the same batches in the same order."""
+    """And see the same batches in the same order. The table says what they are."""
     begun, seen = {}, {}
     compute = fitting.DistillationTrainer.compute_loss
 
@@ -107,10 +109,24 @@ def test_both_students_begin_as_the_teachers_first_layers(
         return compute(self, model, inputs, *args, **kwargs)
 
     monkeypatch.setattr(fitting.DistillationTrainer, "compute_loss", watched)
-    assert main(command(sources, tmp_path / "run")) == 0
-    teacher = first_layers(model(tmp_path / "run" / "teacher"), 1).state_dict()
+    options = ("--student-from", "pretrained", "--debug-gradients") if whose == "pretrained" else ()
+    assert main(command(sources, tmp_path / "run", "--epochs", "1", "--teacher-epochs", "1", *options)) == 0
+    asked = KDSettings(task=str(sources / "task"), teacher=str(sources / "encoder"), student_layers=1, output="o")
+    source = model(tmp_path / "run" / "teacher") if whose == "teacher" else begin(asked).pretrained
     for name in ("finetuned", "distilled"):
-        torch.testing.assert_close(begun[name], teacher, rtol=0, atol=0)
+        torch.testing.assert_close(begun[name], first_layers(source, 1).state_dict(), rtol=0, atol=0)
+    found, said = results(tmp_path / "run"), " ".join(capsys.readouterr().out.split())
+    of = {"teacher": "fine-tuned teacher", "pretrained": "pretrained encoder"}[whose]
+    assert f"cut of the {of}" in said
+    assert (found["student_from"], found["settings"]["student_from"]) == (whose, whose)
+    assert (found["select_on"], found["report_on"], found["report_examples"]) == ("validation", "validation", 24)
+    if options:
+        assert {name: set(terms) for name, terms in found["gradients"].items()} == {
+            "teacher": {"loss"},
+            "finetuned": {"loss"},
+            "distilled": {"kd", "ce"},
+        }
+        assert "gradients before the first step" in said
     assert len(seen["finetuned"]) == len(seen["distilled"])
     assert all(map(torch.equal, seen["finetuned"], seen["distilled"]))
 
@@ -119,6 +135,7 @@ class Cut(BaseException):
     """As a kill would, this passes by every `except Exception`."""
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "stage, step",
     [
@@ -168,12 +185,14 @@ def test_a_run_that_was_cut_off_ends_as_one_that_was_not(
     torch.testing.assert_close(ours, theirs, rtol=0, atol=0)
 
 
+@pytest.mark.slow
 def test_a_marker_that_was_cut_off_is_no_hindrance(sources: Path, tmp_path: Path) -> None:
     (tmp_path / "teacher").mkdir()
     (tmp_path / "teacher" / ".stage.json.4711").write_text('{"came_')
     assert main(command(sources, tmp_path)) == 0
 
 
+@pytest.mark.slow
 def test_a_removal_that_was_cut_off_is_no_hindrance(
     sources: Path, finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -194,29 +213,20 @@ def test_a_removal_that_was_cut_off_is_no_hindrance(
     assert not [path for path in output.iterdir() if path.name.startswith(".")]
 
 
-KILLED = """
-import os, signal, sys
-from fastdistill.cli import main
-from fastdistill.recipes import fitting
+def killed(arguments: list[str]) -> None:
+    def kill(self: Any, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if args.output_dir.endswith("distilled") and state.global_step == 8:
+            os.kill(os.getpid(), signal.SIGKILL)
 
-def kill(self, args, state, control, **kwargs):
-    if args.output_dir.endswith("distilled") and state.global_step == 8:
-        os.kill(os.getpid(), signal.SIGKILL)
-
-fitting._ProgressBar.on_step_end = kill
-main(sys.argv[1:])
-"""
+    fitting._ProgressBar.on_step_end = kill  # type: ignore[method-assign]
+    main(arguments)
 
 
+@pytest.mark.slow
 def test_a_killed_process_is_taken_up_again(sources: Path, finished: Path, tmp_path: Path) -> None:
-    run = subprocess.run(
-        [sys.executable, "-c", KILLED, *command(sources, tmp_path)],
-        cwd=ROOT,
-        env=os.environ | {"OMP_NUM_THREADS": str(torch.get_num_threads())},
-        capture_output=True,
-        timeout=300,
-    )
-    assert run.returncode == -signal.SIGKILL, run.stderr.decode()
+    process = start(killed, command(sources, tmp_path), said=tmp_path.with_suffix(".said"))
+    process.join(300)
+    assert process.exitcode == -signal.SIGKILL, tmp_path.with_suffix(".said").read_text()
     assert main(command(sources, tmp_path)) == 0
     assert results(tmp_path)["results"]["distilled"]["resumed"]
     assert {name: m["accuracy"] for name, m in metrics(tmp_path).items()} == {
@@ -224,6 +234,7 @@ def test_a_killed_process_is_taken_up_again(sources: Path, finished: Path, tmp_p
     }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "change, again",
     [
@@ -259,6 +270,7 @@ def test_a_changed_option_repeats_what_depends_on_it(
     assert {name for name in STAGES if (output / name / "stage.json").read_text() != markers[name]} == again
 
 
+@pytest.mark.slow
 def test_changed_data_repeat_everything(sources: Path, finished: Path, tmp_path: Path) -> None:
     output, task = tmp_path / "run", tmp_path / "task"
     shutil.copytree(finished, output)
@@ -270,6 +282,7 @@ def test_changed_data_repeat_everything(sources: Path, finished: Path, tmp_path:
     assert {name for name in STAGES if metrics(output)[name]["loss"] == before[name]["loss"]} == set()
 
 
+@pytest.mark.slow
 def test_a_classifier_of_the_task_is_not_fine_tuned(
     sources: Path, finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -290,6 +303,17 @@ def test_a_classifier_of_the_task_is_not_fine_tuned(
     assert metrics(tmp_path)["finetuned"] != metrics(finished)["finetuned"]
 
 
+def test_a_classifier_has_no_pretrained_encoder(
+    sources: Path, finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    teacher = os.path.relpath(finished / "teacher", sources)
+    arguments = command(
+        sources, tmp_path / "run", "--student-from", "pretrained", "--teacher-epochs", "0", teacher=teacher
+    )
+    assert "is a classifier already; expected teacher" in commands.refused(arguments, capsys)
+
+
+@pytest.mark.slow
 def test_regression(sources: Path, tmp_path: Path) -> None:
     assert main(command(sources, tmp_path, task="scores")) == 0
     found = results(tmp_path)
@@ -299,6 +323,7 @@ def test_regression(sources: Path, tmp_path: Path) -> None:
     assert all(-1 <= found["results"][name]["spearman"] <= 1 for name in STAGES)
 
 
+@pytest.mark.slow
 def test_tensorboard_logs_the_parts_of_the_loss(sources: Path, tmp_path: Path) -> None:
     pytest.importorskip("tensorboard")
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
@@ -350,6 +375,7 @@ def test_wide_encoders_learn_slower(sources: Path, tmp_path: Path, width: int, r
     assert asked.learning_rate is None
 
 
+@pytest.mark.slow
 def test_more_is_compared(sources: Path, tmp_path: Path) -> None:
     """Every seed in a folder of its own; plain distillation at its default is the method itself, and trained once."""
     more = ("--seeds", "0,7", "--baselines", "--chain", "3,2,1", "--epochs", "1")
@@ -364,6 +390,7 @@ def test_more_is_compared(sources: Path, tmp_path: Path) -> None:
     assert {"kd", "distilled"} < {path.name for path in (tmp_path / "hot").iterdir()}
 
 
+@pytest.mark.slow
 def test_from_python(sources: Path, finished: Path, tmp_path: Path) -> None:
     """What the command does."""
     asked = KDSettings(

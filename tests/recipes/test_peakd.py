@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,8 @@ import torch
 
 import fastdistill
 from fastdistill.cli import main
-from fastdistill.recipes import fitting
+from fastdistill.recipes import PeaKDSettings, fitting
+from fastdistill.recipes.begin import begin
 from fastdistill.recipes.methods.ptp import PTP_LABELS, ptp_labels
 from tests import commands, tiny
 from tests.records import record, untimed
@@ -35,6 +37,7 @@ EVERYTHING = (
 STUDENTS = {"peakd": 4, "peakd-without-sps": 2, "peakd-without-swap-ptp": 4}
 
 
+@pytest.mark.slow
 def test_a_run_trains_all_that_was_asked_for(finished: Path) -> None:
     found = record(finished)
     assert list(found["results"]) == ["teacher", *STUDENTS]
@@ -52,6 +55,7 @@ def test_a_run_trains_all_that_was_asked_for(finished: Path) -> None:
     assert fastdistill.from_pretrained(finished / "seed-7" / "ptp").config.id2label == dict(enumerate(PTP_LABELS))
 
 
+@pytest.mark.slow
 def test_labels_are_what_the_teacher_says(finished: Path) -> None:
     teacher, data = fastdistill.from_pretrained(finished / "teacher"), tiny.dataset(48, 1)
     with torch.no_grad():
@@ -62,6 +66,7 @@ def test_labels_are_what_the_teacher_says(finished: Path) -> None:
     assert sum(record(finished)["ptp"]["labels"]["validation"].values()) == 24
 
 
+@pytest.mark.slow
 def test_where_students_begin(sources: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     begun: dict[str, Any] = {}
     seen: dict[str, Any] = {}
@@ -77,7 +82,10 @@ def test_where_students_begin(sources: Path, tmp_path: Path, monkeypatch: pytest
     more = ("--without", "ptp", "--threshold", "1", "--beta", "5", "--alpha", "0.4")
     assert main(command(sources, tmp_path / "run", *more)) == 0
     assert record(tmp_path / "run")["ptp"]["labels"]["train"]["confidently correct"] == 0  # a class with no example
-    student = fastdistill.first_layers(fastdistill.from_pretrained(tmp_path / "run" / "teacher"), 2)
+    asked = PeaKDSettings(
+        task=str(sources / "task"), teacher=str(sources / "encoder"), student_layers=2, output=tmp_path
+    )
+    student = fastdistill.first_layers(begin(asked).pretrained, 2)  # not of the fine-tuned teacher
     sps = fastdistill.shuffled_sharing(student)
     torch.testing.assert_close(begun["peakd-without-ptp"], dict(sps.state_dict()), rtol=0, atol=0)
     ptp = fastdistill.from_pretrained(tmp_path / "run" / "seed-0" / "ptp").state_dict()
@@ -90,8 +98,34 @@ def test_where_students_begin(sources: Path, tmp_path: Path, monkeypatch: pytest
     terms = seen["peakd"][1].terms
     assert {name: weight for name, (weight, _) in terms.items()} == {"ce": 0.6, "kd": 0.4, "pkd": 5.0}
     assert (terms["kd"][1].temperature, terms["kd"][1].scale_by_temperature) == (10.0, True)
+    assert terms["pkd"][1].over == "mean"
 
 
+def test_pretraining_keeps_the_weights_of_the_lowest_loss(finished: Path) -> None:
+    """tests/recipes/test_best.py has how."""
+    for name, best in (("ptp", "loss"), ("peakd", "metric")):
+        stage = json.loads((finished / "seed-0" / name / "stage.json").read_text())
+        assert stage["came_from"]["best"] == best
+
+
+def test_labels_out_of_fold(sources: Path, tmp_path: Path) -> None:
+    """Each training example is labelled by a teacher that has not learned it."""
+    output = tmp_path / "run"
+    assert main(command(sources, output, "--ptp-folds", "3", "--threshold", "0.7")) == 0
+    data, expected = tiny.dataset(48, 1), torch.empty(48, dtype=torch.int64)
+    for fold in range(3):
+        teacher = fastdistill.from_pretrained(output / f"teacher-fold-{fold + 1}")
+        for row in range(fold, 48, 3):
+            with torch.no_grad():
+                logits = teacher(torch.tensor([data[row]["input_ids"]])).logits
+            expected[row] = ptp_labels(logits, torch.tensor([data[row]["labels"]]), 0.7)
+    counts = record(output)["ptp"]["labels"]["train"]
+    assert counts == {name: int((expected == number).sum()) for number, name in enumerate(PTP_LABELS)}
+    own = fastdistill.from_pretrained(output / "teacher")
+    assert not torch.equal(own.classifier.weight, teacher.classifier.weight)
+
+
+@pytest.mark.slow
 def test_stored_hidden_states_teach_the_same(sources: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     teachers: dict[str, Any] = {}
 
@@ -115,6 +149,7 @@ class Cut(BaseException):
     """As a kill would, this passes by every `except Exception`."""
 
 
+@pytest.mark.slow
 def test_a_run_that_was_cut_off_ends_as_one_that_was_not(
     sources: Path, finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -139,6 +174,7 @@ def test_a_run_that_was_cut_off_ends_as_one_that_was_not(
     torch.testing.assert_close(ours, theirs, rtol=0, atol=0)
 
 
+@pytest.mark.slow
 def test_another_threshold_repeats_the_pretraining(sources: Path, finished: Path, tmp_path: Path) -> None:
     output = tmp_path / "run"
     shutil.copytree(finished, output)
@@ -160,6 +196,7 @@ def test_another_threshold_repeats_the_pretraining(sources: Path, finished: Path
         (("--without", "kd"), "'kd' is not among sps, swap, ptp"),
         (("--threshold", "0.5"), "0.5 is not a finite number above 0.5"),
         (("--threshold", "0.9,0.8,0.7"), "--threshold has 3 numbers; expected one or two"),
+        (("--ptp-folds", "49"), "--ptp-folds is 49; expected at most the 48 training examples"),
         (("--kd-temperature", "3"), "--kd-temperature would have no effect"),
         (("--store-hidden-states", "--beta", "0"), "--store-hidden-states would have no effect"),
         (("--alpha", "1.1"), "1.1 is not a finite number of at least 0 and at most 1"),
@@ -178,11 +215,12 @@ def test_regression_has_no_classes(sources: Path, tmp_path: Path, capsys: pytest
     assert "scores is regression" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_layers_without_pairs(sources: Path, tmp_path: Path) -> None:
     """More layers than the teacher's are fine where hidden states teach nothing."""
     more = ("--student-layers", "3", "--beta", "0", "--baselines", "--epochs", "0.4")
     assert main(command(sources, tmp_path / "run", *more)) == 0
     found = record(tmp_path / "run")["results"]
-    assert list(found) == ["teacher", "finetuned", "kd", "peakd"]
+    assert list(found) == ["teacher", "finetuned", "kd", "kd-longer", "peakd"]
     assert found["peakd"]["layers"] == 6
     assert found["peakd"]["parameters"] == found["kd"]["parameters"]

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import fastdistill
-from fastdistill.recipes.methods.ptp import PTP_LABELS, count_ptp_labels, ptp_labels, ptp_student, with_encoder_of
+from fastdistill.recipes.methods.ptp import PTP_LABELS, count_ptp_labels, ptp_labels, ptp_student, with_body_of
 from tests import tiny
 from tests.encoders import CONFIGS, classifier, inputs
 
@@ -69,6 +69,10 @@ def test_wrong_arguments(change: dict[str, Any], error: type[Exception], message
         ptp_labels(**{"logits": PROBABILITIES, "labels": LABELS} | change)
 
 
+OUTPUT = dict.fromkeys(("camembert", "electra", "mpnet", "roberta", "xlm-roberta"), "classifier.out_proj.")
+"""Where the output layer is one of a head of several."""
+
+
 @pytest.mark.parametrize("kind", CONFIGS)
 def test_the_head_is_replaced_and_comes_back(kind: str) -> None:
     student, batch = fastdistill.shuffled_sharing(classifier(kind)), inputs(kind)
@@ -82,7 +86,8 @@ def test_the_head_is_replaced_and_comes_back(kind: str) -> None:
     torch.testing.assert_close(again.state_dict(), ptp.state_dict(), rtol=0, atol=0)
     assert ptp.config.id2label == dict(enumerate(PTP_LABELS))
     assert student.config.num_labels == student.num_labels == 3
-    torch.testing.assert_close(ptp.base_model.state_dict(), student.base_model.state_dict(), rtol=0, atol=0)
+    same = {name: value for name, value in before.items() if not name.startswith(OUTPUT.get(kind, "classifier."))}
+    torch.testing.assert_close({name: ptp.state_dict()[name] for name in same}, same, rtol=0, atol=0)
 
     optimizer = torch.optim.SGD(ptp.parameters(), lr=0.1)
     outputs = ptp(**batch, labels=torch.tensor([0, 3]))
@@ -90,12 +95,13 @@ def test_the_head_is_replaced_and_comes_back(kind: str) -> None:
     assert not torch.equal(other(**batch).logits, outputs.logits)
     outputs.loss.backward()
     optimizer.step()
-    found = with_encoder_of(student, ptp)
+    found = with_body_of(student, ptp)
     assert found.num_parameters() == student.num_parameters()
-    torch.testing.assert_close(found.base_model.state_dict(), ptp.base_model.state_dict(), rtol=0, atol=0)
-    changed = {name for name, value in found.state_dict().items() if not torch.equal(value, before[name])}
-    assert changed
-    assert all(name.startswith(student.base_model_prefix + ".") for name in changed)
+    learned, output = ptp.state_dict(), OUTPUT.get(kind, "classifier.")
+    for name, value in found.state_dict().items():  # the head's other layers too are what was learned
+        torch.testing.assert_close(value, before[name] if name.startswith(output) else learned[name], rtol=0, atol=0)
+    if "." in output.rstrip("."):
+        assert not torch.equal(found.state_dict()["classifier.dense.weight"], before["classifier.dense.weight"])
     torch.testing.assert_close(student.state_dict(), before, rtol=0, atol=0)
     assert found(**batch).logits.shape == (2, 3)
 
@@ -105,6 +111,13 @@ def test_the_mode_is_the_students(training: bool) -> None:
     for kind in ("bert", "electra", "vit"):
         ptp = ptp_student(classifier(kind).train(training))
         assert all(module.training == training for module in ptp.modules())
+
+
+def test_of_a_task_of_four_classes_too_the_output_is_replaced() -> None:
+    student = tiny.bert(num_labels=4)
+    assert not torch.equal(ptp_student(student, seed=1).classifier.weight, student.classifier.weight)
+    again = with_body_of(student, ptp_student(student, seed=1))
+    torch.testing.assert_close(again.classifier.weight, student.classifier.weight, rtol=0, atol=0)
 
 
 def test_a_model_on_labels_of_one_class() -> None:

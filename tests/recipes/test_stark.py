@@ -3,27 +3,29 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
-import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
+from transformers import DataCollatorWithPadding
 
 import fastdistill
-from fastdistill import recipes
+from fastdistill import LogitsKD, recipes
 from fastdistill.cli import main
 from fastdistill.models.architectures import blocks, encoder_weights
 from fastdistill.recipes import StarkSettings, fitting
-from tests import commands
+from fastdistill.recipes.measuring import Scoring
+from fastdistill.recipes.methods.kd import logits_objective
+from fastdistill.sensitivity import units
+from tests import commands, tiny
+from tests.processes import start
 from tests.records import record, untimed
 
-ROOT = Path(__file__).parents[2]
 ENCODER = {"layers": 3, "num_attention_heads": 4}
 
 
@@ -39,10 +41,11 @@ def measured(output: Path) -> Any:
 
 EVERYTHING = (
     "--sparsity", "0.25,0.5", "--selection", "knowledge,random,auto", "--baselines", "--chain", "3,2,1",
-    "--seeds", "0,7",
+    "--seeds", "0,7", "--baseline-runs", "1",
 )  # fmt: skip
 
 
+@pytest.mark.slow
 def test_a_run_trains_all_that_was_asked_for(finished: Path) -> None:
     found = record(finished)
     names = ["teacher", "finetuned", "assistant-2", "takd", "trial", "kd", "stark", "stark-rand", "stark-auto"]
@@ -59,6 +62,7 @@ def test_a_run_trains_all_that_was_asked_for(finished: Path) -> None:
         assert "<svg" in (finished / f"{plot}.svg").read_text()
 
 
+@pytest.mark.slow
 def test_the_same_from_python_repeats_nothing(sources: Path, finished: Path) -> None:
     """And the report says where plots are."""
     before = measured(finished)
@@ -78,6 +82,8 @@ def test_the_same_from_python_repeats_nothing(sources: Path, finished: Path) -> 
         baselines=True,
         chain=(3, 2, 1),
         seeds=(0, 7),
+        baseline_runs=1,
+        select_on="validation",
     )
     report = recipes.stark(asked)
     assert measured(finished) == before
@@ -87,6 +93,7 @@ def test_the_same_from_python_repeats_nothing(sources: Path, finished: Path) -> 
     assert report.results["stark"]["values"] == record(finished)["results"]["stark"]["values"]
 
 
+@pytest.mark.slow
 def test_teachers_are_really_smaller(finished: Path) -> None:
     for name in ("stark", "stark-rand"):
         for sparsity in (0.25, 0.5):
@@ -97,6 +104,7 @@ def test_teachers_are_really_smaller(finished: Path) -> None:
             assert parameters == smaller.num_parameters()
 
 
+@pytest.mark.slow
 def test_teachers_lack_what_has_the_lowest_scores(finished: Path) -> None:
     seed, dense = finished / "seed-7", fastdistill.from_pretrained(finished / "teacher")
     found = [fastdistill.Scores.load(seed / "scores" / f"{k}.safetensors") for k in ("expressiveness", "friendliness")]
@@ -108,17 +116,20 @@ def test_teachers_lack_what_has_the_lowest_scores(finished: Path) -> None:
     assert auto == scores.auto_sparsity()
 
 
+@pytest.mark.slow
 def test_the_best_student_counts(finished: Path) -> None:
+    """The trial student, of a dense teacher, is beside the method and no candidate of it."""
     found = record(finished)
     for name in ("stark", "stark-rand", "stark-auto"):
         for seed in range(2):
-            tried = {0.0: found["results"]["trial"]["values"][seed]} | {
+            tried = {
                 one["sparsity"][seed]: one["student"]["values"][seed] for one in found["sparsities"][name].values()
             }
             assert found["results"][name]["values"][seed] == max(tried.values())
             assert tried[found["results"][name]["sparsity"][seed]] == max(tried.values())
 
 
+@pytest.mark.slow
 def test_students_begin_alike(sources: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """And see the same batches, with logits that their teacher gave once."""
     begun: dict[str, Any] = {}
@@ -146,6 +157,7 @@ def test_students_begin_alike(sources: Path, tmp_path: Path, monkeypatch: pytest
         assert torch.equal(ours["input_ids"], theirs["input_ids"])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("objective", ["pkd", "ckd"])
 def test_other_objectives(sources: Path, tmp_path: Path, objective: str) -> None:
     more = ("--objective", objective, "--sparsity", "0.5", "--student-layers", "2", "--baselines", "--no-plots")
@@ -154,6 +166,7 @@ def test_other_objectives(sources: Path, tmp_path: Path, objective: str) -> None
     assert objective.upper() in record(tmp_path / "run")["settings"]["objective"]
 
 
+@pytest.mark.slow
 def test_the_other_student(sources: Path, tmp_path: Path) -> None:
     assert main(command(sources, tmp_path / "run", "--sparsity", "0.5", "--no-plots", student="sparsity")) == 0
     student = fastdistill.from_pretrained(tmp_path / "run" / "seed-0" / "trial")
@@ -161,6 +174,7 @@ def test_the_other_student(sources: Path, tmp_path: Path) -> None:
     assert len(blocks(student)) == 3
 
 
+@pytest.mark.slow
 def test_unstructured(sources: Path, tmp_path: Path) -> None:
     more = ("--unstructured", "--sparsity", "0.3", "--selection", "knowledge,random", "--no-plots")
     assert main(command(sources, tmp_path / "run", *more)) == 0
@@ -171,6 +185,7 @@ def test_unstructured(sources: Path, tmp_path: Path) -> None:
         assert zeros == round(0.3 * total)
 
 
+@pytest.mark.slow
 def test_regression_and_the_published_codes_way(sources: Path, tmp_path: Path) -> None:
     more = ("--sparsity", "0.5", "--reduce", "batch", "--score-on", "validation", "--tradeoff", "1", "--round-to", "8")
     more = (*more, "--baselines", "--chain", "3,2,1", "--no-plots")
@@ -181,6 +196,7 @@ def test_regression_and_the_published_codes_way(sources: Path, tmp_path: Path) -
     assert {block.neurons % 8 for block in blocks(smaller)} == {0}
 
 
+@pytest.mark.slow
 def test_a_grid_keeps_the_best(sources: Path, tmp_path: Path) -> None:
     more = ["--sparsity", "0.5", "--learning-rate-grid", "0.01,0.00001", "--batch-size-grid", "8,16", "--no-plots"]
     arguments = command(sources, tmp_path / "run")
@@ -192,30 +208,104 @@ def test_a_grid_keeps_the_best(sources: Path, tmp_path: Path) -> None:
     assert record(tmp_path / "run")["results"]["trial"]["accuracy"] == max(values)
 
 
-PROGRAM = """
-import sys
-from fastdistill.sensitivity import units as scoring
-from fastdistill.cli import main
-scoring.SAVE_EVERY = 1
-sys.exit(main(sys.argv[1:]))
-"""
+def test_baselines_are_the_best_of_as_many(sources: Path, tmp_path: Path) -> None:
+    """As many runs as there are sparsities, with other batches; and what differs from them has an interval."""
+    output = tmp_path / "run"
+    assert main(command(sources, output, "--sparsity", "0.25,0.5", "--baselines", "--no-plots")) == 0
+    found = record(output)
+    for name in ("finetuned", "kd"):
+        stages = [json.loads((output / "seed-0" / one / "stage.json").read_text()) for one in (name, f"{name}-run-2")]
+        assert [one["came_from"]["run"] for one in stages] == [0, 1]
+        assert stages[0]["log"] != stages[1]["log"]
+        assert found["results"][name]["selection"] == max(one["result"]["selection"] for one in stages)
+    for reference in ("finetuned", "kd"):
+        for name in {"stark", "trial", "finetuned", "kd"} - {reference}:
+            against = found["results"][name]["against"][reference]
+            expected = found["results"][name]["accuracy"] - found["results"][reference]["accuracy"]
+            assert against["difference"] == pytest.approx(expected)
+            assert against["low"] <= against["difference"] <= against["high"]
+            excludes = against["low"] > 0 or against["high"] < 0
+            assert (against["verdict"] in ("better", "worse")) == excludes
 
 
-@pytest.mark.parametrize(
-    "marker", ["seed-0/trial/checkpoint-*", "seed-0/scores/unfinished.safetensors", "seed-7/stark-rand-0.25/stage.json"]
-)
-def test_a_killed_run_goes_on(sources: Path, finished: Path, tmp_path: Path, marker: str) -> None:
-    """SIGKILL in the midst of a stage; the same command ends with the same results."""
+def test_tradeoffs_and_a_pruned_assistant(sources: Path, tmp_path: Path) -> None:
+    output, more = tmp_path / "run", ("--tradeoff", "0,0.5,1", "--selection", "knowledge,random", "--sparsity", "0.5")
+    arguments = command(sources, output, *more, "--assistant-sparsity", "0.3", "--no-plots", student="sparsity")
+    assert main(arguments) == 0
+    found = record(output)
+    names = [f"stark-tradeoff-{one}" for one in ("0", "0.5", "1")]
+    assert list(found["results"]) == ["teacher", "assistant-0.3", "takd", "trial", *names, "stark-rand"]
+    dense = fastdistill.from_pretrained(output / "teacher")
+    scores = [fastdistill.Scores.load(output / "seed-0" / "scores" / f"{k}.safetensors").normalized()
+              for k in ("expressiveness", "friendliness")]  # fmt: skip
+    for tradeoff, name in zip((0.0, 0.5, 1.0), names, strict=True):
+        expected = fastdistill.prune(dense, scores[1].lerp(scores[0], tradeoff), 0.5)
+        sparse = fastdistill.from_pretrained(output / "seed-0" / f"teacher-{name}-0.5")
+        torch.testing.assert_close(sparse.state_dict(), expected.state_dict(), rtol=0, atol=0)
+    assistant = fastdistill.from_pretrained(output / "assistant-0.3")
+    assert sum(block.heads for block in blocks(assistant)) == 12 - round(12 * 0.3)
+
+
+def test_forms_of_the_loss() -> None:
+    """tau^2 KD + CE; as printed KD + CE; as released (tau^2 KD + CE) / 2."""
+
+    def objective(**asked: Any) -> Any:
+        settings = StarkSettings(task="t", teacher="m", student_layers=1, output="o", **asked)
+        return logits_objective(settings, tiny.TASK, divergence="soft_ce")
+
+    logits = torch.randn(2, 5, 2, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    student, teacher = (SimpleNamespace(logits=one) for one in logits)
+    labels = torch.tensor([0, 1, 1, 0, 1])
+    p = (teacher.logits / 2).softmax(-1)
+    kd = -(p * (student.logits / 2).log_softmax(-1)).sum(-1).mean()
+    ce = F.cross_entropy(student.logits, labels)
+    expected = {None: 4 * kd + ce, "paper": kd + ce, "released": (4 * kd + ce) / 2}
+    for form, loss in expected.items():
+        torch.testing.assert_close(objective(form=form)(student, teacher, labels), loss)
+
+
+def test_unstructured_scores_are_by_example(tmp_path: Path) -> None:
+    """E |w dL/dw|, an example at a time; or of a batch's mean."""
+    teacher, student = tiny.pair()
+    objective = LogitsKD(divergence="soft_ce", ce_weight=0.0)
+    teacher, student = teacher.float(), student.float()
+    collate, data = DataCollatorWithPadding(tiny.tokenizer()), tiny.dataset(6)
+    rows = {"example": [[row] for row in range(6)], "batch": [[0, 1, 2, 3], [4, 5]]}
+    for reduce, groups in rows.items():
+        scoring = Scoring(
+            name="s", teacher=teacher, student=student, objective=objective, reduce=reduce, of_weights=True  # type: ignore[arg-type]
+        )  # fmt: skip
+        found = scoring.find(data, collate, 4, tmp_path / "unfinished")
+        name, weight = next(iter(encoder_weights(teacher)))
+        expected = torch.zeros_like(weight)
+        for group in groups:
+            batch = collate(list(data.select(group).select_columns(["input_ids", "attention_mask", "labels"])))
+            labels = batch.pop("labels")
+            loss = F.cross_entropy(teacher.eval()(**batch).logits, labels)
+            expected += (weight * torch.autograd.grad(loss, weight)[0]).abs().detach() / len(groups)
+        torch.testing.assert_close(found.expressiveness.matrices[name], expected, rtol=1e-4, atol=1e-8)
+
+
+def saving_often(arguments: list[str]) -> None:
+    units.SAVE_EVERY = 1
+    main(arguments)
+
+
+@pytest.mark.slow
+def test_a_killed_run_goes_on(sources: Path, finished: Path, tmp_path: Path) -> None:
+    """SIGKILL in the midst of a training, of scores, and of the second seed; the same command ends with the same
+    results."""
     output = tmp_path / "run"
     shutil.copytree(finished / "teacher", output / "teacher")
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": str(torch.get_num_threads())}
     arguments = command(sources, output, *EVERYTHING)
-    process = subprocess.Popen([sys.executable, "-c", PROGRAM, *arguments], env=environment, stderr=subprocess.DEVNULL)
-    while not list(output.glob(marker)):
-        assert process.poll() is None
-        time.sleep(0.002)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
+    middles = ("seed-0/trial/checkpoint-*", "seed-0/scores/unfinished.safetensors", "seed-7/stark-rand-0.25/stage.json")
+    for middle in middles:
+        process = start(saving_often, arguments)
+        while not list(output.glob(middle)):
+            assert process.is_alive()
+            time.sleep(0.002)
+        process.kill()
+        process.join()
     assert not (output / "results.json").exists()
     assert main(arguments) == 0
     assert measured(output) == measured(finished)
@@ -239,7 +329,10 @@ def test_a_budget_in_place_of_sparsities(sources: Path, tmp_path: Path) -> None:
         (("--hidden-weight", "2"), "--objective kd has no hidden states"),
         (("--unstructured", "--selection", "auto"), "--unstructured does not have"),
         (("--unstructured", "--round-to", "8"), "--round-to would have no effect"),
-        (("--unstructured", "--reduce", "batch"), "--reduce would have no effect"),
+        (("--selection", "random", "--reduce", "batch"), "--reduce would have no effect"),
+        (("--assistant-sparsity", "0.5"), "--assistant-sparsity is 0.5; expected less than --student-sparsity"),
+        (("--pkd-over", "sum"), "--pkd-over would have no effect"),
+        (("--report-on", "test"), "--report-on is test, but task has no labelled test split"),
         (("--selection", "random", "--tradeoff", "0.2"), "--tradeoff would have no effect"),
         (("--selection", "random", "--score-on", "validation"), "--score-on would have no effect"),
         (("--selection", "auto", "--sparsity", "0.2"), "--sparsity would have no effect"),

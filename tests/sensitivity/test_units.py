@@ -202,6 +202,7 @@ def _rank(rank: int, folder: str) -> None:
     torch.distributed.destroy_process_group()
 
 
+@pytest.mark.slow
 def test_processes_sum_what_they_find(tmp_path: Path) -> None:
     torch.multiprocessing.start_processes(_rank, (str(tmp_path),), nprocs=2, start_method="spawn")  # type: ignore[no-untyped-call]
     teacher, student = pair()

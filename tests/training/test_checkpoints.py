@@ -61,6 +61,7 @@ DAMAGES: dict[str, Callable[[Path], Any]] = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", DAMAGES)
 def test_a_damaged_checkpoint_is_left_for_the_one_before(
     finished: Path, tmp_path: Path, name: str, capsys: pytest.CaptureFixture[str]

@@ -10,10 +10,24 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from transformers import DataCollatorWithPadding, DistilBertConfig, DistilBertForSequenceClassification
+from transformers import (
+    DataCollatorForSeq2Seq,
+    DataCollatorWithPadding,
+    DistilBertConfig,
+    DistilBertForSequenceClassification,
+    EarlyStoppingCallback,
+    Seq2SeqTrainer,
+)
 
 import fastdistill
-from fastdistill import MSE, DistillationTrainer, LogitsKD
+from fastdistill import (
+    MSE,
+    DistillationTrainer,
+    LogitsKD,
+    Seq2SeqDistillationConfig,
+    Seq2SeqDistillationTrainer,
+)
+from fastdistill.data.sequence_metrics import answer_metrics, entity_metrics, text_metrics
 from fastdistill.models.heads import head_of
 from fastdistill.models.inputs import inputs_of
 from fastdistill.objectives.logits import TaskLoss
@@ -366,6 +380,11 @@ def test_without_labels_the_objective_is_evaluated(tmp_path: Path) -> None:
     "name, options, message",
     [
         ("LlamaForCausalLM", {"objective": fastdistill.PKD()}, "of the one token that a classifier looks at"),
+        (
+            "BertForTokenClassification",
+            {"objective": fastdistill.DeKD(da_weight=0)},
+            "is of examples, but model is for",
+        ),
         ("BertForTokenClassification", {"objective": MSE()}, "for one output, but model has 5; expected LogitsKD"),
         (
             "BertForTokenClassification",
@@ -382,6 +401,12 @@ def test_without_labels_the_objective_is_evaluated(tmp_path: Path) -> None:
 def test_what_a_head_is_not_for_is_named(tmp_path: Path, name: str, options: Any, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         trainer(tmp_path, name, **options)
+
+
+@pytest.mark.parametrize("name", ["BertForTokenClassification", "BertForQuestionAnswering"])
+def test_logits_of_every_token_are_not_stored(name: str) -> None:
+    with pytest.raises(ValueError, match=f"model {name} is for .*, with logits of every token; expected a classifier"):
+        fastdistill.store(tiny.dataset(4), heads.model(name), collate=heads.collate)
 
 
 def test_a_head_of_unknown_labels_is_named(tmp_path: Path) -> None:
@@ -416,3 +441,99 @@ def test_pkd_of_decoders_is_of_the_token_that_the_head_takes(tmp_path: Path, nam
     torch.testing.assert_close(given, teacher.logits)
     expected = F.normalize(teacher.hidden_states[1][:, 0], dim=-1) - F.normalize(student.hidden_states[1][:, 0], dim=-1)
     assert t.state.log_history[0]["loss"] == pytest.approx(expected.square().sum(-1).mean().item(), rel=1e-5)
+
+
+# Metrics in evaluation
+
+
+@pytest.mark.parametrize("name", GENERATORS)
+def test_texts_are_generated_as_by_transformers_own_trainer(tmp_path: Path, name: str) -> None:
+    options = vars(tiny.config(tmp_path))
+    kept = ("output_dir", "use_cpu", "disable_tqdm", "log_level", "save_strategy", "dataloader_pin_memory")
+    args = Seq2SeqDistillationConfig(
+        **{k: options[k] for k in kept}, max_steps=1, predict_with_generate=True, generation_max_length=6
+    )
+    tokenizer, rows = tiny.tokenizer(), heads.rows(name, 4)
+    given = {"args": args, "eval_dataset": rows, "compute_metrics": text_metrics(tokenizer)}
+    student = heads.model(name, 1)
+    collate = DataCollatorForSeq2Seq(tokenizer, student)
+    t = Seq2SeqDistillationTrainer(
+        student, teacher_model=heads.model(name, 2), train_dataset=rows, data_collator=collate, **given
+    )
+    found = t.evaluate()
+    expected = Seq2SeqTrainer(heads.model(name, 1), data_collator=collate, **given).evaluate()
+    metrics = ("eval_loss", "eval_exact_match", "eval_f1", "eval_rouge_l")
+    assert [found[k] for k in metrics] == pytest.approx([expected[k] for k in metrics], rel=1e-5)
+    assert t.train().training_loss > 0
+    with pytest.raises(TypeError, match="args is a DistillationConfig; expected Seq2SeqDistillationConfig"):
+        Seq2SeqDistillationTrainer(student, tiny.config(tmp_path))
+
+
+def test_a_decoder_without_labels_is_refused(tmp_path: Path) -> None:
+    rows = without_labels(heads.rows("T5ForConditionalGeneration"))
+    with pytest.raises(ValueError, match="train_dataset has no column 'labels', of which a decoder's inputs are made"):
+        trainer(tmp_path, "T5ForConditionalGeneration", train_dataset=rows)
+
+
+def test_entities_and_answers_are_measured(tmp_path: Path) -> None:
+    """Over batches of several lengths, with padding that is no answer."""
+    name = "BertForTokenClassification"
+    names = ("O", "B-PER", "I-PER", "B-LOC", "I-LOC")
+    args = {"per_device_eval_batch_size": 3}
+    t = trainer(tmp_path, name, eval_dataset=heads.rows(name), compute_metrics=entity_metrics(names), args=args)
+    assert 0 < t.evaluate()["eval_accuracy"] < 1
+    name = "BertForQuestionAnswering"
+    rows = heads.rows(name)
+    t = trainer(tmp_path, name, eval_dataset=rows, compute_metrics=answer_metrics(), args=args)
+    collators = (heads.collate, partial(heads.collate, more=9))
+    found = []
+    for t.data_collator in collators:
+        found.append(t.evaluate())
+    assert [found[1][k] for k in ("eval_f1", "eval_exact_match", "eval_loss")] == pytest.approx(
+        [found[0][k] for k in ("eval_f1", "eval_exact_match", "eval_loss")], rel=1e-5
+    )
+
+
+# What Trainer's options do
+
+
+def test_outputs_are_returned_with_the_loss(tmp_path: Path) -> None:
+    t = trainer(tmp_path, "BertForTokenClassification")
+    batch = heads.collate(heads.rows("BertForTokenClassification", 3))
+    t.current_gradient_accumulation_steps = 1
+    for mode in (True, False):
+        loss, outputs = t.compute_loss(t.model.train(mode), dict(batch), return_outputs=True)
+        assert loss.dim() == 0
+        assert outputs.logits.shape == (*batch["input_ids"].shape, 5)
+
+
+def test_a_run_stops_early(tmp_path: Path) -> None:
+    args = {
+        "max_steps": 20,
+        "learning_rate": 0.0,
+        "eval_strategy": "steps",
+        "eval_steps": 1,
+        "save_strategy": "steps",
+        "save_steps": 1,
+        "load_best_model_at_end": True,
+        "metric_for_best_model": "eval_loss",
+    }
+    rows = heads.rows("BertForSequenceClassification")
+    stop = EarlyStoppingCallback(early_stopping_patience=2)
+    t = trainer(tmp_path, "BertForSequenceClassification", eval_dataset=rows, callbacks=[stop], args=args)
+    t.train()
+    assert t.state.global_step == 3
+
+
+def test_a_student_may_be_made_when_it_is_trained(tmp_path: Path) -> None:
+    made = []
+
+    def make() -> Any:
+        made.append(heads.model("LlamaForCausalLM", 1))
+        return made[-1]
+
+    given, late = (
+        log(trainer(tmp_path, "LlamaForCausalLM", **options)) for options in ({}, {"model": None, "model_init": make})
+    )
+    assert late == pytest.approx(given, rel=1e-5)
+    assert made

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import statistics
-import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +25,7 @@ from fastdistill.recipes.comparison import Comparison, Learner
 from fastdistill.recipes.folder import UNFINISHED
 from fastdistill.recipes.methods.teams import Team, team_of
 from fastdistill.recipes.output import of_one_run
-from fastdistill.recipes.report import Report, finish, percent, summary
+from fastdistill.recipes.report import Report, percent
 from fastdistill.recipes.settings import AutoSKDSettings
 from fastdistill.recipes.stages import Stages
 from fastdistill.recipes.training import Trained, Training
@@ -44,33 +43,33 @@ def autoskd(settings: AutoSKDSettings) -> Report:
     """Do the recipe, and write results.json and the plots.
 
     1. The team is trained. Of text: the teacher is fine-tuned on the task, unless it is a classifier of it already, and
-       so are its first layers. Of images: networks are, from weights at random.
+       so are first layers of the pretrained encoder, or of the teacher. Of images: networks are, from weights at
+       random.
     2. The team's logits on the training data are stored; no teacher runs from here on.
     3. Search: the probabilities learn on one half of the data while a student learns on the other; after half of the
        steps the weakest teachers are dropped. Snapshots of the rest of the way are the candidates.
     4. With each candidate a student learns from the beginning, from one sampled teacher a step. The best on the
-       validation examples counts, and so does, to compare, the best of random distributions. (Both are the best of
-       many on the very examples that they are reported on: compare equal numbers of them.)
+       examples that select counts, and so does, to compare, the best of random distributions.
 
     Each seed has a search of its own, and of images a student with weights of its own.
     """
-    started = time.perf_counter()
     if not settings.no_plots:
         plots.require_matplotlib()
     source = team_of(settings)
     task = source.data.task
     if settings.drop is not None and settings.drop >= source.teachers:
         raise ValueError(f"--drop is {settings.drop}; expected fewer than the {source.teachers} teachers")
-    _search_settings(settings, source.learning_rate, drop=settings.drop or 0).schedule(len(source.data.train))
+    rate = (settings.learning_rate_grid or (source.learning_rate,))[0]
+    _search_settings(settings, rate, drop=settings.drop or 0).schedule(len(source.data.train))
     comparison = source.comparison()
 
     team = source.train(comparison)
-    strongest = max(team, key=lambda name: team[name].result[task.metric])
+    strongest = max(team, key=lambda name: team[name].result["selection"])
     students = {stages.seed: source.student(stages.seed) for stages in comparison.seeded}
     _train_baselines(settings, comparison, source, students, team[strongest])
-    finetuned = comparison.results["finetuned"][task.metric]
-    weaker = sum(one.result[task.metric] < finetuned for one in team.values())
-    drop = min(weaker, len(team) - 1) if settings.drop is None else settings.drop
+    finetuned = comparison.results["finetuned"]["selection"]
+    weak = sum(one.result["selection"] <= finetuned for one in team.values())  # as the student itself is
+    drop = min(max(1, weak), len(team) - 1) if settings.drop is None else settings.drop
 
     with_logits = comparison.stages.with_team(TeacherTeam({name: one.model for name, one in team.items()}))
     runs = [
@@ -79,18 +78,21 @@ def autoskd(settings: AutoSKDSettings) -> Report:
             with_logits.seeded(stages.seed),
             students[stages.seed],
             tuple(team),
-            _search_settings(settings, source.learning_rate, drop, stages.seed),
+            _search_settings(settings, rate, drop, stages.seed),
         )
         for stages in comparison.seeded
     ]
     candidates = _try(settings, comparison, runs, tuple(team), strongest)
 
-    searches = [run.record() for run in runs]
-    tables = [_theta_table(task, comparison.results, runs[0].found), _candidates_table(task, candidates)]
+    searches = [run.record([one.result[task.metric] for one in team.values()]) for run in runs]
+    tables = [
+        _theta_table(task, comparison.results, runs[0].found),
+        _correlations_table(task, searches),
+        _candidates_table(task, candidates),
+    ]
     drawn = [] if settings.no_plots else _plot(settings.folder, comparison, runs[0].found, candidates)
     more = {"team": list(team), "strongest": strongest, "drop": drop, "searches": searches, "candidates": candidates}
-    seconds = time.perf_counter() - started
-    return finish(settings.folder, source.record(), task, comparison.results, seconds, *tables, plots=drawn, **more)
+    return comparison.finish(source.record(), *tables, plots=drawn, **more)
 
 
 def _train_baselines(
@@ -107,7 +109,7 @@ def _train_baselines(
     if settings.baselines:
         learners["kd"] = (comparison.kd, strongest.model)
     trained = comparison.train(
-        (stages, comparison.training(name, students[stages.seed], learner))
+        (stages, comparison.baseline(name, students[stages.seed], learner))
         for name, learner in learners.items()
         for stages in comparison.seeded
     )
@@ -135,7 +137,7 @@ def _try(
     def trials() -> Iterator[tuple[Stages, Training]]:
         for name, objective in mixed.items():
             for run in runs:
-                yield run.stages, comparison.training(name, run.student, (objective, None))
+                yield run.stages, comparison.baseline(name, run.student, (objective, None))
         for by_seed in thetas.values():
             for run, named in zip(runs, by_seed, strict=True):
                 for name, theta in named.items():
@@ -154,11 +156,12 @@ def _best(
     metric, best, tried = comparison.metric, [], []
     for named in thetas:
         found = {name: next(trained).result for name in named}
-        name = max(found, key=lambda one: found[one][metric])
+        name = max(found, key=lambda one: found[one]["selection"])
         best.append((name, named[name], found[name]))
-        tried.append({one: {"theta": theta, metric: found[one][metric]} for one, theta in named.items()})
-    comparison.results[kind] = {
-        **summary(metric, [result for _, _, result in best]),
+        told = (metric, "selection")
+        tried.append({one: {"theta": theta} | {key: found[one][key] for key in told} for one, theta in named.items()})
+    comparison.summarize(kind, [result for _, _, result in best])
+    comparison.results[kind] |= {
         "theta": [theta for _, theta, _ in best],
         "candidate": [name for name, _, _ in best],
     }
@@ -180,13 +183,17 @@ class _Run:
         self.names, self.settings = names, settings
         self.found = self._search()
 
-    def record(self) -> dict[str, Any]:
-        """Of the search."""
+    def record(self, reached: Sequence[float]) -> dict[str, Any]:
+        """Of the search; `reached` is each teacher's metric."""
+        found = self.found
         return {
             "seed": self.stages.seed,
-            "steps": len(self.found.theta) - 1,
-            "selected_at": self.found.selected_at,
-            "theta": self._named(self.found.theta[-1]),
+            "steps": len(found.theta) - 1,
+            "selected_at": found.selected_at,
+            "theta": self._named(found.theta[-1]),
+            "draws": self._named(found.draw_counts()),
+            "correlation_with_draws": found.correlation(found.draw_counts()),
+            "correlation_with_teachers": found.correlation(torch.tensor(reached)),
         }
 
     def learned(self) -> dict[str, Theta]:
@@ -238,7 +245,9 @@ def _search_settings(settings: AutoSKDSettings, learning_rate: float, drop: int,
         epochs=settings.search_epochs or 15.0,
         batch_size=settings.batch_size,
         learning_rate=learning_rate,
-        theta_learning_rate=settings.theta_learning_rate,
+        theta_optimizer=settings.theta_optimizer,
+        theta_learning_rate=settings.theta_rate,
+        theta_baseline=not settings.no_theta_baseline,
         look_ahead=settings.look_ahead,
         temperature=settings.temperature,
         seed=seed,
@@ -255,6 +264,20 @@ def _theta_table(task: Task, results: Mapping[str, Any], found: Found) -> Table:
         steps = (found.selected_at - 1, found.selected_at, -1)
         shares = [*(float(found.theta[step, place]) for step in steps), best[name]]
         table.add_row(name, percent(results[name], task.metric), *(f"{share:.3f}" for share in shares))
+    return table
+
+
+def _correlations_table(task: Task, searches: Sequence[Mapping[str, Any]]) -> Table:
+    """What the probabilities at the end of the first phase go with, seed by seed: chance, or the teachers' quality."""
+    table = Table("seed", title=f"correlation of the probabilities: {task.name}")
+    columns = {
+        "with the draws": "correlation_with_draws",
+        f"with the teachers' {task.metric}": "correlation_with_teachers",
+    }
+    for column in columns:
+        table.add_column(column, justify="right")
+    for one in searches:
+        table.add_row(str(one["seed"]), *(f"{one[key]:.2f}" for key in columns.values()))
     return table
 
 
@@ -275,13 +298,16 @@ def _plot(output: Path, comparison: Comparison, found: Found, candidates: Tried)
     if not PartialState().is_main_process:
         return []
     metric, results = comparison.metric, comparison.results
-    curves: dict[str, dict[float, tuple[float, float]]] = {}
-    for name, by_seed in candidates.items():
-        ranked = sorted((one[metric] for one in by_seed[0].values()), reverse=True)
-        curves[{"autoskd": "learned"}.get(name, name)] = {rank: (v, 0.0) for rank, v in enumerate(ranked, 1)}
+    seed = comparison.seeded[0].output.name
+    curves: dict[str, dict[float, plots.Levels]] = {}
+    for kind, by_seed in candidates.items():
+        ranked = sorted(by_seed[0], key=lambda name: by_seed[0][name][metric], reverse=True)
+        levels = (comparison.interval({"stage": f"{seed}/{name}"}) for name in ranked)
+        curves[{"autoskd": "learned"}.get(kind, kind)] = dict(enumerate(levels, 1))
     names = ("finetuned", "kd", "single", "avgkd", "mtbert")
-    lines = {name: results[name]["values"][0] for name in names if name in results}
+    lines = {name: comparison.interval({"stage": results[name]["stages"][0]}) for name in names if name in results}
+    told = str(replace(comparison.told, seeds=1))
     return [
         plots.probabilities_over_steps(output / "theta.svg", found.names, found.theta, found.selected_at),
-        plots.metric_by_share(output / "candidates.svg", "rank of the distribution", metric, curves, lines),
+        plots.metric_by_share(output / "candidates.svg", "rank of the distribution", metric, curves, lines, told),
     ]

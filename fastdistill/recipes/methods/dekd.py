@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Mapping
 from dataclasses import replace
 from itertools import product
@@ -18,7 +17,7 @@ from fastdistill.recipes import plots
 from fastdistill.recipes.begin import begin
 from fastdistill.recipes.comparison import Comparison, Learner, chain_of, compare
 from fastdistill.recipes.output import of_one_run
-from fastdistill.recipes.report import Report, finish
+from fastdistill.recipes.report import Report
 from fastdistill.recipes.settings import DeKDSettings
 from fastdistill.recipes.settings.dekd import Part
 from fastdistill.recipes.training import Training
@@ -30,9 +29,9 @@ PARTS: tuple[Part, ...] = ("ds", "ta", "doa")
 WITHOUT: dict[Part, dict[str, Any]] = {
     "ds": {"ratio": 1.0},
     "ta": {"assistant": False},
-    "doa": {"da_weight": 0.0, "layers": None},
+    "doa": {"da_weight": 0.0, "layers": None, "over_layers": "sum"},
 }
-"""What leaves a part out."""
+"""What leaves a part out. Without the assistant the teacher has its examples, with the same weight."""
 
 
 @of_one_run
@@ -40,11 +39,11 @@ def dekd(settings: DeKDSettings) -> Report:
     """Do the recipe, and write results.json and the plots.
 
     1. The teacher is fine-tuned on the task, unless it is a classifier of it already.
-    2. The assistant, the teacher's first layers, learns from it by plain distillation, unless there is to be none.
-    3. The student, its very first layers, learns from both by `DeKD`; and so do, from the same beginning, the
+    2. The assistant, first layers of the teacher or of the pretrained encoder, learns from the teacher by plain
+       distillation, unless there is to be none.
+    3. The student, the very first layers, learns from both by `DeKD`; and so do, from the same beginning, the
        variants and baselines that are asked for, each with every seed. Teacher and assistant are the same for all.
     """
-    started = time.perf_counter()
     if not settings.no_plots:
         plots.require_matplotlib()
     beginning = begin(settings)
@@ -61,18 +60,20 @@ def dekd(settings: DeKDSettings) -> Report:
     teachers = {"teacher": teacher.model}
     if assistant_layers:
         teachers["assistant"] = comparison.assistant(assistant_layers)
-    student = first_layers(teacher.model, settings.student_layers)
-    learners = comparison.baselines(chain)
-    learners |= {name: (one, teachers if one.needs.teachers else teacher.model) for name, one in variants.items()}
+    student = first_layers(comparison.source, settings.student_layers)
+    own: dict[str, Learner] = {
+        name: (one, teachers if one.needs.teachers else teacher.model) for name, one in variants.items()
+    }
     comparison.students(
-        _training(comparison, name, student, learner, settings.store_hidden_states)
-        for name, learner in learners.items()
+        [
+            *(comparison.baseline(name, student, learner) for name, learner in comparison.baselines(chain).items()),
+            *(_training(comparison, name, student, one, settings.store_hidden_states) for name, one in own.items()),
+        ]
     )
 
     record = beginning.record() | {"objectives": {name: repr(objective) for name, objective in variants.items()}}
     drawn = [] if settings.no_plots else _plot(settings, beginning.depth, comparison, variants)
-    seconds = time.perf_counter() - started
-    return finish(settings.folder, record, task, comparison.results, seconds, plots=drawn)
+    return comparison.finish(record, plots=drawn)
 
 
 def _training(
@@ -95,7 +96,8 @@ def variants_of(settings: DeKDSettings) -> dict[str, DeKD]:
         ta_weight=settings.ta_weight,
         da_weight=settings.da_weight,
         temperature=settings.temperature,
-        scale_by_temperature=settings.scale_by_temperature,
+        scale_by_temperature=not settings.unscaled,
+        over_layers=settings.over_layers,
         layers=settings.align_layers,
         assistant=settings.assistant_layers != 0,
         label_smoothing=settings.smoothing if settings.ce_weight else 0.0,  # baselines learn labels too
@@ -159,19 +161,19 @@ def _plot(settings: DeKDSettings, depth: int, comparison: Comparison, variants: 
         return []
     drawn, output, metric, results = [], settings.folder, comparison.metric, comparison.results
     if len(settings.ratio) > 1:
-        curves: dict[str, dict[float, tuple[float, float]]] = {
+        curves: dict[str, dict[float, plots.Levels]] = {
             strategy: {
-                ratio: (results[name][metric], results[name].get("spread", 0.0))
+                ratio: comparison.interval(results[name])
                 for ratio in settings.ratio
                 for name in (variant_name(settings, strategy, ratio),)
             }
             for strategy in settings.strategy
         }
-        lines: dict[str, float] = {
-            name: results[name][metric] for name in ("finetuned", "kd", "takd") if name in results
+        lines: dict[str, plots.Levels] = {
+            name: comparison.interval(results[name]) for name in ("finetuned", "kd", "takd") if name in results
         }
         asked = "share of the examples that query a teacher"
-        drawn.append(plots.metric_by_share(output / "ratios.svg", asked, metric, curves, lines))
+        drawn.append(plots.metric_by_share(output / "ratios.svg", asked, metric, curves, lines, str(comparison.told)))
     first, objective = next(iter(variants.items()))
     log = comparison.seeded[0].log(first)
     bins = [f"{i / 10:g} to {(i + 1) / 10:g}" for i in range(10)]

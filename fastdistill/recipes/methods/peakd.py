@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Mapping
 from dataclasses import replace
-from typing import Literal
 
+import torch
 from rich.table import Table
 from torch import Tensor
 from transformers import PreTrainedModel
@@ -16,7 +15,7 @@ from fastdistill.models.students import first_layers, shuffled_sharing
 from fastdistill.objectives.base import Objective, WeightedSum
 from fastdistill.objectives.logits import LogitsKD, TaskLoss
 from fastdistill.objectives.pkd import PKD
-from fastdistill.recipes.begin import begin
+from fastdistill.recipes.begin import Beginning, begin
 from fastdistill.recipes.comparison import Comparison, chain_of, compare
 from fastdistill.recipes.methods.ptp import (
     PTP_LABELS,
@@ -24,10 +23,10 @@ from fastdistill.recipes.methods.ptp import (
     count_ptp_labels,
     ptp_labels,
     ptp_student,
-    with_encoder_of,
+    with_body_of,
 )
 from fastdistill.recipes.output import of_one_run
-from fastdistill.recipes.report import Report, finish, summary
+from fastdistill.recipes.report import Report, summary
 from fastdistill.recipes.settings import PeaKDSettings
 from fastdistill.recipes.settings.peakd import Part
 from fastdistill.recipes.stages import Stages
@@ -43,13 +42,13 @@ def peakd(settings: PeaKDSettings) -> Report:
     """Do the recipe and write results.json.
 
     1. The teacher is fine-tuned on the task, unless it is a classifier of it already.
-    2. SPS: the student is the teacher's first layers, which are applied again with query and key swapped.
+    2. SPS: the student is the pretrained encoder's first layers, or the teacher's, which are applied again with query
+       and key swapped.
     3. PTP: each example is labelled by whether the teacher has it right, and is confident. The student learns these
-       labels, and has then its first head again.
+       labels to the lowest loss on the examples that select, and has then its first output layer again.
     4. It learns from labels, logits and hidden states; and so do the variants and baselines that are asked for, each
        with every seed.
     """
-    started = time.perf_counter()
     beginning = begin(settings)
     task = beginning.task
     if task.is_regression:
@@ -58,14 +57,20 @@ def peakd(settings: PeaKDSettings) -> Report:
     chain = chain_of(settings, beginning.depth)
     objective = _objective(settings)
     threshold = settings.threshold if settings.threshold else THRESHOLDS.get(task.name, (0.8,))
+    ptp_epochs = settings.ptp_epochs or settings.epochs
+    _check_folds(settings, beginning)
     comparison = compare(beginning)
 
     teacher = comparison.teach(beginning.teacher())
-    student = first_layers(teacher.model, settings.student_layers)
-    baselines = comparison.baselines(chain)
-    comparison.students(comparison.training(name, student, learner) for name, learner in baselines.items())
+    student = first_layers(comparison.source, settings.student_layers)
+    baselines = {
+        name: comparison.baseline(name, student, learner) for name, learner in comparison.baselines(chain).items()
+    }
+    if "kd" in baselines:  # as long as the student learns in all
+        baselines["kd-longer"] = replace(baselines["kd"], name="kd-longer", epochs=settings.epochs + ptp_epochs)
+    comparison.students(baselines.values())
 
-    labels = {on: _labels(comparison.stages, teacher.model, on, threshold) for on in ("train", "validation")}
+    labels = _labels(settings, beginning, comparison.stages, teacher.model, threshold)
     runs = [_Run(settings, comparison, stages, teacher.model, student, labels) for stages in comparison.seeded]
     variants = _variants(settings)
     trained = comparison.train(
@@ -82,10 +87,9 @@ def peakd(settings: PeaKDSettings) -> Report:
     record = beginning.record() | {
         "objective": repr(objective),
         "threshold": threshold,
-        "ptp_epochs": settings.ptp_epochs or settings.epochs,
+        "ptp_epochs": ptp_epochs,
     }
-    seconds, ptp = time.perf_counter() - started, {"labels": counts, "students": pretrained}
-    return finish(settings.folder, record, task, comparison.results, seconds, _table(task, counts), ptp=ptp)
+    return comparison.finish(record, _table(task, counts), ptp={"labels": counts, "students": pretrained})
 
 
 class _Run:
@@ -123,8 +127,10 @@ class _Run:
     def _pretrain(self, name: str, student: PreTrainedModel) -> PreTrainedModel:
         training = self.comparison.training(name, ptp_student(student, seed=self.stages.seed), (TaskLoss(), None))
         epochs = self.settings.ptp_epochs or self.settings.epochs
-        self.pretrained[name] = self.ptp.train(replace(training, epochs=epochs))
-        return with_encoder_of(student, self.pretrained[name].model)
+        self.pretrained[name] = self.ptp.train(
+            self.comparison.measured(self.ptp, replace(training, epochs=epochs, best="loss"))
+        )
+        return with_body_of(student, self.pretrained[name].model)
 
 
 def _name(of: str, without: tuple[str, ...]) -> str:
@@ -149,21 +155,50 @@ def _check_layers(settings: PeaKDSettings, student: PreTrainedModel, depth: int)
 
 def _objective(settings: PeaKDSettings) -> Objective:
     """(1 - alpha) CE + alpha tau^2 KL + beta PKD. The factor tau^2 is the published code's; without it a temperature
-    of 10 would leave nearly nothing of the teacher's term. PKD is a mean over pairs of layers; the paper's is a sum."""
+    of 10 would leave nearly nothing of the teacher's term. PKD is a mean over pairs of layers, where the paper prints a
+    sum, and over the hidden size, as in that code, to which beta belongs."""
     return WeightedSum(
         {
             "ce": (1 - settings.alpha, TaskLoss(settings.smoothing)),
             "kd": (settings.alpha, LogitsKD(temperature=settings.temperature, ce_weight=0.0)),
-            "pkd": (settings.beta, PKD()),
+            "pkd": (settings.beta, PKD(over=settings.pkd_over)),
         }
     )
 
 
 def _labels(
-    stages: Stages, teacher: PreTrainedModel, on: Literal["train", "validation"], threshold: tuple[float, ...]
-) -> Tensor:
-    outputs = stages.outputs_of(teacher, on).with_format("torch")[:]
-    return ptp_labels(outputs["teacher" + LOGITS], outputs["labels"], threshold)
+    settings: PeaKDSettings,
+    beginning: Beginning,
+    stages: Stages,
+    teacher: PreTrainedModel,
+    threshold: tuple[float, ...],
+) -> dict[str, Tensor]:
+    """By split. Those of the training examples are by the teacher, which has learned them, or out of fold."""
+    outputs = stages.outputs_of(teacher, "validation").with_format("torch")[:]
+    labels = {"validation": ptp_labels(outputs["teacher" + LOGITS], outputs["labels"], threshold)}
+    number = len(stages.examples.train)
+    found = torch.empty(number, dtype=torch.int64)
+    for fold in range(settings.ptp_folds):
+        rows, model, others = torch.arange(fold, number, settings.ptp_folds), teacher, stages
+        if settings.ptp_folds > 1:
+            rest = torch.tensor([row for row in range(number) if row % settings.ptp_folds != fold])
+            training = replace(beginning.teacher(), name=f"teacher-fold-{fold + 1}")
+            model = stages.on_training(rest).train(training).model
+            others = stages.on_training(rows)
+        outputs = others.outputs_of(model).with_format("torch")[:]
+        found[rows] = ptp_labels(outputs["teacher" + LOGITS], outputs["labels"], threshold)
+    return {"train": found, **labels}
+
+
+def _check_folds(settings: PeaKDSettings, beginning: Beginning) -> None:
+    number = len(beginning.data.train)
+    if settings.ptp_folds > number:
+        raise ValueError(f"--ptp-folds is {settings.ptp_folds}; expected at most the {number} training examples")
+    if settings.ptp_folds > 1 and not beginning.teacher_epochs:
+        raise ValueError(
+            f"--ptp-folds is {settings.ptp_folds}, but the teacher is taken as it is; expected one that is fine-tuned "
+            "here, or 1"
+        )
 
 
 def _ptp_task(task: Task) -> Task:

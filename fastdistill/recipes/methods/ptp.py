@@ -61,7 +61,7 @@ def count_ptp_labels(labels: Tensor) -> dict[str, int]:
 
 
 def ptp_student(student: Model, *, seed: int = 0) -> Model:
-    """A copy of a student, in its mode, whose head is a new one, drawn from `seed`, for `PTP_LABELS`."""
+    """A copy of a student, in its mode, whose output layer is a new one, drawn from `seed`, for `PTP_LABELS`."""
     config = copy.deepcopy(student.config)
     config.id2label = dict(enumerate(PTP_LABELS))
     config.label2id = {name: label for label, name in enumerate(PTP_LABELS)}
@@ -70,15 +70,29 @@ def ptp_student(student: Model, *, seed: int = 0) -> Model:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         other = type(student)(plain_config(config))
-    for name, head in other.named_children():
-        if name != student.base_model_prefix:
-            setattr(model, name, head.to(student.device, student.dtype).train(student.training))
+    for name in {parameter.rpartition(".")[0] for parameter in output_parameters(student)}:
+        head = other.get_submodule(name).to(student.device, student.dtype).train(student.training)
+        model.set_submodule(name, head)
     model.num_labels = config.num_labels  # type: ignore[assignment]
     return model
 
 
-def with_encoder_of(student: Model, pretrained: Model) -> Model:
-    """A copy of a student, with its own head, that has the encoder of another one of the same shape."""
-    model = copy.deepcopy(student)
-    model.base_model.load_state_dict(pretrained.base_model.state_dict())
+def with_body_of(student: Model, pretrained: Model) -> Model:
+    """A copy of a student, with its own output layer, that has all else of another one of the same shape: the encoder
+    and, in an architecture whose head has more layers (RoBERTa, ELECTRA, MPNet, DistilBERT), those."""
+    model, own = copy.deepcopy(student), output_parameters(student)
+    state = {name: value for name, value in pretrained.state_dict().items() if name not in own}
+    model.load_state_dict(state, strict=False)
     return model
+
+
+def output_parameters(model: PreTrainedModel) -> set[str]:
+    """The names of those whose shape depends on the number of classes."""
+    shapes = []
+    for more in (0, 1):
+        config = plain_config(model.config)
+        config.num_labels = len(model.config.id2label or ()) + more
+        with torch.device("meta"):
+            made = type(model)(config)
+        shapes.append({name: parameter.shape for name, parameter in made.named_parameters()})
+    return {name for name, shape in shapes[0].items() if shapes[1][name] != shape}

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Iterator, Mapping
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import partial
-from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -28,18 +26,18 @@ from fastdistill.objectives.logits import TaskLoss
 from fastdistill.objectives.pkd import PKD
 from fastdistill.ops.kd_ce_loss import Divergence
 from fastdistill.recipes import plots
-from fastdistill.recipes.begin import Beginning, begin
-from fastdistill.recipes.comparison import Comparison, Learner, Point, chain_of, compare
+from fastdistill.recipes.begin import begin
+from fastdistill.recipes.comparison import Comparison, Learner, chain_of, compare
 from fastdistill.recipes.measuring import Scoring
 from fastdistill.recipes.methods.kd import logits_objective
 from fastdistill.recipes.output import of_one_run
-from fastdistill.recipes.report import Report, finish, percent, summary
+from fastdistill.recipes.report import Report, percent, summary
 from fastdistill.recipes.settings import StarkSettings
 from fastdistill.recipes.settings.stark import Selection
 from fastdistill.recipes.stages import Stages
 from fastdistill.recipes.training import Trained, Training
 from fastdistill.sensitivity.units import Sensitivities
-from fastdistill.sensitivity.weights import WeightScores, mask_weights, random_weight_scores
+from fastdistill.sensitivity.weights import WeightScores, WeightSensitivities, mask_weights, random_weight_scores
 
 NAMES: dict[Selection, str] = {"knowledge": "stark", "random": "stark-rand", "auto": "stark-auto"}
 """What students are called, by how what is pruned is selected."""
@@ -50,6 +48,15 @@ DIVERGENCE: Divergence = "soft_ce"
 Result = Mapping[str, Any]
 
 
+@dataclass(frozen=True)
+class Variant:
+    """A way to select what is pruned, and what its students are called."""
+
+    name: str
+    selection: Selection
+    tradeoff: float
+
+
 @of_one_run
 def stark(settings: StarkSettings) -> Report:
     """Do the recipe, and write results.json and the plots.
@@ -58,9 +65,8 @@ def stark(settings: StarkSettings) -> Report:
     2. Trial distillation: the student learns from the dense teacher.
     3. The teacher's heads and neurons are scored with that student.
     4. For each sparsity the lowest scores are removed, the student is rewound to where it began, and learns from the
-       sparse teacher. The best on the validation examples counts, the trial student among them.
+       sparse teacher. The best on the examples that select counts; the trial student, of sparsity 0, is beside it.
     """
-    started = time.perf_counter()
     if not settings.no_plots:
         plots.require_matplotlib()
     beginning = begin(settings)
@@ -69,61 +75,73 @@ def stark(settings: StarkSettings) -> Report:
     _check_depth(settings, beginning.pretrained)
     settings = _within_budget(settings, beginning.pretrained)
     chain = chain_of(settings, beginning.depth)
-    comparison = compare(beginning, divergence=DIVERGENCE, points=_points(settings, beginning))
+    comparison = compare(beginning, divergence=DIVERGENCE, candidates=settings.candidates)
 
     teacher = comparison.teach(beginning.teacher())
-    student = _student(settings, comparison.stages, teacher)
+    student = _student(settings, comparison, teacher)
+    baselines = comparison.baselines(chain) | _pruned_assistant(settings, comparison, teacher)
     runs = [_Run(settings, comparison, stages, student, teacher, objective) for stages in comparison.seeded]
-    _try(comparison, runs, comparison.baselines(chain), of_teacher)
-    trained = comparison.train(trial for run in runs for trial in run.students_to_train())
+    _try(comparison, runs, baselines, of_teacher)
+    variants = variants_of(settings)
+    trained = comparison.train(trial for run in runs for trial in run.students_to_train(variants))
     for run in runs:
-        for selection in settings.selection:
-            run.students[selection] = {key: next(trained).result for key in run.plan(selection)}
-    sparsities = _summarize(comparison, runs)
+        for variant in variants:
+            run.students[variant.name] = {key: next(trained).result for key in run.plan(variant)}
+    sparsities = _summarize(comparison, runs, variants)
 
     record = beginning.record() | {"objective": repr(objective)}
     tables = [_table(task, name, found, teacher) for name, found in sparsities.items()]
-    drawn = [] if settings.no_plots else _plot(settings.folder, comparison, sparsities, runs[0].scores)
-    seconds = time.perf_counter() - started
-    return finish(
-        settings.folder, record, task, comparison.results, seconds, *tables, plots=drawn, sparsities=sparsities
-    )
+    drawn = [] if settings.no_plots else _plot(settings, comparison, sparsities, runs[0])
+    return comparison.finish(record, *tables, plots=drawn, sparsities=sparsities)
+
+
+def variants_of(settings: StarkSettings) -> list[Variant]:
+    """Each selection, and where there are several tradeoffs each of them, but for selection at random."""
+    variants = []
+    for selection in settings.selection:
+        several = len(settings.tradeoff) > 1 and selection != "random"
+        for tradeoff in settings.tradeoff if several else settings.tradeoff[:1]:
+            name = NAMES[selection] + (f"-tradeoff-{tradeoff:g}" if several else "")
+            variants.append(Variant(name, selection, tradeoff))
+    return variants
 
 
 def _try(comparison: Comparison, runs: list[_Run], baselines: Mapping[str, Learner], of_teacher: Objective) -> None:
     """The baselines and, with them, trial distillation; what its students think of the teacher."""
-    own = runs[0].learner
-    is_kd = own[0] == comparison.kd
-    learners = {name: learner for name, learner in baselines.items() if name != "kd" or not is_kd} | {"trial": own}
-    trained = comparison.train(
-        (run.stages, run.training(name, learner)) for name, learner in learners.items() for run in runs
-    )
-    for name in learners:
-        if name != "trial":
-            comparison.summarize(name, [next(trained).result for _ in runs])
+    own, student = runs[0].learner, runs[0].student
+    is_kd = own[0] == comparison.kd and comparison.runs == 1  # the trial is then the baseline
+    trainings = [
+        replace(comparison.baseline(name, student, learner), store_hidden_states=True)
+        for name, learner in baselines.items()
+        if name != "kd" or not is_kd
+    ]
+    comparison.students(trainings)
+    trained = comparison.train((run.stages, run.training("trial", own)) for run in runs)
     for run in runs:
         run.score(next(trained), of_teacher)
     comparison.summarize("trial", [run.trial for run in runs])
     if "kd" in baselines and is_kd:
-        comparison.results["kd"] = comparison.results["trial"]
+        comparison.summarize("kd", [run.trial for run in runs])
 
 
-def _summarize(comparison: Comparison, runs: list[_Run]) -> dict[str, dict[str, dict[str, Any]]]:
-    """By selection and sparsity, the students and their teachers; the best students go into the results."""
+def _summarize(
+    comparison: Comparison, runs: list[_Run], variants: list[Variant]
+) -> dict[str, dict[str, dict[str, Any]]]:
+    """By variant and sparsity, the students and their teachers; the best students go into the results."""
     sparsities = {}
-    for selection in runs[0].settings.selection:
-        name = NAMES[selection]
+    for variant in variants:
+        name = variant.name
         sparsities[name] = {
             key: {
-                "student": summary(comparison.metric, [run.students[selection][key] for run in runs]),
-                "teacher": summary(comparison.metric, [run.teachers[selection][key] for run in runs]),
-                "sparsity": [run.sparsity(selection, key) for run in runs],
+                "student": summary(comparison.metric, [run.students[name][key] for run in runs]),
+                "teacher": summary(comparison.metric, [run.teachers[name][key] for run in runs]),
+                "sparsity": [run.plan(variant)[key] for run in runs],
             }
-            for key in runs[0].students[selection]
+            for key in runs[0].students[name]
         }
-        best = [run.best(selection) for run in runs]
+        best = [run.best(variant) for run in runs]
         comparison.summarize(name, [one for _, one in best])
-        comparison.results[name]["sparsity"] = [key for key, _ in best]
+        comparison.results[name]["sparsity"] = [sparsity for sparsity, _ in best]
     return sparsities
 
 
@@ -131,7 +149,7 @@ class _Run:
     """The method with one seed."""
 
     trial: Result
-    scores: Scores | WeightScores | None
+    found: Sensitivities | WeightSensitivities | None
 
     def __init__(
         self,
@@ -146,24 +164,32 @@ class _Run:
         self.student, self.teacher, self.learner = student, teacher, (objective, teacher.model)
         self.students: dict[str, dict[str, Result]] = {}
         self.teachers: dict[str, dict[str, Result]] = {}
-        self.auto = 0.0
 
     def training(self, name: str, learner: Learner) -> Training:
         return self.comparison.training(name, self.student, learner, store_hidden_states=True)
 
     def score(self, trial: Trained, of_teacher: Objective) -> None:
-        self.trial, self.scores = trial.result, self._scores(trial.model, of_teacher)
-        if "auto" in self.settings.selection:
-            assert isinstance(self.scores, Scores)
-            self.auto = self.scores.auto_sparsity()
+        """Nothing is scored where nothing but chance selects."""
+        self.trial, settings = trial.result, self.settings
+        with_trial = min(settings.tradeoff) < 1
+        scoring = Scoring(
+            name="scores",
+            teacher=self.teacher.model,
+            student=trial.model if with_trial else None,
+            objective=of_teacher if with_trial else None,
+            reduce=settings.reduce,
+            on=settings.score_on,
+            of_weights=settings.unstructured,
+        )
+        self.found = None if set(settings.selection) == {"random"} else self.stages.score(scoring)
 
-    def students_to_train(self) -> Iterator[tuple[Stages, Training]]:
+    def students_to_train(self, variants: list[Variant]) -> Iterator[tuple[Stages, Training]]:
         """The students of all sparse teachers, each of which is made when its turn comes."""
-        for selection in self.settings.selection:
-            self.teachers[selection] = {}
-            scores = self._ranked(selection)
-            for key, sparsity in self.plan(selection).items():
-                name = f"{NAMES[selection]}-{key}" if key != "auto" else NAMES[selection]
+        for variant in variants:
+            self.teachers[variant.name] = {}
+            scores = self.scores(variant)
+            for key, sparsity in self.plan(variant).items():
+                name = f"{variant.name}-{key}" if key != "auto" else variant.name
                 sparse = self.stages.train(
                     Training(
                         name=f"teacher-{name}",
@@ -174,57 +200,35 @@ class _Run:
                         batch_size=self.settings.batch_size,
                     )
                 )
-                self.teachers[selection][key] = sparse.result
+                self.teachers[variant.name][key] = sparse.result
                 yield self.stages, self.training(name, (self.learner[0], sparse.model))
 
-    def plan(self, selection: str) -> dict[str, float]:
+    def plan(self, variant: Variant) -> dict[str, float]:
         """The sparsities that are tried, by what they are called."""
-        return {"auto": self.auto} if selection == "auto" else {f"{one:g}": one for one in self.settings.sparsities}
+        if variant.selection != "auto":
+            return {f"{one:g}": one for one in self.settings.sparsities}
+        scores = self.scores(variant)
+        assert isinstance(scores, Scores)
+        return {"auto": scores.auto_sparsity()}
 
-    def best(self, selection: str) -> tuple[float, Result]:
-        """The sparsity and the student that is best on the validation examples; 0 is the trial student's."""
-        found: list[tuple[float, Result]] = [(0.0, self.trial)]
-        found += [(self.sparsity(selection, key), one) for key, one in self.students[selection].items()]
-        return max(found, key=lambda pair: pair[1][self.stages.task.metric])
+    def best(self, variant: Variant) -> tuple[float, Result]:
+        """The sparsity and the student that is best on the examples that select."""
+        found = [(sparsity, self.students[variant.name][key]) for key, sparsity in self.plan(variant).items()]
+        return max(found, key=lambda pair: pair[1]["selection"])
 
-    def sparsity(self, selection: str, key: str) -> float:
-        return self.auto if selection == "auto" else float(key)
-
-    def _scores(self, trial: PreTrainedModel, of_teacher: Objective) -> Scores | WeightScores | None:
-        """None where nothing but chance selects."""
-        settings = self.settings
-        if set(settings.selection) == {"random"}:
-            return None
-        with_trial = settings.tradeoff < 1
-        scoring = Scoring(
-            name="scores",
-            teacher=self.teacher.model,
-            student=trial if with_trial else None,
-            objective=of_teacher if with_trial else None,
-            reduce=settings.reduce,
-            on=settings.score_on,
-            of_weights=settings.unstructured,
-        )
-        return self.stages.score(scoring).knowledgeable(settings.tradeoff)
-
-    def _ranked(self, selection: str) -> Scores | WeightScores:
-        """The scores by which to prune, at random if that is how to select."""
-        if selection == "random":
+    def scores(self, variant: Variant) -> Scores | WeightScores:
+        """Those by which to prune, at random if that is how to select."""
+        if variant.selection == "random":
             generator = torch.Generator().manual_seed(self.stages.seed)
             draw: Any = random_weight_scores if self.settings.unstructured else random_scores
             return draw(self.teacher.model, generator)  # type: ignore[no-any-return]
-        assert self.scores is not None
-        return self.scores
+        assert self.found is not None
+        return self.found.knowledgeable(variant.tradeoff)
 
     def _sparse(self, scores: Scores | WeightScores, sparsity: float) -> PreTrainedModel:
         if isinstance(scores, Scores):
             return prune(self.teacher.model, scores, sparsity, round_to=self.settings.round_to or 1)
         return mask_weights(self.teacher.model, scores, sparsity)
-
-
-def _points(settings: StarkSettings, beginning: Beginning) -> list[Point]:
-    rates = settings.learning_rate_grid or (beginning.learning_rate,)
-    return [Point(*each) for each in product(rates, settings.batch_size_grid or (settings.batch_size,))]
 
 
 def _check_depth(settings: StarkSettings, teacher: PreTrainedModel) -> None:
@@ -256,20 +260,35 @@ def _objectives(settings: StarkSettings, task: Task) -> tuple[Objective, Objecti
         return logits, of_teacher
     weight = settings.hidden_weight or {"pkd": 100.0, "ckd": 1.0}[settings.objective]
     hidden: dict[str, tuple[float, Objective]] = {
-        settings.objective: (weight, PKD() if settings.objective == "pkd" else CKD())
+        settings.objective: (weight, PKD(over=settings.pkd_over) if settings.objective == "pkd" else CKD())
     }
     return WeightedSum({"logits": (1.0, logits), **hidden}), WeightedSum({"logits": (1.0, of_teacher), **hidden})
 
 
-def _student(settings: StarkSettings, stages: Stages, teacher: Trained) -> PreTrainedModel:
+def _student(settings: StarkSettings, comparison: Comparison, teacher: Trained) -> PreTrainedModel:
     """Where every student begins."""
     if settings.student_layers is not None:
-        return first_layers(teacher.model, settings.student_layers)
+        return first_layers(comparison.source, settings.student_layers)
     assert settings.student_sparsity is not None
+    return _without_the_least_expressive(settings, comparison.stages, teacher, settings.student_sparsity)
+
+
+def _pruned_assistant(settings: StarkSettings, comparison: Comparison, teacher: Trained) -> dict[str, Learner]:
+    """TAKD for a student that is a pruned teacher."""
+    if settings.assistant_sparsity is None:
+        return {}
+    model = _without_the_least_expressive(settings, comparison.stages, teacher, settings.assistant_sparsity)
+    assistant = comparison.assist(f"assistant-{settings.assistant_sparsity:g}", model, teacher.model)
+    return {"takd": (comparison.kd, assistant.model)}
+
+
+def _without_the_least_expressive(
+    settings: StarkSettings, stages: Stages, teacher: Trained, sparsity: float
+) -> PreTrainedModel:
     scoring = Scoring(name="expressiveness", teacher=teacher.model, reduce=settings.reduce, on=settings.score_on)
     found = stages.score(scoring)
     assert isinstance(found, Sensitivities)
-    return parameter_pruned(teacher.model, found.expressiveness, settings.student_sparsity)
+    return parameter_pruned(teacher.model, found.expressiveness, sparsity)
 
 
 def _table(task: Task, name: str, found: Mapping[str, Mapping[str, Any]], dense: Trained) -> Table:
@@ -291,27 +310,33 @@ def _table(task: Task, name: str, found: Mapping[str, Mapping[str, Any]], dense:
 
 
 def _plot(
-    output: Path,
+    settings: StarkSettings,
     comparison: Comparison,
     sparsities: Mapping[str, Mapping[str, Mapping[str, Any]]],
-    scores: Scores | WeightScores | None,
+    run: _Run,
 ) -> list[Path]:
-    """sparsities.svg; heads.svg and the densities of scores are of the first seed."""
+    """sparsities.svg; heads.svg and the densities of scores are of the first seed, and of the first tradeoff."""
     if not PartialState().is_main_process:
         return []
-    metric, results = comparison.metric, comparison.results
+    output, metric, results, told = settings.folder, comparison.metric, comparison.results, str(comparison.told)
     curves = {
-        name: {float(key): (one["student"][metric], one["student"].get("spread", 0.0)) for key, one in found.items()}
+        name: {float(key): comparison.interval(one["student"]) for key, one in found.items()}
         for name, found in sparsities.items()
         if "auto" not in found
     }
-    lines: dict[str, float] = {
-        name: results[name][metric] for name in ("finetuned", "trial", "kd", "takd", "stark-auto") if name in results
-    }
-    drawn = [plots.metric_by_share(output / "sparsities.svg", "sparsity of the teacher", metric, curves, lines)]
-    if isinstance(scores, Scores):
-        drawn.append(plots.heat_map(output / "heads.svg", scores.heads, "knowledgeable score"))
-        for units in UNITS:
-            values = torch.cat(list(getattr(scores, units)))
-            drawn.append(plots.densities(output / f"density-{units}.svg", values, f"knowledgeable score of {units}"))
+    names = [name for name in results if name in ("finetuned", "trial", "kd", "takd") or name.startswith("stark-auto")]
+    if results.get("kd", {}).get("stages") == results["trial"]["stages"]:
+        names.remove("kd")
+    lines = {name: comparison.interval(results[name]) for name in names}
+    drawn = [plots.metric_by_share(output / "sparsities.svg", "sparsity of the teacher", metric, curves, lines, told)]
+    if not isinstance(run.found, Sensitivities):
+        return drawn
+    mixed = run.found.knowledgeable(settings.tradeoff[0])
+    drawn.append(plots.heat_map(output / "heads.svg", mixed.heads, "knowledgeable score"))
+    found = {"P, expressiveness": run.found.expressiveness, "Q, student-friendliness": run.found.friendliness}
+    parts = {name: scores.normalized() for name, scores in found.items() if scores is not None}
+    for units in UNITS:
+        values = {name: torch.cat(list(getattr(scores, units))) for name, scores in parts.items()}
+        of = torch.cat(list(getattr(mixed, units)))
+        drawn.append(plots.densities(output / f"density-{units}.svg", {"I, knowledgeable": of, **values}, units))
     return drawn

@@ -7,15 +7,15 @@ from typing import Any, Protocol
 
 from transformers import PreTrainedModel
 
-from fastdistill.data.load import TaskData
 from fastdistill.models.image_classifiers import image_classifier
 from fastdistill.models.students import first_layers
 from fastdistill.objectives.logits import LogitsKD, TaskLoss
 from fastdistill.recipes.begin import begin, load, stages_of
-from fastdistill.recipes.comparison import Comparison, Learner, Point, chain_of, compare
+from fastdistill.recipes.comparison import Comparison, Learner, chain_of, compare
 from fastdistill.recipes.examples import of_images
 from fastdistill.recipes.executors import executor_of
 from fastdistill.recipes.settings import AutoSKDSettings
+from fastdistill.recipes.splits import Splits
 from fastdistill.recipes.training import Trained
 
 IMAGE_RATE = 3e-3
@@ -25,7 +25,7 @@ IMAGE_RATE = 3e-3
 class Team(Protocol):
     """What the settings name is checked when a team is made; nothing is trained before `train`."""
 
-    data: TaskData
+    data: Splits
     teachers: int
     chain: tuple[int, ...]
     learning_rate: float
@@ -53,7 +53,7 @@ def team_of(settings: AutoSKDSettings) -> Team:
 class _Cuts:
     """An encoder, fine-tuned, and its first layers."""
 
-    def __init__(self, settings: AutoSKDSettings, data: TaskData) -> None:
+    def __init__(self, settings: AutoSKDSettings, data: Splits) -> None:
         if settings.teacher is None or settings.student_layers is None:
             raise ValueError(f"{data.task.name} is a task of text; expected --teacher and --student-layers")
         _refuse(settings, data, ("student",))
@@ -81,7 +81,7 @@ class _Cuts:
         return self.beginning.record()
 
     def comparison(self) -> Comparison:
-        return compare(self.beginning)
+        return compare(self.beginning, candidates=self.settings.candidates)
 
     def train(self, comparison: Comparison) -> dict[str, Trained]:
         self.teacher = comparison.teach(self.beginning.teacher())
@@ -92,16 +92,17 @@ class _Cuts:
             learner = (comparison.kd, self.teacher.model)
         cut = [layers for layers in self.layers if layers != self.depth]
         trained = comparison.train(
-            (comparison.stages, comparison.training(f"team-{k}", first_layers(self.teacher.model, k), learner))
+            (comparison.stages, comparison.training(f"team-{k}", first_layers(comparison.source, k), learner))
             for k in cut
         )
         members = dict(zip(cut, trained, strict=True)) | {self.depth: self.teacher}
+        self.source = comparison.source
         team = {f"layers_{layers}": members[layers] for layers in self.layers}
         comparison.results |= {name: one.result for name, one in team.items()}
         return team
 
     def student(self, seed: int) -> PreTrainedModel:
-        return first_layers(self.teacher.model, self.student_layers)
+        return first_layers(self.source, self.student_layers)
 
 
 class _Images:
@@ -109,11 +110,11 @@ class _Images:
 
     chain: tuple[int, ...] = ()
 
-    def __init__(self, settings: AutoSKDSettings, data: TaskData) -> None:
+    def __init__(self, settings: AutoSKDSettings, data: Splits) -> None:
         if settings.student is None or settings.team is None:
             raise ValueError(f"{data.task.name} is a task of images; expected --student and --team")
-        text = ("teacher", "student_layers", "max_length", "teacher_epochs", "teacher_learning_rate", "chain")
-        _refuse(settings, data, text)
+        trained = ("teacher", "teacher_epochs", "teacher_learning_rate")
+        _refuse(settings, data, (*trained, "student_layers", "student_from", "max_length", "chain"))
         if settings.team_from != "labels":
             raise ValueError("--team-from teacher is for text: of a team for images none is the teacher of the others")
         if len(settings.team) < 2:
@@ -129,14 +130,22 @@ class _Images:
         return image_classifier(name, self.data.task, seed=seed)
 
     def record(self) -> dict[str, Any]:
-        return self.settings.record() | {"learning_rate": self.learning_rate}
+        return self.settings.record() | {"learning_rate": self.learning_rate} | self.data.names
 
     def comparison(self) -> Comparison:
         settings = self.settings
         executor_of(settings)  # if it cannot be, say so before anything is written
         kd = LogitsKD(temperature=settings.kd_temperature or 2.0, label_smoothing=settings.smoothing)
-        point = Point(self.learning_rate, settings.batch_size)
-        return Comparison(settings, stages_of(settings, of_images(self.data)), (point,), kd)
+        stages = stages_of(settings, of_images(self.data))
+        return Comparison(
+            settings,
+            self.data,
+            stages,
+            self.learning_rate,
+            kd,
+            student_from=None,
+            candidates=settings.candidates,
+        )
 
     def train(self, comparison: Comparison) -> dict[str, Trained]:
         learner: Learner = (TaskLoss(self.settings.smoothing), None)
@@ -152,7 +161,7 @@ class _Images:
         return self._network(self.network, seed)
 
 
-def _refuse(settings: AutoSKDSettings, data: TaskData, names: Iterable[str]) -> None:
+def _refuse(settings: AutoSKDSettings, data: Splits, names: Iterable[str]) -> None:
     if given := [f"--{name.replace('_', '-')}" for name in names if getattr(settings, name) is not None]:
         kind = "images" if data.task.is_of_images else "text"
         raise ValueError(f"{', '.join(given)} would have no effect: {data.task.name} is a task of {kind}; leave it out")

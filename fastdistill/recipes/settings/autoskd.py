@@ -17,6 +17,7 @@ class AutoSKDSettings(RecipeSettings, PlotSettings):
     does: ClassVar[str] = (
         "distil from a team of teachers, one sampled a step, as likely as is learned to be best (AutoSKDBERT)"
     )
+    begins_as: ClassVar[Literal["teacher", "pretrained"]] = "pretrained"
     title: ClassVar[str] = "AutoSKDBERT"
 
     task: str = option(kind=Text(), help=f"{TASK}; or a folder of images, train/CLASS/* and validation/CLASS/*")
@@ -29,8 +30,9 @@ class AutoSKDSettings(RecipeSettings, PlotSettings):
         None,
         kind=Listed(Text()),
         metavar="K,K[,...]",
-        help="layers of each of the team: the teacher's first, trained as a student is; its own number is the teacher "
-        "itself (default: 1,2,... to the teacher's); for images networks, as wrn-16-1,wrn-16-2,resnet-20",
+        help="layers of each of the team: first layers as --student-from says, trained as a student is; its own "
+        "number is the teacher itself (default: 1,2,... to the teacher's); for images networks, as "
+        "wrn-16-1,wrn-16-2,resnet-20",
     )
     student: str | None = option(
         None, kind=Text(), metavar="NETWORK", help="for images, which network the student is, as wrn-10-1"
@@ -68,8 +70,8 @@ class AutoSKDSettings(RecipeSettings, PlotSettings):
         None,
         kind=Integer(0),
         metavar="M",
-        help="teachers dropped after half of the search, the least likely (default: as many as are weaker than the "
-        "student without teacher)",
+        help="teachers dropped after half of the search, the least likely (default: as many as are no stronger than "
+        "the student without teacher, and one at least)",
     )
     candidates: int = option(
         25,
@@ -86,15 +88,32 @@ class AutoSKDSettings(RecipeSettings, PlotSettings):
     search_epochs: float | None = option(
         None, kind=POSITIVE, metavar="N", help="of the search, over half the data (default: 15)"
     )
-    theta_learning_rate: float = option(
-        1e-3,
+    theta_optimizer: Literal["sgd", "adam"] = option(
+        "sgd",
+        kind=Choice(("sgd", "adam")),
+        help="of the distribution: gradient descent, or the paper's Adam, by which it follows the draws, not the "
+        "teachers, unless the search is long (default: %(default)s)",
+    )
+    theta_learning_rate: float | None = option(
+        None,
         kind=POSITIVE,
         metavar="X",
-        help="of the distribution; the paper's are 3e-4 to 1e-3 (default: %(default)g)",
+        help="of the distribution; the paper's are 3e-4 to 1e-3 (default: 0.03 for sgd, 0.001 for adam)",
+    )
+    no_theta_baseline: bool = flag(
+        "move the sampled teacher's probability by its gradient as it is, as in the paper, not by what it is more than "
+        "the team's mean"
     )
 
+    @property
+    def theta_rate(self) -> float:
+        return self.theta_learning_rate or {"sgd": 3e-2, "adam": 1e-3}[self.theta_optimizer]
+
     def check(self) -> None:
+        super().check()
         uses_kd = self.baselines or self.chain or self.team_from == "teacher"
+        if self.no_theta_baseline and self.method == "cr":
+            raise ValueError("--no-theta-baseline would have no effect: --method cr has none; leave it out")
         if self.kd_temperature is not None and not uses_kd:
             raise ValueError(
                 "--kd-temperature would have no effect: nothing learns by plain distillation; leave it out"

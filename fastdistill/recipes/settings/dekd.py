@@ -65,12 +65,20 @@ class DeKDSettings(FirstLayersSettings, PlotSettings):
     temperature: float = option(
         5.0, kind=POSITIVE, metavar="X", help="of the softmax on both sides (default: %(default)g)"
     )
-    scale_by_temperature: bool = flag("multiply the teacher's and the assistant's terms by the temperature's square")
+    unscaled: bool = flag(
+        "do not multiply the teachers' terms by the temperature's square, as the paper prints them: they are then too "
+        "weak to matter"
+    )
     align_layers: int | None = option(
         None,
         kind=Integer(1),
         metavar="M",
         help="layers of teacher and student that are aligned (default: as many as the student has)",
+    )
+    over_layers: Literal["sum", "mean"] = option(
+        "sum",
+        kind=Choice(("sum", "mean")),
+        help="of the aligned layers' distances (default: %(default)s, as printed)",
     )
     store_hidden_states: bool = store_hidden_states()
     without: tuple[tuple[Part, ...], ...] = options(
@@ -81,6 +89,7 @@ class DeKDSettings(FirstLayersSettings, PlotSettings):
     )
 
     def check(self) -> None:
+        super().check()
         if (self.align_layers or 0) > self.student_layers:
             raise ValueError(f"--align-layers is {self.align_layers}; the student has {self.student_layers}")
         if self.store_hidden_states and not self.da_weight:

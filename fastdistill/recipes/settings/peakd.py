@@ -19,6 +19,7 @@ class PeaKDSettings(FirstLayersSettings):
     does: ClassVar[str] = (
         "distil into layers that are applied twice, after a pretraining with the teacher's predictions (Pea-KD)"
     )
+    begins_as: ClassVar[Literal["teacher", "pretrained"]] = "pretrained"
     title: ClassVar[str] = "Pea-KD"
 
     shared_layers: int | None = option(
@@ -40,6 +41,13 @@ class PeaKDSettings(FirstLayersSettings):
         metavar="N",
         help="epochs of a student's pretraining with the teacher's predictions (default: --epochs)",
     )
+    ptp_folds: int = option(
+        1,
+        kind=Integer(1),
+        metavar="K",
+        help="label the training examples out of fold, by K teachers none of which has learned what it labels: a "
+        "teacher is rarely wrong on what it has learned (default: %(default)s, the teacher itself)",
+    )
     alpha: float = option(
         0.7,
         kind=Number(low=0, most=1),
@@ -48,6 +56,12 @@ class PeaKDSettings(FirstLayersSettings):
     )
     beta: float = option(
         100.0, kind=Number(low=0), metavar="X", help="weight of the hidden states' term (default: %(default)g)"
+    )
+    pkd_over: Literal["mean", "sum"] = option(
+        "mean",
+        kind=Choice(("mean", "sum")),
+        help="of the hidden size: the published code's mean, to which --beta belongs, or the sum that the paper prints "
+        "(default: %(default)s)",
     )
     temperature: float = option(
         10.0,
@@ -64,6 +78,7 @@ class PeaKDSettings(FirstLayersSettings):
     )
 
     def check(self) -> None:
+        super().check()
         for parts in self.without:
             if {"sps", "swap"} <= set(parts):
                 raise ValueError(f"--without {','.join(parts)}: swap changes nothing without sps")

@@ -42,6 +42,18 @@ class RunSettings(Settings):
     max_eval_examples: int | None = option(
         None, kind=Integer(1), metavar="N", help="evaluate on a random N (default: all)"
     )
+    select_on: Literal["train", "validation"] | None = option(
+        None,
+        kind=Choice(("train", "validation")),
+        help="the examples by which the best epoch, candidate or setting is selected: a tenth of the training examples "
+        "(2,000 at most), which are then not learned (train), or those of the validation split (default: validation "
+        "where another split is reported, else train)",
+    )
+    report_on: Literal["validation", "test"] | None = option(
+        None,
+        kind=Choice(("validation", "test")),
+        help="the split that results are of (default: test where it has labels, else validation)",
+    )
     max_length: int | None = option(
         None, kind=Integer(3), metavar="N", help="tokens that an example is cut to (default: the task's)"
     )
@@ -85,6 +97,26 @@ class TrainingSettings(Settings):
         metavar="X",
         help="peak learning rate of the teacher's fine-tuning (default: a third of a student's default)",
     )
+    early_stopping: int | None = option(
+        None,
+        kind=Integer(1),
+        metavar="N",
+        help="end a training after N epochs without a better one; the best epoch counts in any case (default: never)",
+    )
+    learning_rate_grid: tuple[float, ...] | None = option(
+        None,
+        kind=Listed(POSITIVE),
+        metavar="X[,X...]",
+        help="students' peak learning rates to try, of which the best counts; assistants, and a search, take the first "
+        "(default: --learning-rate)",
+    )
+    batch_size_grid: tuple[int, ...] | None = option(
+        None,
+        kind=Listed(Integer(1)),
+        metavar="X[,X...]",
+        help="batch sizes of students to try, of which the best counts; assistants take the first; --batch-size is "
+        "then the teacher's and the search's (default: --batch-size)",
+    )
     label_smoothing: float | None = option(
         None, kind=Number(low=0, below=1), metavar="X", help="of the students' labels (default: 0)"
     )
@@ -99,6 +131,7 @@ class TrainingSettings(Settings):
         help="how often a model's training saves its state, to go on from if interrupted (default: %(default)s)",
     )
     tensorboard: bool = flag("write TensorBoard logs beside the models")
+    debug_gradients: bool = flag("measure and show, before each training, the gradient of every term of its loss")
 
     @property
     def smoothing(self) -> float:
@@ -117,7 +150,21 @@ class ComparisonSettings(Settings):
         metavar="N[,N...]",
         help="train every student once with each, and report mean and spread (default: --seed)",
     )
+    student_from: Literal["teacher", "pretrained"] | None = option(
+        None,
+        kind=Choice(("teacher", "pretrained")),
+        help="whose first layers students and assistants begin as: the fine-tuned teacher's, which is already a form "
+        "of transfer, or the pretrained encoder's, with a new head (default: as in the method's paper, pretrained for "
+        "peakd and autoskd, else teacher; and teacher where --teacher is not fine-tuned here)",
+    )
     baselines: bool = flag("a student that has no teacher, and one by plain distillation")
+    baseline_runs: int | None = option(
+        None,
+        kind=Integer(1),
+        metavar="N",
+        help="train each baseline N times with a seed, each time with other batches, and take the best (default: as "
+        "often as the method has candidates)",
+    )
     chain: tuple[int, ...] | None = option(
         None,
         kind=Listed(Integer(1)),
@@ -148,9 +195,16 @@ class RecipeSettings(RunSettings, TrainingSettings, ComparisonSettings):
     does: ClassVar[str]
     """What it does, in a line."""
 
+    begins_as: ClassVar[Literal["teacher", "pretrained"]] = "teacher"
+    """Where `student_from` is None."""
+
     def record(self) -> dict[str, Any]:
         """For results.json."""
         return {"command": self.command, **asdict(self)}
+
+    def check(self) -> None:
+        if self.learning_rate is not None and self.learning_rate_grid is not None:
+            raise ValueError("--learning-rate would have no effect beside --learning-rate-grid; leave it out")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -177,6 +231,12 @@ class DistillationSettings(Settings):
         None,
         kind=Choice(get_args(Divergence)),
         help="of the student's probabilities from the teacher's (default: forward_kl)",
+    )
+    form: Literal["paper", "released"] | None = option(
+        None,
+        kind=Choice(("paper", "released")),
+        help="as STARK's paper prints the loss, without the factor temperature^2 before the teacher's term, or as its "
+        "published code has it, with that factor and half of the sum (default: with the factor, and all of the sum)",
     )
 
 

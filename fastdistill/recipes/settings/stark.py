@@ -39,6 +39,14 @@ class StarkSettings(RecipeSettings, DistillationSettings, PlotSettings):
         help="in the place of --student-layers: the student is the teacher without that share of its heads and "
         "neurons, the least expressive (the paper's: 0.7)",
     )
+    assistant_sparsity: float | None = option(
+        None,
+        kind=Number(above=0, below=1),
+        metavar="X",
+        help="a student by plain distillation from an assistant, the teacher without that share of its least "
+        "expressive heads and neurons, distilled from it (TAKD: what --chain is for --student-layers, this is for "
+        "--student-sparsity)",
+    )
     sparsity: tuple[float, ...] | None = option(
         None,
         kind=Listed(Number(above=0, below=1)),
@@ -59,11 +67,12 @@ class StarkSettings(RecipeSettings, DistillationSettings, PlotSettings):
         help="what is removed: the least knowledgeable (knowledge), any (random), or the least knowledgeable up to the "
         "first peak of the density of the heads' scores, which tries one sparsity alone (auto) (default: knowledge)",
     )
-    tradeoff: float = option(
-        0.5,
-        kind=Number(low=0, most=1),
-        metavar="X",
-        help="weight of expressiveness against student-friendliness in a score (default: %(default)g)",
+    tradeoff: tuple[float, ...] = option(
+        (0.5,),
+        kind=Listed(Number(low=0, most=1)),
+        metavar="X[,X...]",
+        help="weight of expressiveness against student-friendliness in a score; of several each is tried (default: "
+        "0.5)",
     )
     objective: Literal["kd", "pkd", "ckd"] = option(
         "kd",
@@ -77,11 +86,18 @@ class StarkSettings(RecipeSettings, DistillationSettings, PlotSettings):
         metavar="X",
         help="weight of the hidden states' term (default: 100 for pkd, 1 for ckd)",
     )
+    pkd_over: Literal["mean", "sum"] = option(
+        "mean",
+        kind=Choice(("mean", "sum")),
+        help="of the hidden size: the published code's mean, to which the weight 100 belongs, or the paper's sum "
+        "(default: %(default)s)",
+    )
     unstructured: bool = flag("remove single weights of the encoder, by making them zero")
     reduce: Literal["example", "batch"] = option(
         "example",
         kind=Choice(("example", "batch")),
-        help="sensitivities by example, or as in the published code by batch (default: %(default)s)",
+        help="sensitivities by example, for --unstructured at a backward pass each, or as in the published code by "
+        "batch (default: %(default)s)",
     )
     score_on: Literal["train", "validation"] = option(
         "train",
@@ -91,20 +107,11 @@ class StarkSettings(RecipeSettings, DistillationSettings, PlotSettings):
     round_to: int | None = option(
         None, kind=Integer(1), metavar="N", help="round the neurons that a layer keeps to a multiple of N (default: 1)"
     )
-    learning_rate_grid: tuple[float, ...] | None = option(
-        None,
-        kind=Listed(POSITIVE),
-        metavar="X[,X...]",
-        help="students' peak learning rates to try, of which the best on the validation examples counts; a chain's "
-        "assistants take the first (default: --learning-rate)",
-    )
-    batch_size_grid: tuple[int, ...] | None = option(
-        None,
-        kind=Listed(Integer(1)),
-        metavar="X[,X...]",
-        help="batch sizes of students to try, of which the best on the validation examples counts; a chain's "
-        "assistants take the first (default: --batch-size)",
-    )
+
+    @property
+    def candidates(self) -> int:
+        """Students that are tried for each seed, of which the best counts."""
+        return 1 if set(self.selection) == {"auto"} else len(self.sparsities)
 
     @property
     def sparsities(self) -> tuple[float, ...]:
@@ -114,10 +121,18 @@ class StarkSettings(RecipeSettings, DistillationSettings, PlotSettings):
         return {**super().record(), "sparsity": self.sparsities if self.budget is None else None}
 
     def check(self) -> None:
+        super().check()
         if (self.student_layers is None) == (self.student_sparsity is None):
             raise ValueError("expected either --student-layers or --student-sparsity")
         if self.student_layers is None and self.chain is not None:
             raise ValueError("--chain is of layers, but the student has --student-sparsity; expected --student-layers")
+        if self.assistant_sparsity is not None and not self.assistant_sparsity < (self.student_sparsity or 0):
+            raise ValueError(
+                f"--assistant-sparsity is {self.assistant_sparsity}; expected less than --student-sparsity, which is "
+                f"{self.student_sparsity}"
+            )
+        if self.student_sparsity is not None and self.student_from == "pretrained":
+            raise ValueError("--student-from is pretrained, but --student-sparsity cuts the fine-tuned teacher")
         if self.objective == "kd" and self.hidden_weight is not None:
             raise ValueError(f"--hidden-weight is {self.hidden_weight}, but --objective kd has no hidden states")
         if self.objective == "ckd" and self.student_layers == 1:
@@ -125,16 +140,16 @@ class StarkSettings(RecipeSettings, DistillationSettings, PlotSettings):
         if self.sparsity is not None and self.budget is not None:
             raise ValueError("expected either --sparsity or --budget, which is in its place")
         at_random = set(self.selection) == {"random"}
-        scored_by_units = self.student_sparsity is not None or not (self.unstructured or at_random)
+        distils = self.baselines or self.chain or self.assistant_sparsity
         ignored = {
-            "--reduce": self.reduce != "example" and not scored_by_units,
+            "--pkd-over": self.pkd_over != "mean" and self.objective != "pkd",
+            "--reduce": self.reduce != "example" and at_random and self.student_sparsity is None,
             "--round-to": self.round_to is not None and self.unstructured,
-            "--tradeoff": self.tradeoff != 0.5 and at_random,
+            "--tradeoff": self.tradeoff != (0.5,) and at_random,
             "--score-on": self.score_on != "train" and at_random and self.student_sparsity is None,
             "--sparsity": self.sparsity is not None and set(self.selection) == {"auto"},
             "--budget": self.budget is not None and (self.unstructured or set(self.selection) == {"auto"}),
-            "--learning-rate": self.learning_rate is not None and self.learning_rate_grid is not None,
-            "--kd-temperature": self.kd_temperature is not None and not (self.baselines or self.chain),
+            "--kd-temperature": self.kd_temperature is not None and not distils,
         }
         if names := [name for name, is_ignored in ignored.items() if is_ignored]:
             raise ValueError(f"{', '.join(names)} would have no effect beside the other options; leave it out")
