@@ -76,7 +76,8 @@ def _set_widths(config: Any, names: Architecture, layers: list[Block]) -> None:
         try:
             config.validate()
         except Exception as error:
-            raise ValueError(f"model has {heads} heads, which transformers refuses: {error}") from error
+            told = " ".join(str(error).split())
+            raise ValueError(f"model has {heads} heads, which transformers refuses: {told}") from error
 
 
 def _widen(block: Block, numbers: Sequence[int], heads: int, weights: dict[str, Tensor], prefix: str) -> None:

@@ -268,6 +268,25 @@ def test_export_of_uniform_layers(kind: str, model: Any, tmp_path: Path) -> None
     assert found.neurons == 12
 
 
+def test_export_of_one_group(tmp_path: Path) -> None:
+    """Of multi-query attention heads go, and key and value stay."""
+    model, batch = model_of("llama", num_key_value_heads=1), batch_of("llama")
+    scores = Scores([torch.tensor([1.0, 4, 2, 3])] * 2, [torch.arange(24.0)] * 2)
+    smaller = fastdistill.prune(model, scores, 0.5, uniform=True)
+    assert smaller.config.fastdistill_pruned["heads"] == [[1, 3]] * 2
+    fastdistill.export(smaller, tmp_path)
+    plain = type(model).from_pretrained(tmp_path)
+    torch.testing.assert_close(logits_of(plain, batch), logits_of(smaller, batch))
+    with pytest.raises(ValueError, match="model has 3 heads, which transformers refuses: .* not a multiple"):
+        fastdistill.export(fastdistill.prune(model, scores, 0.25, uniform=True), tmp_path / "three")
+    with pytest.raises(
+        ValueError, match="model has layers of 4 and 24, 1 and 24 heads and neurons; expected the same of"
+    ):
+        fastdistill.export(without(model, [torch.arange(4), torch.arange(1)], [torch.arange(24)] * 2), tmp_path / "x")
+    with pytest.raises(ValueError, match="expected the same of all, .* and some"):
+        fastdistill.export(fastdistill.prune(model, scores, 1.0, uniform=True), tmp_path / "none")
+
+
 def test_shared_layers(kind: str, model: Any, tmp_path: Path) -> None:
     batch, is_grouped = batch_of(kind), blocks(model)[0].groups < 4
     if kind == "albert":
@@ -387,9 +406,9 @@ def test_layers_of_groups_come_back(tmp_path: Path) -> None:
     smaller.save_pretrained(tmp_path)
     torch.testing.assert_close(logits_of(fastdistill.from_pretrained(tmp_path), batch), logits_of(smaller, batch))
     config = json.loads((tmp_path / "config.json").read_text())
-    config["fastdistill_pruned"]["heads"][0] = [0, 1, 2]
+    config["fastdistill_pruned"]["heads"][0] = [0, 1, 4]
     (tmp_path / "config.json").write_text(json.dumps(config))
-    with pytest.raises(ValueError, match=r"has the heads \[0, 1, 2\] at 0; expected equally many of each group"):
+    with pytest.raises(ValueError, match=r"has the heads \[0, 1, 4\] at 0; expected equally many of each group"):
         fastdistill.from_pretrained(tmp_path)
 
 
