@@ -1,17 +1,29 @@
-# demo and test set up everything they need in .venv; gpu uses the python3 that is there.
+# demo, check and test set up everything they need in .venv; gpu uses the python3 that is there.
 PYTHON ?= python3
 VENV ?= .venv
+CONSTRAINTS ?= constraints.txt
+WORKERS ?= 2
 BIN := $(VENV)/bin
 NATIVE := $(shell find csrc -type f)
 export FASTDISTILL_ISA ?= native
 
-.PHONY: demo test bench lint gpu gpu-sanitize build clean
+.PHONY: demo check test lowest bench lint gpu gpu-sanitize build clean
 
 demo: $(VENV)/ready
 	$(BIN)/fastdistill stark --task docstrings --teacher minilm --student-layers 2 --sparsity 0.2,0.4,0.6 --epochs 2 --output runs/demo
 
+# Everything but the tests marked slow.
+check: lint
+	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile -m "not slow"
+
 test: $(VENV)/ready
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile
+
+# `make check` with the lowest versions that pyproject.toml allows, in a clone: what is compiled fits one torch only.
+lowest:
+	rm -rf build/lowest
+	git clone -q . build/lowest
+	TORCH_CUDA_ARCH_LIST=9.0 $(MAKE) -C build/lowest check VENV=$(CURDIR)/.venv-lowest CONSTRAINTS=constraints-lowest.txt
 
 bench: $(VENV)/ready
 	mkdir -p runs
@@ -41,11 +53,11 @@ build/gpu: pyproject.toml setup.py $(NATIVE)
 build: $(VENV)/ready
 	$(BIN)/python setup.py -q build_ext --inplace
 
-$(VENV)/ready: pyproject.toml setup.py constraints.txt $(NATIVE)
+$(VENV)/ready: pyproject.toml setup.py $(CONSTRAINTS) $(NATIVE)
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install -q -c constraints.txt torch ninja pybind11 setuptools wheel
-	$(BIN)/python -m pip install -q -c constraints.txt --no-build-isolation -e '.[dev]'
+	$(BIN)/python -m pip install -q -c $(CONSTRAINTS) torch ninja pybind11 setuptools wheel
+	$(BIN)/python -m pip install -q -c $(CONSTRAINTS) --no-build-isolation -e '.[dev]'
 	touch $@
 
 clean:
-	rm -rf build runs $(VENV) fastdistill/*.so fastdistill/_build.json *.egg-info
+	rm -rf build runs $(VENV) .venv-lowest fastdistill/*.so fastdistill/_build.json *.egg-info

@@ -81,7 +81,7 @@ def test_files(only: str | None) -> list[Path]:
         text = path.read_text()
         kernels = path.parent.name == "kernels" and path.name != "test_compiled.py"
         if kernels or "mark.gpu" in text or "device: str" in text:
-            mine = only is None or path.stem == f"test_{only}" or (path.parent.name == "cuda" and only in text)
+            mine = only is None or path.stem.startswith(f"test_{only}") or (path.parent.name == "cuda" and only in text)
             chosen += [path.relative_to(ROOT)] if mine else []
     return chosen
 

@@ -1,5 +1,5 @@
-"""AutoSKDBERT (SSWO) as it is written without this package: eager PyTorch, padded to a fixed length, the sampled
-teacher run in every step, theta's gradient through an unrolled step of the student."""
+"""AutoSKDBERT (SSWO) as it is written without this package: eager PyTorch, theta's gradient through
+an unrolled step of the student; in the forms of `plain_stark.Form`."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from torch.func import functional_call
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers import get_linear_schedule_with_warmup
 
-from benchmarks.plain_stark import accuracy, loader
+from benchmarks.plain_stark import Form, accuracy, loader, stored
 
 THETA_RATE = 1e-3  # also how far the look-ahead goes
 
@@ -40,18 +40,17 @@ def step(student: Any, loss: Tensor, optimizer: Any, schedule: Any) -> None:
 
 
 def inputs(batch: Any) -> dict[str, Tensor]:
-    return {name: value for name, value in batch.items() if name != "labels"}
+    return {name: value for name, value in batch.items() if name not in ("labels", "said")}
 
 
 @torch.no_grad()
-def sample(team: Sequence[Any], theta: Tensor) -> tuple[int, Any]:
-    drawn = int(torch.multinomial(theta, 1))
-    return drawn, team[drawn]
+def sample(theta: Tensor) -> int:
+    return int(torch.multinomial(theta, 1))
 
 
 @torch.no_grad()
-def answers(teacher: Any, batch: Any) -> Tensor:
-    return teacher(**inputs(batch)).logits
+def answers(team: Sequence[Any], drawn: int, batch: Any) -> Tensor:
+    return batch["said"][:, drawn] if "said" in batch else team[drawn](**inputs(batch)).logits
 
 
 def soft_ce(logits: Tensor, target: Tensor) -> Tensor:
@@ -87,8 +86,8 @@ def search(
     found = []
     pairs = itertools.chain.from_iterable(zip(*halves, strict=True) for _ in range(epochs))
     for done, pair in enumerate(pairs, 1):
-        drawn, teacher = sample(team, torch.stack(theta))
-        said = [answers(teacher, batch) for batch in pair]
+        drawn = sample(torch.stack(theta))
+        said = [answers(team, drawn, batch) for batch in pair]
         (theta[drawn].grad,) = torch.autograd.grad(unrolled_loss(student, pair, said, theta[drawn]), theta[drawn])
         of_theta.step()
         of_theta.zero_grad()
@@ -121,6 +120,7 @@ def autoskd(
     data: Any,
     validation: Any,
     tokenizer: Any,
+    form: Form,
     *,
     candidates: int,
     search_epochs: int,
@@ -128,14 +128,16 @@ def autoskd(
 ) -> float:
     """The best student's accuracy."""
     team = [copy.deepcopy(teacher).requires_grad_(False).eval() for teacher in team]
-    batches, evaluated = loader(data, tokenizer, True), loader(validation, tokenizer, False)
+    if form is Form.STORED:
+        data = stored(data, tokenizer, team)
+    batches, evaluated = loader(data, tokenizer, True, form), loader(validation, tokenizer, False, form)
     alone = train(student, batches, lambda logits, batch: F.cross_entropy(logits, batch["labels"]), **training)
     least = accuracy(alone, evaluated)
     weaker = sum(accuracy(teacher, evaluated) < least for teacher in team)
-    halves = [loader(data.shard(2, half), tokenizer, True) for half in range(2)]
+    halves = [loader(data.shard(2, half), tokenizer, True, form) for half in range(2)]
     thetas = search(student, team, halves, search_epochs, candidates, min(weaker, len(team) - 1), training["rate"])
 
     def of_one(theta: Tensor) -> Callable[[Tensor, Any], Tensor]:
-        return lambda logits, batch: soft_ce(logits, answers(sample(team, theta)[1], batch))
+        return lambda logits, batch: soft_ce(logits, answers(team, sample(theta), batch))
 
     return max(accuracy(train(student, batches, of_one(theta), **training), evaluated) for theta in thetas)

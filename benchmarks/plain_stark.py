@@ -1,10 +1,11 @@
-"""STARK as it is written without this package: eager PyTorch, padded to a fixed length, the teacher run in every step,
-gates and weights differentiated together, twice a batch."""
+"""STARK as it is written without this package: eager PyTorch, gates and weights differentiated together, twice a batch;
+in three forms, from what papers' code does to what a good engineer makes of it."""
 
 from __future__ import annotations
 
 import copy
 from collections.abc import Sequence
+from enum import Enum
 from typing import Any
 
 import torch
@@ -12,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.data import DataLoader
 from transformers import DataCollatorWithPadding, get_linear_schedule_with_warmup
+from transformers.trainer_pt_utils import LengthGroupedSampler
 
 import fastdistill
 from benchmarks.test_score import losses
@@ -19,12 +21,41 @@ from benchmarks.test_score import losses
 PADDED, BATCH = 64, 32
 
 
-def loader(data: Any, tokenizer: Any, shuffle: bool) -> Any:
-    collate = DataCollatorWithPadding(tokenizer, padding="max_length", max_length=PADDED)
-    return DataLoader(data.remove_columns("length"), BATCH, shuffle=shuffle, collate_fn=collate)
+class Form(Enum):
+    """How batches are made, and when teachers are asked."""
+
+    PADDED = "padded to 64, teacher in each step"
+    DYNAMIC = "padded to the batch's longest, teacher in each step"
+    STORED = "grouped by length, teacher's logits stored"
 
 
-def distil(student: Any, teacher: Any, batches: Any, epochs: int, rate: float) -> Any:
+def loader(data: Any, tokenizer: Any, shuffle: bool, form: Form) -> Any:
+    whole = {"padding": "max_length", "max_length": PADDED} if form is Form.PADDED else {}
+    options: dict[str, Any] = {"shuffle": shuffle}
+    if form is Form.STORED and shuffle:
+        options = {"sampler": LengthGroupedSampler(BATCH, lengths=list(data["length"]))}
+    elif form is Form.STORED:
+        data = data.sort("length")
+    collate = DataCollatorWithPadding(tokenizer, **whole)
+    return DataLoader(data.remove_columns("length"), BATCH, collate_fn=collate, **options)
+
+
+@torch.no_grad()
+def stored(data: Any, tokenizer: Any, teachers: Sequence[Any]) -> Any:
+    """The data with a column "said", of [teachers, classes] an example."""
+    data = data.sort("length")
+    said, labels = [], []
+    for batch in loader(data, tokenizer, False, Form.STORED):
+        labels += batch.pop("labels").tolist()
+        said.append(torch.stack([teacher(**batch).logits for teacher in teachers], 1))
+    assert labels == list(data["labels"]), "rows and what is said of them are in the same order"
+    return data.add_column("said", torch.cat(said).tolist())
+
+
+def distil(student: Any, teacher: Any, data: Any, tokenizer: Any, form: Form, *, epochs: int, rate: float) -> Any:
+    if form is Form.STORED:
+        data = stored(data, tokenizer, [teacher])
+    batches = loader(data, tokenizer, True, form)
     student = copy.deepcopy(student).train()
     optimizer = torch.optim.AdamW(student.parameters(), rate, weight_decay=0.01)
     steps = epochs * len(batches)
@@ -32,8 +63,11 @@ def distil(student: Any, teacher: Any, batches: Any, epochs: int, rate: float) -
     for _ in range(epochs):
         for batch in batches:
             labels = batch.pop("labels")
-            with torch.no_grad():
-                theirs = teacher(**batch).logits
+            if form is Form.STORED:
+                theirs = batch.pop("said")[:, 0]
+            else:
+                with torch.no_grad():
+                    theirs = teacher(**batch).logits
             ours = student(**batch).logits
             kl = F.kl_div((ours / 2).log_softmax(-1), (theirs / 2).softmax(-1), reduction="batchmean")
             loss = 4 * kl + F.cross_entropy(ours, labels)
@@ -100,16 +134,17 @@ def stark(
     validation: Any,
     tokenizer: Any,
     sparsities: Sequence[float],
+    form: Form,
     **training: Any,
 ) -> float:
     """The best student's accuracy."""
     teacher = copy.deepcopy(teacher).requires_grad_(False).eval()
-    batches, evaluated = loader(train, tokenizer, True), loader(validation, tokenizer, False)
-    trial = distil(student, teacher, batches, **training)
+    evaluated = loader(validation, tokenizer, False, form)
+    trial = distil(student, teacher, train, tokenizer, form, **training)
     found = [accuracy(trial, evaluated)]
-    scored = scores(teacher, trial, batches)
+    scored = scores(teacher, trial, loader(train, tokenizer, False, form))
     for sparsity in sparsities:
         sparse = masked(teacher, scored, sparsity)
         accuracy(sparse, evaluated)
-        found.append(accuracy(distil(student, sparse, batches, **training), evaluated))
+        found.append(accuracy(distil(student, sparse, train, tokenizer, form, **training), evaluated))
     return max(found)

@@ -1,5 +1,5 @@
 """The whole of AutoSKDBERT from a trained team: `fastdistill autoskd`, that is a search and a student of each candidate
-distribution, against the same written plainly.
+distribution, against the same written plainly, in three forms.
 
 By default a little of the embedded task. FASTDISTILL_TASK, FASTDISTILL_TRAIN_EXAMPLES (2000) and FASTDISTILL_SEEDS (as
 0,1,2) set another task, as a folder of SST-2's files, with 10 candidates; the accuracies are noted with the times.
@@ -21,6 +21,7 @@ import torch
 
 from benchmarks import plain_autoskd
 from benchmarks.harness import DEVICE, OURS
+from benchmarks.plain_stark import Form
 from fastdistill import first_layers, from_pretrained
 from fastdistill.cli import main
 
@@ -69,7 +70,7 @@ def ours(seed: int, output: Path) -> float:
     return float(json.loads((output / "results.json").read_text())["results"]["autoskd"]["accuracy"])
 
 
-def plain(seed: int, output: Path) -> float:
+def plain(form: Form, seed: int, output: Path) -> float:
     from fastdistill import load_task, tokenize
     from fastdistill.models.loading import load_tokenizer
 
@@ -79,13 +80,16 @@ def plain(seed: int, output: Path) -> float:
     team = [from_pretrained(folder) for folder in trained().values()]
     torch.manual_seed(seed)
     return plain_autoskd.autoskd(
-        first_layers(team[-1], 2), team, train, validation, tokenizer,
+        first_layers(team[-1], 2), team, train, validation, tokenizer, form,
         candidates=CANDIDATES, search_epochs=SEARCH_EPOCHS, epochs=EPOCHS, rate=RATE,
     )  # fmt: skip
 
 
 @pytest.mark.skipif(DEVICE == "cuda", reason="measured on the CPU")
-@pytest.mark.parametrize("implementation, run", [("written plainly", plain), (OURS, ours)])
+@pytest.mark.parametrize(
+    "implementation, run",
+    [*((f"written plainly, {form.value}", functools.partial(plain, form)) for form in Form), (OURS, ours)],
+)
 def test_autoskd(benchmark: Any, implementation: str, run: Any, tmp_path: Path) -> None:
     trained()
     accuracies = []

@@ -28,7 +28,8 @@ Attention = Callable[..., Tensor]
 
 
 def eager(query: Tensor, key: Tensor, value: Tensor, gate: Tensor | None, attn_mask: Tensor | None = None) -> Tensor:
-    output = F.scaled_dot_product_attention(query, key, value, attn_mask)
+    grouped = key.shape[1] != query.shape[1]
+    output = F.scaled_dot_product_attention(query, key, value, attn_mask, enable_gqa=grouped)
     return output if gate is None else output * gate[..., None, None].to(query.dtype)
 
 
@@ -164,3 +165,19 @@ def test_gates_by_example_and_padding(benchmark: Any, implementation: str, size:
         return torch.autograd.grad(attend(*inputs, gate, attn_mask=mask), [*inputs, gate], grad_output)
 
     run(benchmark, step, size, ", gates by example, padding", "", implementation, work=3.5)
+
+
+@pytest.mark.parametrize("closed", [0.0, 0.5])
+@pytest.mark.parametrize("size", SIZES[:2], ids=lambda size: "x".join(map(str, size)))
+@pytest.mark.parametrize("implementation", PLAIN)
+def test_grouped_heads(benchmark: Any, implementation: str, size: Size, closed: float) -> None:
+    """Four heads of the query to one of key and value; heads are closed in whole groups."""
+    query, key, value = make(size)
+    inputs = [x.detach().requires_grad_() for x in (query, key[:, ::4], value[:, ::4])]
+    gate = with_closed(size[1] // 4, closed).repeat_interleave(4)
+    attend, grad_output = PLAIN[implementation](), torch.randn_like(query)
+
+    def step() -> Any:
+        return torch.autograd.grad(attend(*inputs, gate), inputs, grad_output)
+
+    run(benchmark, step, size, ", grouped heads", f", {closed:.0%} closed", implementation, work=3.5 * (1 - closed))

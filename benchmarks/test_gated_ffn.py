@@ -111,3 +111,41 @@ def test_gate_gradients(benchmark: Any, implementation: str, shape: tuple[int, .
         op="gated_ffn: gate gradients per example",
         case="×".join(map(str, shape)),
     )
+
+
+def glu(x: Tensor, w_in: Tensor, w_out: Tensor, w_gate: Tensor, gate: Tensor) -> Tensor:
+    return F.linear(F.silu(F.linear(x, w_gate)) * F.linear(x, w_in) * gate, w_out)
+
+
+GLU: dict[str, Callable[[], Block]] = {
+    "eager": lambda: glu,
+    "torch.compile": lambda: torch.compile(glu, dynamic=False),
+    OURS: lambda: (
+        lambda x, w_in, w_out, w_gate, gate: gated_ffn(
+            x, w_in, None, w_out, None, gate, activation="silu", w_gate=w_gate
+        )
+    ),
+}
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("off", [0.0, 0.5])
+@pytest.mark.parametrize("implementation", GLU)
+def test_swiglu(benchmark: Any, implementation: str, off: float, shape: tuple[int, ...]) -> None:
+    """Forward and backward to x and all weights of a block as Llama's, under a fixed mask."""
+    torch.compiler.reset()
+    x, w_in, _, w_out, _ = make(*shape)
+    gate = torch.ones(shape[-1], device=DEVICE, dtype=DTYPE)
+    gate[torch.randperm(shape[-1], device=DEVICE)[: round(off * shape[-1])]] = 0
+    leaves = [tensor.requires_grad_() for tensor in (x, w_in, w_out, w_in.flip(0).clone())]
+    block, grad_output = GLU[implementation](), torch.randn_like(x)
+    gates: Any = ActiveNeurons(gate) if implementation == OURS and off else gate
+    run(
+        benchmark,
+        lambda: torch.autograd.grad(block(*leaves, gates), leaves, grad_output),
+        shape,
+        implementation,
+        op="gated_ffn: SwiGLU and gradients",
+        case=f"{'×'.join(map(str, shape))}, {off:.0%} off",
+        flops=18 * shape[0] * shape[1] * shape[2] * shape[3] * (1 - off),
+    )

@@ -1,4 +1,5 @@
-"""The whole of STARK from a fine-tuned teacher: `fastdistill stark` against the same written plainly.
+"""The whole of STARK from a fine-tuned teacher: `fastdistill stark` against the same written plainly, in three
+forms.
 
 By default on 512 of the embedded task's examples. FASTDISTILL_TASK, FASTDISTILL_TRAIN_EXAMPLES and FASTDISTILL_SEEDS
 (as 0,1,2) set another task, as a folder of SST-2's files with 4000; the accuracies are noted with the times.
@@ -20,6 +21,7 @@ import torch
 
 from benchmarks import plain_stark
 from benchmarks.harness import DEVICE, OURS
+from benchmarks.plain_stark import Form
 from fastdistill import first_layers, from_pretrained
 from fastdistill.cli import main
 
@@ -63,7 +65,7 @@ def ours(seed: int, output: Path) -> float:
     return float(json.loads((output / "results.json").read_text())["results"]["stark"]["accuracy"])
 
 
-def plain(seed: int, output: Path) -> float:
+def plain(form: Form, seed: int, output: Path) -> float:
     from fastdistill import load_task, tokenize
     from fastdistill.models.loading import load_tokenizer
 
@@ -72,12 +74,23 @@ def plain(seed: int, output: Path) -> float:
     teacher = from_pretrained(fine_tuned())
     torch.manual_seed(seed)
     return plain_stark.stark(
-        teacher, first_layers(teacher, 2), train, validation, tokenizer, SPARSITIES, epochs=EPOCHS, rate=RATE
+        teacher,
+        first_layers(teacher, 2),
+        train,
+        validation,
+        tokenizer,
+        SPARSITIES,
+        form,
+        epochs=EPOCHS,
+        rate=RATE,
     )
 
 
 @pytest.mark.skipif(DEVICE == "cuda", reason="measured on the CPU")
-@pytest.mark.parametrize("implementation, run", [("written plainly", plain), (OURS, ours)])
+@pytest.mark.parametrize(
+    "implementation, run",
+    [*((f"written plainly, {form.value}", functools.partial(plain, form)) for form in Form), (OURS, ours)],
+)
 def test_stark(benchmark: Any, implementation: str, run: Any, tmp_path: Path) -> None:
     fine_tuned()
     accuracies = []

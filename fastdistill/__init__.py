@@ -12,6 +12,9 @@ if TYPE_CHECKING:
     from fastdistill import ops as ops
     from fastdistill.data.load import load_task as load_task
     from fastdistill.data.load import tokenize as tokenize
+    from fastdistill.models.architectures import Architecture as Architecture
+    from fastdistill.models.architectures import register_architecture as register_architecture
+    from fastdistill.models.export import export as export
     from fastdistill.models.first_token import first_token_only as first_token_only
     from fastdistill.models.gates import gate as gate
     from fastdistill.models.loading import from_pretrained as from_pretrained
@@ -20,11 +23,14 @@ if TYPE_CHECKING:
     from fastdistill.models.students import first_layers as first_layers
     from fastdistill.models.students import parameter_pruned as parameter_pruned
     from fastdistill.models.students import shuffled_sharing as shuffled_sharing
+    from fastdistill.models.tokenizers import shared_tokens as shared_tokens
+    from fastdistill.models.vocabulary import compact_vocabulary as compact_vocabulary
     from fastdistill.objectives.base import WeightedSum as WeightedSum
     from fastdistill.objectives.ckd import CKD as CKD
     from fastdistill.objectives.dekd import DeKD as DeKD
     from fastdistill.objectives.logits import MSE as MSE
     from fastdistill.objectives.logits import LogitsKD as LogitsKD
+    from fastdistill.objectives.logits import MultiLabelKD as MultiLabelKD
     from fastdistill.objectives.pkd import PKD as PKD
     from fastdistill.objectives.team import MTBERT as MTBERT
     from fastdistill.objectives.team import AvgKD as AvgKD
@@ -44,6 +50,8 @@ if TYPE_CHECKING:
     from fastdistill.teachers.store import store as store
     from fastdistill.teachers.team import TeacherTeam as TeacherTeam
     from fastdistill.training.each_epoch import SelectEachEpoch as SelectEachEpoch
+    from fastdistill.training.seq2seq import Seq2SeqDistillationConfig as Seq2SeqDistillationConfig
+    from fastdistill.training.seq2seq import Seq2SeqDistillationTrainer as Seq2SeqDistillationTrainer
     from fastdistill.training.trainer import DistillationConfig as DistillationConfig
     from fastdistill.training.trainer import DistillationTrainer as DistillationTrainer
 
@@ -51,6 +59,7 @@ __version__ = "0.1.0"
 
 # Imported when first used: they bring PyTorch, transformers and datasets with them.
 _LAZY = {
+    "Architecture": "models.architectures",
     "AvgKD": "objectives.team",
     "CKD": "objectives.ckd",
     "DeKD": "objectives.dekd",
@@ -59,15 +68,20 @@ _LAZY = {
     "LogitsKD": "objectives.logits",
     "MSE": "objectives.logits",
     "MTBERT": "objectives.team",
+    "MultiLabelKD": "objectives.logits",
     "PKD": "objectives.pkd",
     "SampledTeacher": "objectives.team",
     "Scores": "models.scores",
     "SelectEachEpoch": "training.each_epoch",
+    "Seq2SeqDistillationConfig": "training.seq2seq",
+    "Seq2SeqDistillationTrainer": "training.seq2seq",
     "TeacherOutputs": "teachers.outputs",
     "TeacherTeam": "teachers.team",
     "WeightedSum": "objectives.base",
     "accumulate_sensitivity_": "ops.accumulate_sensitivity",
+    "compact_vocabulary": "models.vocabulary",
     "doctor": "ops.doctor",
+    "export": "models.export",
     "first_layers": "models.students",
     "first_token_only": "models.first_token",
     "from_pretrained": "models.loading",
@@ -80,9 +94,11 @@ _LAZY = {
     "mask_weights": "sensitivity.weights",
     "parameter_pruned": "models.students",
     "prune": "models.pruning",
+    "register_architecture": "models.architectures",
     "score": "sensitivity.units",
     "score_weights": "sensitivity.weights",
     "select_uncertain": "ops.select_uncertain",
+    "shared_tokens": "models.tokenizers",
     "shuffled_sharing": "models.students",
     "store": "teachers.store",
     "tokenize": "data.load",

@@ -4,11 +4,17 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
+from pathlib import Path
 
 from fastdistill import recipes
 from fastdistill.recipes.settings import RECIPES, RecipeSettings
 from fastdistill.recipes.settings.arguments import add_arguments, from_arguments
+
+EXPORT = (
+    "write a model that fastdistill reshaped as a plain one, which transformers, and all that reads its folders, load"
+)
 
 
 class _Parser(argparse.ArgumentParser):
@@ -22,13 +28,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = _Parser(prog="fastdistill", description="Distil transformers with compiled kernels.")
     commands = parser.add_subparsers(dest="command", metavar="command", required=True)
     commands.add_parser("doctor", help="which backend serves each operator here, and why the others do not")
+    exporting = commands.add_parser("export", help=EXPORT, description=f"{EXPORT[0].upper()}{EXPORT[1:]}.")
+    exporting.add_argument("source", help="the folder of a model that was pruned with uniform widths, or shares layers")
+    exporting.add_argument("target", help="the new folder")
+    exporting.add_argument("--traceback", action="store_true", help="show where an error comes from")
     for name, settings in RECIPES.items():
         does = settings.does
         recipe_parser = commands.add_parser(name, help=does, description=f"{does[0].upper()}{does[1:]}.")
         recipe_parser.add_argument("--traceback", action="store_true", help="show where an error comes from")
         add_arguments(recipe_parser, settings)
     asked = parser.parse_args(arguments)
-    return _doctor() if asked.command == "doctor" else _run(RECIPES[asked.command], asked)
+    if asked.command == "doctor":
+        return _doctor()
+    return _run(_export if asked.command == "export" else partial(_recipe, RECIPES[asked.command]), asked)
 
 
 def _doctor() -> int:
@@ -38,13 +50,29 @@ def _doctor() -> int:
     return 0
 
 
-def _run(settings: type[RecipeSettings], asked: argparse.Namespace) -> int:
+def _recipe(settings: type[RecipeSettings], asked: argparse.Namespace) -> None:
+    getattr(recipes, asked.command)(from_arguments(settings, asked)).show()
+
+
+def _export(asked: argparse.Namespace) -> None:
+    from fastdistill.models.export import export
+    from fastdistill.models.loading import from_pretrained, load_tokenizer
+
+    if Path(asked.target).exists():
+        raise FileExistsError(f"{asked.target} is there; expected a new folder")
+    export(from_pretrained(asked.source), asked.target)
+    if (Path(asked.source) / "tokenizer_config.json").is_file():
+        load_tokenizer(asked.source).save_pretrained(asked.target)
+    print(f"{asked.target}: a plain model of transformers")
+
+
+def _run(does: Callable[[argparse.Namespace], None], asked: argparse.Namespace) -> int:
     import transformers
 
     transformers.logging.set_verbosity_error()  # type: ignore[no-untyped-call]
     transformers.logging.disable_progress_bar()  # type: ignore[no-untyped-call] # of loading weights only
     try:
-        getattr(recipes, asked.command)(from_arguments(settings, asked)).show()
+        does(asked)
     except (ValueError, OSError, ImportError) as error:  # what was asked cannot be: say it in a line
         if asked.traceback:
             raise

@@ -6,11 +6,13 @@ import hashlib
 import json
 from collections.abc import Iterable, Iterator, Mapping
 from itertools import chain
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
+
+from fastdistill.models.hooks import is_peft, uncompiled, unwrapped
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -28,7 +30,17 @@ def tensor_pieces(tensors: Mapping[str, Tensor]) -> Iterator[str | memoryview]:
     """Names, types, shapes and values, in the names' order."""
     for name, tensor in sorted(tensors.items()):
         yield f"{name} {tensor.dtype} {tuple(tensor.shape)}"
-        yield tensor.detach().cpu().reshape(-1).view(torch.uint8).numpy().data
+        plain = tensor.detach().dequantize() if tensor.is_quantized else tensor.detach()
+        yield plain.cpu().reshape(-1).view(torch.uint8).numpy().data
+
+
+def _tensors(state: Mapping[str, Any]) -> Iterator[tuple[str, Tensor]]:
+    """Of a state, whose values may be packed, as PyTorch's quantized layers have them."""
+    for name, value in state.items():
+        if isinstance(value, Tensor):
+            yield name, value
+        elif isinstance(value, tuple | list):
+            yield from _tensors({f"{name}.{place}": one for place, one in enumerate(value)})
 
 
 def row_pieces(rows: Dataset) -> Iterator[str | memoryview]:
@@ -46,9 +58,12 @@ def row_pieces(rows: Dataset) -> Iterator[str | memoryview]:
 
 
 def model_digest(model: PreTrainedModel) -> str:
-    """Of the model's weights and of what its config says beside where and by what it was written."""
+    """Of the model's weights, adapters, and what its config says beside where and by what it was written."""
+    adapters = model.peft_config if is_peft(uncompiled(model)) else {}
+    wrapped = [str(model.active_adapters), *map(str, adapters.items())] if adapters else []
+    model = unwrapped(model)
     config = model.config.to_dict()
     for key in ("_name_or_path", "architectures", "dtype", "transformers_version", "use_cache"):
         config.pop(key, None)
     described = json.dumps([type(model).__name__, config], sort_keys=True, default=str)
-    return digest(chain([described], tensor_pieces(model.state_dict())))
+    return digest(chain([described, *wrapped], tensor_pieces(dict(_tensors(model.state_dict())))))

@@ -5,7 +5,8 @@ over the other side a block at a time; where a head's keys fit one tile, one pro
 head whose gate is 0 a program reads the gate, writes zeros and leaves, unless the gate needs a gradient; so nothing
 depends on the gates' values outside the device. The gates' gradient is the total of the sums of grad_output * output
 over channels, which a backward of attention computes in any case: each program writes its share, and PyTorch adds them,
-always in the same order.
+always in the same order. GROUP neighbouring heads share a head of key and value; each writes the gradients to it apart,
+in single precision, and PyTorch adds those, too.
 
 Scores are kept times UNIT: log2(e), for exp2, or 1 beside a floating mask, of which the least finite value is not to
 become infinite. `row` and `column` number queries and keys and are two-dimensional, so that a tile may have queries
@@ -170,9 +171,9 @@ def _forward_kernel(
     query_row: tl.int32, key_row: tl.int32, value_row: tl.int32, output_row: tl.int32,
     heads: tl.int32, queries: tl.int32, keys: tl.int32,
     scale: tl.float32, dropout_p: tl.float32,
-    SIZE: tl.constexpr, BLOCK_SIZE: tl.constexpr, GATED: tl.constexpr, GATE_GRAD: tl.constexpr, MASK: tl.constexpr,
-    MASK_ROWS: tl.constexpr, CAUSAL: tl.constexpr, DROPOUT: tl.constexpr, UNIT: tl.constexpr, EVEN_KEYS: tl.constexpr,
-    PRECISION: tl.constexpr, QUERIES: tl.constexpr, KEYS: tl.constexpr,
+    SIZE: tl.constexpr, BLOCK_SIZE: tl.constexpr, GROUP: tl.constexpr, GATED: tl.constexpr, GATE_GRAD: tl.constexpr,
+    MASK: tl.constexpr, MASK_ROWS: tl.constexpr, CAUSAL: tl.constexpr, DROPOUT: tl.constexpr, UNIT: tl.constexpr,
+    EVEN_KEYS: tl.constexpr, PRECISION: tl.constexpr, QUERIES: tl.constexpr, KEYS: tl.constexpr,
 ):  # fmt: skip
     blocks = tl.cdiv(queries, QUERIES)
     block = tl.program_id(0) % blocks
@@ -190,8 +191,8 @@ def _forward_kernel(
             return
 
     query_ptr = _at(query_ptr, example, head, query_example, query_head)
-    key_ptr = _at(key_ptr, example, head, key_example, key_head)
-    value_ptr = _at(value_ptr, example, head, value_example, value_head)
+    key_ptr = _at(key_ptr, example, head // GROUP, key_example, key_head)
+    value_ptr = _at(value_ptr, example, head // GROUP, value_example, value_head)
     mask_ptr = _mask_at(mask_ptr, example, head, mask_example, mask_head, MASK_ROWS)
     query = _load(query_ptr, row, queries, query_row, SIZE, BLOCK_SIZE)
     largest = tl.full([QUERIES], -float("inf"), tl.float32)
@@ -242,9 +243,9 @@ def _dots_kernel(
     grad_output_row: tl.int32, output_row: tl.int32,
     heads: tl.int32, queries: tl.int32, keys: tl.int32,
     scale: tl.float32, dropout_p: tl.float32,
-    SIZE: tl.constexpr, BLOCK_SIZE: tl.constexpr, GATED: tl.constexpr, GATE_GRAD: tl.constexpr, MASK: tl.constexpr,
-    MASK_ROWS: tl.constexpr, CAUSAL: tl.constexpr, DROPOUT: tl.constexpr, UNIT: tl.constexpr, EVEN_KEYS: tl.constexpr,
-    PRECISION: tl.constexpr, QUERIES: tl.constexpr, KEYS: tl.constexpr,
+    SIZE: tl.constexpr, BLOCK_SIZE: tl.constexpr, GROUP: tl.constexpr, GATED: tl.constexpr, GATE_GRAD: tl.constexpr,
+    MASK: tl.constexpr, MASK_ROWS: tl.constexpr, CAUSAL: tl.constexpr, DROPOUT: tl.constexpr, UNIT: tl.constexpr,
+    EVEN_KEYS: tl.constexpr, PRECISION: tl.constexpr, QUERIES: tl.constexpr, KEYS: tl.constexpr,
 ):  # fmt: skip
     blocks = tl.cdiv(queries, QUERIES)
     block = tl.program_id(0) % blocks
@@ -281,9 +282,9 @@ def _query_kernel(
     grad_output_row: tl.int32, query_row: tl.int32, key_row: tl.int32, value_row: tl.int32, grad_row: tl.int32,
     heads: tl.int32, queries: tl.int32, keys: tl.int32,
     scale: tl.float32, dropout_p: tl.float32,
-    SIZE: tl.constexpr, BLOCK_SIZE: tl.constexpr, GATED: tl.constexpr, GATE_GRAD: tl.constexpr, MASK: tl.constexpr,
-    MASK_ROWS: tl.constexpr, CAUSAL: tl.constexpr, DROPOUT: tl.constexpr, UNIT: tl.constexpr, EVEN_KEYS: tl.constexpr,
-    PRECISION: tl.constexpr, QUERIES: tl.constexpr, KEYS: tl.constexpr,
+    SIZE: tl.constexpr, BLOCK_SIZE: tl.constexpr, GROUP: tl.constexpr, GATED: tl.constexpr, GATE_GRAD: tl.constexpr,
+    MASK: tl.constexpr, MASK_ROWS: tl.constexpr, CAUSAL: tl.constexpr, DROPOUT: tl.constexpr, UNIT: tl.constexpr,
+    EVEN_KEYS: tl.constexpr, PRECISION: tl.constexpr, QUERIES: tl.constexpr, KEYS: tl.constexpr,
 ):  # fmt: skip
     """The gradient to a block of queries."""
     blocks = tl.cdiv(queries, QUERIES)
@@ -301,8 +302,8 @@ def _query_kernel(
 
     grad_output_ptr = _at(grad_output_ptr, example, head, grad_output_example, grad_output_head)
     query_ptr = _at(query_ptr, example, head, query_example, query_head)
-    key_ptr = _at(key_ptr, example, head, key_example, key_head)
-    value_ptr = _at(value_ptr, example, head, value_example, value_head)
+    key_ptr = _at(key_ptr, example, head // GROUP, key_example, key_head)
+    value_ptr = _at(value_ptr, example, head // GROUP, value_example, value_head)
     mask_ptr = _mask_at(mask_ptr, example, head, mask_example, mask_head, MASK_ROWS)
     rows = pair.to(tl.int64) * queries + row
     logsumexp = tl.load(logsumexp_ptr + rows, mask=row < queries, other=0) * UNIT
@@ -345,9 +346,9 @@ def _key_value_kernel(
     grad_output_row: tl.int32, query_row: tl.int32, key_row: tl.int32, value_row: tl.int32, grad_row: tl.int32,
     heads: tl.int32, queries: tl.int32, keys: tl.int32,
     scale: tl.float32, dropout_p: tl.float32,
-    SIZE: tl.constexpr, BLOCK_SIZE: tl.constexpr, GATED: tl.constexpr, GATE_GRAD: tl.constexpr, MASK: tl.constexpr,
-    MASK_ROWS: tl.constexpr, CAUSAL: tl.constexpr, DROPOUT: tl.constexpr, UNIT: tl.constexpr, EVEN_KEYS: tl.constexpr,
-    PRECISION: tl.constexpr, QUERIES: tl.constexpr, KEYS: tl.constexpr,
+    SIZE: tl.constexpr, BLOCK_SIZE: tl.constexpr, GROUP: tl.constexpr, GATED: tl.constexpr, GATE_GRAD: tl.constexpr,
+    MASK: tl.constexpr, MASK_ROWS: tl.constexpr, CAUSAL: tl.constexpr, DROPOUT: tl.constexpr, UNIT: tl.constexpr,
+    EVEN_KEYS: tl.constexpr, PRECISION: tl.constexpr, QUERIES: tl.constexpr, KEYS: tl.constexpr,
 ):  # fmt: skip
     """The gradients to a block of keys and values. Tiles have keys down and queries across."""
     blocks = tl.cdiv(keys, KEYS)
@@ -367,8 +368,8 @@ def _key_value_kernel(
 
     grad_output_ptr = _at(grad_output_ptr, example, head, grad_output_example, grad_output_head)
     query_ptr = _at(query_ptr, example, head, query_example, query_head)
-    key_ptr = _at(key_ptr, example, head, key_example, key_head)
-    value_ptr = _at(value_ptr, example, head, value_example, value_head)
+    key_ptr = _at(key_ptr, example, head // GROUP, key_example, key_head)
+    value_ptr = _at(value_ptr, example, head // GROUP, value_example, value_head)
     mask_ptr = _mask_at(mask_ptr, example, head, mask_example, mask_head, MASK_ROWS)
     logsumexp_ptr += pair.to(tl.int64) * queries
     dots_ptr += pair.to(tl.int64) * queries
@@ -426,9 +427,9 @@ def _whole_kernel(
     grad_query_row: tl.int32, grad_key_row: tl.int32,
     heads: tl.int32, queries: tl.int32, keys: tl.int32,
     scale: tl.float32, dropout_p: tl.float32,
-    SIZE: tl.constexpr, BLOCK_SIZE: tl.constexpr, GATED: tl.constexpr, GATE_GRAD: tl.constexpr, MASK: tl.constexpr,
-    MASK_ROWS: tl.constexpr, CAUSAL: tl.constexpr, DROPOUT: tl.constexpr, UNIT: tl.constexpr, EVEN_KEYS: tl.constexpr,
-    PRECISION: tl.constexpr, QUERIES: tl.constexpr, KEYS: tl.constexpr,
+    SIZE: tl.constexpr, BLOCK_SIZE: tl.constexpr, GROUP: tl.constexpr, GATED: tl.constexpr, GATE_GRAD: tl.constexpr,
+    MASK: tl.constexpr, MASK_ROWS: tl.constexpr, CAUSAL: tl.constexpr, DROPOUT: tl.constexpr, UNIT: tl.constexpr,
+    EVEN_KEYS: tl.constexpr, PRECISION: tl.constexpr, QUERIES: tl.constexpr, KEYS: tl.constexpr,
 ):  # fmt: skip
     """All gradients of a head whose keys fit one tile. Those to key and value have the same strides."""
     pair = tl.program_id(0)
@@ -436,8 +437,8 @@ def _whole_kernel(
     column = tl.arange(0, KEYS)
     grad_output_ptr = _at(grad_output_ptr, example, head, grad_output_example, grad_output_head)
     query_ptr = _at(query_ptr, example, head, query_example, query_head)
-    key_ptr = _at(key_ptr, example, head, key_example, key_head)
-    value_ptr = _at(value_ptr, example, head, value_example, value_head)
+    key_ptr = _at(key_ptr, example, head // GROUP, key_example, key_head)
+    value_ptr = _at(value_ptr, example, head // GROUP, value_example, value_head)
     output_ptr = _at(output_ptr, example, head, output_example, output_head)
     grad_query_ptr = _at(grad_query_ptr, example, head, grad_query_example, grad_query_head)
     grad_key_ptr = _at(grad_key_ptr, example, head, grad_key_example, grad_key_head)
@@ -523,7 +524,7 @@ def launch(
     """Launches a kernel, compiling it first if need be. Returns what Triton compiled and how many rows a program takes,
     0 for all of them."""
     _, queries, keys = sizes
-    size, gated, gate_grad, mask, mask_rows, causal, dropout = options
+    size, group, gated, gate_grad, mask, mask_rows, causal, dropout = options
     single = tensors[0].dtype == torch.float32
     extras = mask_rows or MASKS[mask] == "float" or dropout
     kind = "single" if single else "half with extras" if extras else "half, sm_90" if _is_hopper() else "half"
@@ -536,8 +537,8 @@ def launch(
     programs = pairs * (triton.cdiv(rows, taken) if taken else 1)
     compiled = globals()[f"_{name}_kernel"][(programs,)](
         *tensors, *strides, *row_strides, *sizes, *numbers,
-        SIZE=size, BLOCK_SIZE=block_size, GATED=bool(gated), GATE_GRAD=bool(gate_grad), MASK=MASKS[mask],
-        MASK_ROWS=bool(mask_rows), CAUSAL=bool(causal), DROPOUT=bool(dropout),
+        SIZE=size, BLOCK_SIZE=block_size, GROUP=group, GATED=bool(gated), GATE_GRAD=bool(gate_grad),
+        MASK=MASKS[mask], MASK_ROWS=bool(mask_rows), CAUSAL=bool(causal), DROPOUT=bool(dropout),
         UNIT=1.0 if MASKS[mask] == "float" else LOG2_E.value, EVEN_KEYS=keys % tile["KEYS"] == 0,
         PRECISION="tf32x3" if single else "tf32", **tile, num_warps=warps, num_stages=stages, maxnreg=registers,
     )  # fmt: skip

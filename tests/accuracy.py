@@ -13,11 +13,11 @@ def relative_error(value: Tensor, exact: Tensor) -> float:
     return float(difference / torch.linalg.vector_norm(exact).clamp_min(torch.finfo(torch.float64).tiny))
 
 
-def assert_accurate(value: Tensor, exact: Tensor, eager: Tensor, what: str = "value", times: float = 2) -> None:
+def assert_accurate(value: Tensor, exact: Tensor, eager: Tensor, what: str = "value") -> None:
     """``exact`` is the float64 answer, ``eager`` plain PyTorch's in the dtype that ``value`` was computed from."""
     assert value.shape == exact.shape, f"{what} has shape {tuple(value.shape)}, expected {tuple(exact.shape)}"
     error, allowed = relative_error(value, exact), relative_error(eager, exact)
-    limit = times * allowed + 2 * torch.finfo(value.dtype).eps
+    limit = 2 * allowed + 2 * torch.finfo(value.dtype).eps
     if eager.dtype == torch.float64:  # the oracle is no better than this
         limit = 1e-13
     assert error <= limit, f"{what}: relative error {error:.3g} > {limit:.3g} (plain PyTorch: {allowed:.3g})"

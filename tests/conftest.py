@@ -1,8 +1,10 @@
 from __future__ import annotations
 
+import gc
 import os
 from collections.abc import Iterator
 
+os.environ["OMP_NUM_THREADS"] = "1"  # sums are rounded by how many threads share them; and workers share the cores
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
@@ -26,6 +28,14 @@ def nan_filled() -> Iterator[None]:
     torch.use_deterministic_algorithms(True, warn_only=True)
     yield
     torch.use_deterministic_algorithms(False)
+
+
+def pytest_collection_finish() -> None:
+    gc.freeze()  # a training ends with gc.collect(), which took longer than all else: it went through every module
+
+
+def pytest_unconfigure() -> None:
+    gc.unfreeze()  # else Triton's module says at the end that it leaks
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -80,8 +80,11 @@ def gated_ffn(
     neuron_gate: Tensor | None = None,
     *,
     activation: str = "gelu",
+    w_gate: Tensor | None = None,
+    b_gate: Tensor | None = None,
 ) -> Tensor:
-    a = ACTIVATIONS[activation](F.linear(x, w_in, b_in))
+    a = F.linear(x, w_in, b_in)
+    a = ACTIVATIONS[activation](a) if w_gate is None else ACTIVATIONS[activation](F.linear(x, w_gate, b_gate)) * a
     if neuron_gate is not None and neuron_gate.dim() == 2:
         a = a * neuron_gate.view(len(neuron_gate), *(1,) * (x.dim() - 2), len(w_in))
     elif neuron_gate is not None:
@@ -101,5 +104,8 @@ def gated_attention(
     if attn_mask is not None:
         attn_mask = attn_mask.expand(*query.shape[:3], key.shape[2])
         attn_mask = attn_mask if attn_mask.dtype == torch.bool else attn_mask.to(query.dtype)
+    group = query.shape[1] // max(key.shape[1], 1)
+    if group > 1:
+        key, value = (x.repeat_interleave(group, 1) for x in (key, value))
     output = F.scaled_dot_product_attention(query, key, value, attn_mask, is_causal=is_causal, scale=scale)
     return output if head_gate is None else output * head_gate.to(output.dtype)[..., None, None]

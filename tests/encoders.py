@@ -1,4 +1,4 @@
-"""A small classifier of every architecture, and inputs for it."""
+"""A small classifier of the first architectures, and inputs for it; tests/models/test_architectures.py has them all."""
 
 from __future__ import annotations
 

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
+import socket
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -17,9 +15,9 @@ from safetensors.torch import load_file
 
 from fastdistill.cli import main
 from tests import commands, tiny
+from tests.processes import run_module, start
 from tests.records import record, without_times
 
-ROOT = Path(__file__).parents[1]
 ONE, TWO = "one", "two"
 RECIPES = {
     "kd": ["--student-layers", "1"],
@@ -56,18 +54,23 @@ def make_sources(folder: Path) -> Path:
 
 @contextmanager
 def launched(module: str, *arguments: str) -> Iterator[None]:
-    """Two processes that run it meanwhile."""
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m", module]
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    with tempfile.TemporaryFile("w+") as said:
-        two = subprocess.Popen([*launcher, *arguments], cwd=ROOT, env=environment, stdout=said, stderr=said)
+    """Two processes that run it meanwhile, told what `torchrun` tells them."""
+    with tempfile.TemporaryDirectory() as folder, socket.create_server(("localhost", 0)) as server:
+        port = str(server.getsockname()[1])
+        server.close()
+        said = Path(folder) / "said"
+        there = {"MASTER_ADDR": "localhost", "MASTER_PORT": port, "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
+        two = [
+            start(run_module, module, *arguments, said=said, RANK=rank, LOCAL_RANK=rank, **there) for rank in ("0", "1")
+        ]
         try:
             yield
-            two.wait(timeout=300)
+            for process in two:
+                process.join(timeout=300)
         finally:
-            two.terminate()
-        said.seek(0)
-        assert two.returncode == 0, said.read()
+            for process in two:
+                process.kill()
+        assert [process.exitcode for process in two] == [0, 0], said.read_text()
 
 
 def assert_alike(found: Any, expected: Any, path: str = "") -> None:

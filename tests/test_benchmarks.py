@@ -51,6 +51,7 @@ def fake(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
+@pytest.mark.slow
 def test_what_fails_ends_nothing_else(fake: Path) -> None:
     (fake / "test_broken.py").write_text("import no_such_module")
     found = gpu.benchmarks(["test_broken.py", "test_fake.py"], fake, 2, lambda _: 200)
@@ -63,6 +64,7 @@ def test_what_fails_ends_nothing_else(fake: Path) -> None:
     assert "killed" in killed and end == "the process ended with -9"
 
 
+@pytest.mark.slow
 def test_what_takes_too_long_is_named(fake: Path) -> None:
     (fake / "test_fake.py").write_text("import time\n\n\ndef test_long(benchmark):\n    time.sleep(300)\n")
     found = gpu.benchmarks(["test_fake.py"], fake, 1, lambda _: 10)
@@ -195,6 +197,7 @@ def test_picture_and_headlines(tmp_path: Path) -> None:
     assert "(benchmarks/results/gpu-h100.svg)" in text and "(benchmarks/results/gpu-h100.md)" in text
 
 
+@pytest.mark.slow
 def test_a_recipe_that_fails_is_told(tmp_path: Path) -> None:
     found = recipes.run(tmp_path, 100, {"kd": "kd --no-such-option"})
     assert found["kd"]["status"] == 2 and "--no-such-option" in found["kd"]["said"]

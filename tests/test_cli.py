@@ -6,8 +6,12 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
+from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
+import fastdistill
 from fastdistill.cli import RECIPES, main
+from fastdistill.models.scores import random_scores
 from tests import tiny
 from tests.commands import refused
 
@@ -21,7 +25,7 @@ def test_help_names_every_command(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit, match="0"):
         main(["--help"])
     said = capsys.readouterr().out
-    assert all(name in said for name in (*RECIPES, "doctor"))
+    assert all(name in said for name in (*RECIPES, "doctor", "export"))
 
 
 @pytest.mark.parametrize("recipe", RECIPES)
@@ -37,6 +41,22 @@ def test_help_explains_every_option(recipe: str, capsys: pytest.CaptureFixture[s
 def test_doctor_prints_its_report(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["doctor"]) == 0
     assert "kd_ce_loss" in capsys.readouterr().out
+
+
+def test_a_reshaped_model_is_exported(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    model = tiny.bert()
+    scores = random_scores(model, torch.Generator().manual_seed(0))
+    source = tiny.model_folder(tmp_path / "pruned", fastdistill.prune(model, scores, 0.5, uniform=True))
+    assert main(["export", str(source), str(tmp_path / "plain")]) == 0
+    assert capsys.readouterr().out.endswith("plain: a plain model of transformers\n")
+    plain = AutoModelForSequenceClassification.from_pretrained(tmp_path / "plain")
+    batch = {"input_ids": torch.tensor([[5, 9, 7]])}
+    torch.testing.assert_close(plain(**batch).logits, fastdistill.from_pretrained(source)(**batch).logits)
+    assert AutoTokenizer.from_pretrained(tmp_path / "plain").get_vocab() == tiny.tokenizer().get_vocab()
+    assert "plain is there; expected a new folder" in refused(["export", str(source), str(tmp_path / "plain")], capsys)
+    uneven = tiny.model_folder(tmp_path / "uneven", fastdistill.prune(model, scores, 0.5))
+    assert "expected the same of all" in refused(["export", str(uneven), str(tmp_path / "new")], capsys)
+    assert not (tmp_path / "new").exists()
 
 
 def test_the_module_runs_as_the_command_does() -> None:

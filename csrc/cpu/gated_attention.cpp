@@ -8,6 +8,7 @@
 #include <ATen/ops/index.h>
 #include <ATen/ops/sum.h>
 #include <ATen/ops/tensor.h>
+#include <ATen/ops/unflatten.h>
 #include <ATen/ops/zeros.h>
 #include <torch/library.h>
 
@@ -97,6 +98,8 @@ class Heads {
   // Packed from all, times the gates where `gated`.
   Tensor pack(const Tensor& x, bool gated = false) const {
     const Tensor rows = with_rows(x);
+    if (is_whole(gated))
+      return rows; // also key's or value's with fewer heads
     if (!copied_ && !(gated && gated_))
       return rows.narrow(1, start_, shape_[1]);
     const Tensor packed = at::empty({shape_[0], shape_[1], x.size(2), x.size(3)}, x.options());
@@ -211,6 +214,19 @@ class Whole {
   Tensor all_;
 };
 
+// Key or value with a head for each of the query's. Flash attention itself takes fewer, where one call is for all heads as
+// they are.
+Tensor repeated(const Tensor& x, int64_t heads, const std::vector<Heads>& parts, bool gated) {
+  if (x.size(1) == heads || (parts.size() == 1 && parts[0].is_whole(gated)))
+    return x;
+  return x.unsqueeze(2).expand({-1, -1, heads / x.size(1), -1, -1}).flatten(1, 2);
+}
+
+// The gradient to key or value from that to its repeated heads.
+Tensor summed(const Tensor& grad, int64_t heads) {
+  return grad.size(1) == heads ? grad : grad.unflatten(1, {heads, -1}).sum(2);
+}
+
 // What flash attention adds to the scores.
 Optional additive_mask(const Optional& mask, const Tensor& query) {
   if (!mask)
@@ -279,10 +295,10 @@ Three gated_attention(
   Whole logsumexp(heads, at::empty({batch, count, 1, query.size(2)}, statistics));
   Tensor ungated = at::empty({0}, query.options());
   const Optional mask = additive_mask(attn_mask, query);
+  const Tensor k = repeated(key, count, heads, false), v = repeated(value, count, heads, false);
   for (const Heads& part : heads) {
     const auto [attention, sums] = at::_scaled_dot_product_flash_attention_for_cpu(
-        part.pack(query), part.pack(key), part.pack(value), 0.0, is_causal, part.pack_mask(mask),
-        scale);
+        part.pack(query), part.pack(k), part.pack(v), 0.0, is_causal, part.pack_mask(mask), scale);
     output.add(part, attention);
     logsumexp.add(part, sums.contiguous().unsqueeze(2));
     if (gate_grad) // then all heads are one part
@@ -309,16 +325,18 @@ Four gated_attention_backward(
   const auto heads = parts(head_gate, batch, count, false);
   // The output is that of the upstream gradient times the gate or, where it is gated itself, that of value times gate.
   const Optional mask = additive_mask(attn_mask, query);
-  Whole grad_query(heads, query), grad_key(heads, key), grad_value(heads, value, !gate_grad);
+  const Tensor k = repeated(key, count, heads, !gate_grad), v = repeated(value, count, heads, !gate_grad);
+  Whole grad_query(heads, query), grad_key(heads, k), grad_value(heads, v, !gate_grad);
   for (const Heads& part : heads) {
     const auto [of_query, of_key, of_value] = at::_scaled_dot_product_flash_attention_for_cpu_backward(
-        part.pack(grad, gate_grad), part.pack(query), part.pack(key), part.pack(value, !gate_grad), part.pack(output),
+        part.pack(grad, gate_grad), part.pack(query), part.pack(k), part.pack(v, !gate_grad), part.pack(output),
         part.pack(logsumexp.unsqueeze(2)).squeeze(2), 0.0, is_causal, part.pack_mask(mask), scale);
     grad_query.add(part, of_query);
     grad_key.add(part, of_key);
     grad_value.add(part, of_value);
   }
-  return {by_token(grad_query.get()), by_token(grad_key.get()), by_token(grad_value.get()), grad_gate};
+  const auto whole = [](const Whole& grad, const Tensor& x) { return by_token(summed(grad.get(), x.size(1))); };
+  return {whole(grad_query, query), whole(grad_key, key), whole(grad_value, value), grad_gate};
 }
 
 } // namespace

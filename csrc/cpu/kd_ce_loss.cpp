@@ -51,7 +51,7 @@ class RowLoss {
       : options_(options),
         classes_(classes),
         size_(classes * Form::kRows),
-        inv_temperature_(1 / options.temperature),
+        temperature_(options.temperature),
         kd_grad_(options.kd_weight / options.temperature * options.grad_scale),
         ce_grad_(options.ce_weight * options.grad_scale),
         exp_s_(scratch.kd_student),
@@ -73,7 +73,7 @@ class RowLoss {
         const V s = student_centred(i, count);
         V exp_s;
         if constexpr (KD) {
-          const V scaled_s = s * V(inv_temperature_), scaled_t = teacher_scaled(i, count);
+          const V scaled_s = s / V(temperature_), scaled_t = teacher_scaled(i, count);
           const V exp_t = exp_nonpositive(scaled_t);
           exp_s = exp_nonpositive(scaled_s);
           exp_s.store(exp_s_ + i, count);
@@ -100,9 +100,8 @@ class RowLoss {
       kd_t_ = Stat(kd_grad_) / sum_t;
       const Stat log_s = Form::log(sum_s), log_t = Form::log(sum_t);
       const Stat log_ratio = REVERSE ? log_t - log_s : options_.self_entropy ? log_s - log_t : log_s;
-      const Stat divergence = cross / (REVERSE ? sum_s : sum_t) + log_ratio;
-      offset_ = log_ratio - divergence;
-      loss = Stat(options_.kd_weight) * divergence;
+      mean_ = cross / (REVERSE ? sum_s : sum_t);
+      loss = Stat(options_.kd_weight) * (mean_ + log_ratio);
     }
     if constexpr (CE) {
       if constexpr (SHARE == Share::kSame)
@@ -156,7 +155,7 @@ class RowLoss {
   }
 
   V teacher_scaled(int64_t i, int64_t count) const {
-    return (load(teacher_ + i, count, -kInf<T>) - Form::spread(teacher_max_)) * V(inv_temperature_);
+    return (load(teacher_ + i, count, -kInf<T>) - Form::spread(teacher_max_)) / V(temperature_);
   }
 
   // log p_target - log p_other (without the first term for soft cross-entropy), up to a constant of the row.
@@ -164,10 +163,11 @@ class RowLoss {
     return REVERSE ? s - t : options_.self_entropy ? t - s : s.neg();
   }
 
-  // The gradient to the target side: p_target * (log p_target - log p_other - divergence).
+  // The gradient to the target side: p_target * (log p_target - log p_other - divergence), of which the row's constant
+  // has gone.
   V target_grad(const T* exps, const V& weight, int64_t i, int64_t count) const {
-    const V d = difference(student_centred(i, count) * V(inv_temperature_), teacher_scaled(i, count));
-    return weighted(load(exps + i, count, T(0)) * weight, d + Form::spread(offset_));
+    const V d = difference(student_centred(i, count) / V(temperature_), teacher_scaled(i, count));
+    return weighted(load(exps + i, count, T(0)) * weight, d - Form::spread(mean_));
   }
 
   // Mean over the classes of s - max(s).
@@ -182,13 +182,13 @@ class RowLoss {
 
   const Options& options_;
   const int64_t classes_, size_;
-  const T inv_temperature_, kd_grad_, ce_grad_;
+  const T temperature_, kd_grad_, ce_grad_;
   T *exp_s_, *exp_t_, *exp_ce_;
   const T* student_ = nullptr;
   const T* teacher_ = nullptr;
   Stat student_max_{0}, teacher_max_{0};
   Stat kd_s_{0}, kd_t_{0}, ce_s_{0}; // what an exponential weighs in the gradient
-  Stat offset_{0};
+  Stat mean_{0}; // of `difference` over the target's distribution
 };
 
 struct Problem {

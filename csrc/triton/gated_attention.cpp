@@ -97,7 +97,7 @@ Tensor in_tiles(const Tensor& mask, bool single) {
 
 // What the kernels of one call share.
 struct Call {
-  int64_t batch, heads, queries, keys, size;
+  int64_t batch, heads, queries, keys, size, group; // a group's heads have one key and value
   Tensor gate, mask, seed; // where there are none, any tensor: it is not read
   std::vector<int64_t> gate_strides = {0, 0}, mask_strides = {0, 0, 0, 0};
   double scale, dropout_p;
@@ -106,7 +106,7 @@ struct Call {
   Call(const Tensor& query, const Tensor& key, const Optional& head_gate, const Optional& attn_mask,
        const Optional& seed_, double dropout_p_, bool is_causal, double scale_, bool gate_grad)
       : batch(query.size(0)), heads(query.size(1)), queries(query.size(2)), keys(key.size(2)), size(query.size(3)),
-        gate(query), mask(query), seed(seed_.value_or(query)), scale(scale_), dropout_p(seed_ ? dropout_p_ : 0) {
+        group(heads / key.size(1)), gate(query), mask(query), seed(seed_.value_or(query)), scale(scale_), dropout_p(seed_ ? dropout_p_ : 0) {
     if (head_gate) {
       gate = head_gate->expand({batch, heads});
       gate_strides = gate.strides().vec();
@@ -123,7 +123,7 @@ struct Call {
       if (mask.scalar_type() == at::kBool)
         mask = mask.view(at::kByte);
     }
-    options = {size, head_gate.has_value(), gate_grad, kind, rows, is_causal, seed_.has_value()};
+    options = {size, group, head_gate.has_value(), gate_grad, kind, rows, is_causal, seed_.has_value()};
   }
 
   // A launch whose kernel takes the tensors and, of the first `strided` of them, its strides but the last.
@@ -180,8 +180,12 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> gated_attention_backward(
     return {narrowed(grad_query, size), narrowed(grad_key, size), narrowed(grad_value, size), grad_gate};
   }
   const Call call(query, key, head_gate, attn_mask, seed, dropout_p, is_causal, scale, gate_grad);
-  const Tensor grad_query = empty_heads(query), grad_key = empty_heads(key), grad_value = empty_heads(value);
   const auto numbers = query.options().dtype(at::kFloat);
+  // those to key and value of each of a group's heads, which are then added
+  const auto empty_members = [&](const Tensor& x) {
+    return call.group == 1 ? empty_heads(x) : at::empty({call.batch, call.keys, call.heads, call.size}, numbers).transpose(1, 2);
+  };
+  const Tensor grad_query = empty_heads(query), grad_key = empty_members(key), grad_value = empty_members(value);
   const Tensor q = aligned(query), k = aligned(key), v = aligned(value), o = aligned(output), g = aligned(grad_output),
                lse = logsumexp.contiguous();
   Tensor shares = lse; // of the gate's gradient; not written unless wanted
@@ -208,7 +212,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> gated_attention_backward(
                  : shares.dim() == 2       ? shares
                                            : shares.sum(2))
                     .to(head_gate->scalar_type());
-  return {grad_query, grad_key, grad_value, grad_gate};
+  const auto added = [&](const Tensor& grad, const Tensor& x) {
+    return call.group == 1 ? grad : empty_heads(x).copy_(grad.unflatten(1, {-1, call.group}).sum(2));
+  };
+  return {grad_query, added(grad_key, key), added(grad_value, value), grad_gate};
 }
 
 } // namespace

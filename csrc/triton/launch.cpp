@@ -19,7 +19,11 @@ namespace {
 using LaunchKernel = int (*)(
     void* function, unsigned, unsigned, unsigned, unsigned, unsigned, unsigned, unsigned shared, void* stream,
     void** parameters, void** extra);
+using RetainPrimaryContext = int (*)(void** context, int device);
+using SetCurrentContext = int (*)(void* context);
 using CurrentStream = int32_t (*)(int32_t device, void** stream);
+
+constexpr int kInvalidContext = 201;
 
 template <typename Function>
 Function find(const char* library, const char* name) {
@@ -28,6 +32,14 @@ Function find(const char* library, const char* name) {
   void* const function = dlsym(handle, name);
   TORCH_CHECK(function, library, " has no ", name);
   return reinterpret_cast<Function>(function);
+}
+
+// Makes the context that CUDA's runtime uses this thread's.
+void enter_context(int32_t device) {
+  static const auto retain = find<RetainPrimaryContext>("libcuda.so.1", "cuDevicePrimaryCtxRetain");
+  static const auto set_current = find<SetCurrentContext>("libcuda.so.1", "cuCtxSetCurrent");
+  void* context = nullptr;
+  TORCH_CHECK(retain(&context, device) == 0 && set_current(context) == 0, "no CUDA context of device ", device);
 }
 
 struct Kernel {
@@ -75,9 +87,17 @@ void launch_kernel(const Kernel& kernel, const Launch& launch) {
 
   const int64_t blocks = launch.pairs * (kernel.rows == 0 ? 1 : (launch.rows + kernel.rows - 1) / kernel.rows);
   void* stream = nullptr;
-  TORCH_CHECK(current_stream(launch.tensors[0].device().index(), &stream) == 0, "no current CUDA stream");
-  const int status = cu_launch(
-      kernel.function, blocks, 1, 1, kernel.threads, 1, 1, kernel.shared, stream, parameters.data(), nullptr);
+  const int32_t device = launch.tensors[0].device().index();
+  TORCH_CHECK(current_stream(device, &stream) == 0, "no current CUDA stream");
+  const auto attempt = [&] {
+    return cu_launch(
+        kernel.function, blocks, 1, 1, kernel.threads, 1, 1, kernel.shared, stream, parameters.data(), nullptr);
+  };
+  int status = attempt();
+  if (status == kInvalidContext) { // a thread that has not called CUDA's runtime yet
+    enter_context(device);
+    status = attempt();
+  }
   TORCH_CHECK(status == 0, "launching ", launch.kernel, " of ", launch.module, " failed: CUDA driver error ", status);
 }
 

@@ -12,7 +12,8 @@
 namespace fastdistill::triton {
 
 // What a kernel is launched with. Its parameters are, in this order: the tensors' addresses, strides (int64), strides of
-// rows, which are short and in the innermost loops (int32), sizes (int32) and numbers (float32); then come compile-time constants, which Python derives from the options and the sizes.
+// rows, which are short and in the innermost loops (int32), sizes (int32) and numbers (float32); then come compile-time
+// constants, which Python derives from the options and the sizes.
 struct Launch {
   const char* module; // in fastdistill.kernels
   const char* kernel;

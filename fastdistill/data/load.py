@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -23,7 +23,8 @@ SPLIT_FILES = {"train": ("train",), "validation": ("validation", "dev"), "test":
 
 @dataclass(frozen=True)
 class TaskData:
-    """A task and its splits: the task's text columns, or `image`, and `label` (int64 classes, or float32 scores)."""
+    """A task and its splits: the task's text columns, or `image`, and `label`: int64 classes, float32 scores, or where
+    there may be several float32 ``[C]``, 1 for those that an example has."""
 
     task: Task
     train: Dataset
@@ -58,8 +59,10 @@ def load_task(
     number in the task's range. Otherwise the task is inferred from train, with maximum length 128:
     - text labels are class names, numbered in sorted order;
     - integers are classes, which must be numbered 0..K-1;
-    - numbers any of which is written with a fraction (2.5, and 2.0 too) are scores, for regression.
-    The metric is accuracy, or for scores Spearman's correlation. Labels are of one kind throughout, and a
+    - numbers any of which is written with a fraction (2.5, and 2.0 too) are scores, for regression;
+    - lists of texts or integers (jsonl, parquet) are several labels an example, or none: each a class as above.
+    The metric is accuracy, for scores Spearman's correlation, and for several labels their F1 ("f1_micro", which
+    "f1_macro" is logged beside). Labels are of one kind throughout, and a
     class that train lacks may be in no other split. `sentence2` is in every row or in none.
 
     max_train_examples, max_eval_examples: the most examples of train, and of validation and test each. A
@@ -94,8 +97,8 @@ def tokenize(
     """Tokenize a split of a `TaskData`, truncating and not padding (that is for a collator, batch by batch).
 
     The result's columns are `input_ids`, `attention_mask`, for tokenizers that make them `token_type_ids`,
-    `labels` (int64, or float32 for regression), and `length`, the number of tokens, by which transformers'
-    `train_sampling_strategy="group_by_length"` can group batches.
+    `labels` (int64, float32 for regression, or float32 ``[C]`` for several), and `length`, the number of tokens,
+    by which transformers' `train_sampling_strategy="group_by_length"` can group batches.
 
     max_length: by default the task's, or the tokenizer's `model_max_length` where that is less. The longer
     text of a pair is cut first.
@@ -130,21 +133,23 @@ def _integer(argument: str, value: object) -> int:
     return value
 
 
-def _label_dtype(task: Task) -> str:
-    return "float32" if task.is_regression else "int64"
+def _label_feature(task: Task) -> Any:
+    from datasets import List, Value
+
+    if task.multi_label:
+        return List(Value("float32"), length=task.num_labels)
+    return Value("float32" if task.is_regression else "int64")
 
 
 def _cast_label(dataset: Dataset, task: Task) -> Dataset:
-    from datasets import Value
-
-    wanted = Value(_label_dtype(task))
+    wanted = _label_feature(task)
     return dataset if dataset.features["label"] == wanted else dataset.cast_column("label", wanted)
 
 
 def _dataset(task: Task, texts: dict[str, list[str]], labels: list[Any]) -> Dataset:
     from datasets import Dataset, Features, Value
 
-    features = Features({column: Value("string") for column in texts} | {"label": Value(_label_dtype(task))})
+    features = Features({column: Value("string") for column in texts} | {"label": _label_feature(task)})
     return Dataset.from_dict(texts | {"label": labels}, features=features)
 
 
@@ -158,7 +163,8 @@ def _subset(dataset: Dataset, size: int | None, seed: int) -> Dataset:
 def hold_out(task: Task, dataset: Dataset, seed: int, every: int = 10) -> tuple[Dataset, Dataset]:
     """Divide into nine tenths and one tenth, class by class, or with another number in the place of ten; every class
     keeps its first row for training."""
-    labels = np.zeros(len(dataset)) if task.is_regression else np.asarray(dataset["label"][:])
+    alike = task.is_regression or task.multi_label
+    labels = np.zeros(len(dataset)) if alike else np.asarray(dataset["label"][:])
     order = np.random.RandomState(seed).permutation(len(dataset))
     order = order[np.argsort(labels[order], kind="stable")]
     _, starts, sizes = np.unique(labels[order], return_index=True, return_counts=True)
@@ -228,7 +234,7 @@ def _from_files(path: Path) -> tuple[Task, dict[str, Dataset]]:
     known = TASKS.get(name)
     train = read_rows(files["train"], known.text_columns if known else None)
     task = known or _infer_task(name, train)
-    code = _coder(task, text=isinstance(train.labels[0], str))
+    code = _coder(task, text=any(isinstance(label, str) for label in _each(train.labels)))
     splits = {}
     for split, file in files.items():
         rows = train if split == "train" else read_rows(file, task.text_columns)
@@ -253,33 +259,46 @@ def _split_files(folder: Path) -> dict[str, Path]:
 
 
 def _infer_task(name: str, train: Rows) -> Task:
-    columns = tuple(train.texts)
-    text = isinstance(train.labels[0], str)
+    columns, several = tuple(train.texts), isinstance(train.labels[0], list)
+    text = isinstance(next(_each(train.labels), None), str)
     for line, label in zip(train.lines, train.labels, strict=True):
-        if isinstance(label, str) != text:
-            kind = "a text" if text else "a number"
+        if isinstance(label, list) != several:
+            kind = "a list" if several else "one label"
             raise RowError(train.file, line, "label", f"{label!r} is not {kind}, as the first row's is")
+        if odd := [one for one in _each([label]) if isinstance(one, str) != text]:
+            kind = "a text" if text else "a number"
+            raise RowError(train.file, line, "label", f"{odd[0]!r} is not {kind}, as the first row's is")
     if any(isinstance(label, float) for label in train.labels):
         return Task(name, columns, None, "spearman", 128)
-    classes = sorted(set(train.labels))
+    classes = sorted(set(_each(train.labels)))
     if len(classes) < 2:
-        raise ValueError(f"{train.file}: every label is {classes[0]!r}; expected two classes or more")
+        every = f"every label is {classes[0]!r}" if classes else "no row has a label"
+        raise ValueError(f"{train.file}: {every}; expected two classes or more")
     if not text:
-        for line, label in zip(train.lines, train.labels, strict=True):
-            if label not in range(len(classes)):
-                rule = f"{len(classes)} classes numbered 0..{len(classes) - 1}"
-                raise RowError(train.file, line, "label", f"{label} is out of range; expected {rule}")
-    return Task(name, columns, tuple(map(str, classes)), "accuracy", 128)
+        for line, row in zip(train.lines, train.labels, strict=True):
+            for label in _each([row]):
+                if label not in range(len(classes)):
+                    rule = f"{len(classes)} classes numbered 0..{len(classes) - 1}"
+                    raise RowError(train.file, line, "label", f"{label} is out of range; expected {rule}")
+    metric = "f1_micro" if several else "accuracy"
+    return Task(name, columns, tuple(map(str, classes)), metric, 128, multi_label=several)
 
 
-def _coder(task: Task, text: bool) -> Callable[[Any], float]:
-    """From a label to its number; a ValueError where it is not of train's kind or not one of the task's."""
+def _each(labels: list[Any]) -> Iterator[Any]:
+    """The labels one by one, where rows may have several."""
+    for label in labels:
+        yield from label if isinstance(label, list) else [label]
+
+
+def _coder(task: Task, text: bool) -> Callable[[Any], Any]:
+    """From a label to its number, or from several to a 1 for each of them; a ValueError where it is not of train's kind
+    or not one of the task's."""
     if task.label_names is None:
         limit = float(np.finfo(np.float32).max)
         low, high = task.label_range or (-limit, limit)
 
         def score(label: Any) -> float:
-            if isinstance(label, str):
+            if isinstance(label, str | list):
                 raise ValueError(f"is {label!r}; expected a number")
             if not low <= label <= high:
                 raise ValueError(f"{label} is out of range {low}..{high}")
@@ -293,14 +312,22 @@ def _coder(task: Task, text: bool) -> Callable[[Any], float]:
         known = ", ".join(map(repr, list(codes)[:20])) + (", ..." if len(codes) > 20 else "")
 
     def code(label: Any) -> int:
+        if isinstance(label, list):
+            raise ValueError(f"is {label!r}; expected one label")
         if isinstance(label, float) or label not in codes:  # a float would be found by the integer it equals
             raise ValueError(f"{label!r} is not among train's or the task's labels: {known}")
         return codes[label]
 
-    return code
+    def flags(labels: Any) -> list[float]:
+        if not isinstance(labels, list):
+            raise ValueError(f"is {labels!r}; expected a list of labels")
+        there = set(map(code, labels))
+        return [float(place in there) for place in range(task.num_labels)]
+
+    return flags if task.multi_label else code
 
 
-def _codes(rows: Rows, code: Callable[[Any], float]) -> list[float]:
+def _codes(rows: Rows, code: Callable[[Any], Any]) -> list[Any]:
     codes = []
     for line, label in zip(rows.lines, rows.labels, strict=True):
         try:

@@ -19,8 +19,9 @@ def compute_metrics(task: Task) -> Callable[[EvalPrediction], dict[str, float]]:
     """Return a function from an EvalPrediction to {name: value}, of which the first is the task's metric, and the
     others are those that papers tell beside it.
 
-    Predictions are logits [N, C], of which the largest is taken, or for regression [N] or [N, 1]; of a tuple,
-    the first entry. Labels are [N]: integers 0..C-1, or finite numbers for regression.
+    Predictions are logits [N, C], of which the largest is taken, for regression [N] or [N, 1], and of several labels
+    [N, C], of which those above 0 are taken; of a tuple, the first entry. Labels are [N]: integers 0..C-1, or finite
+    numbers for regression; several are [N, C], 0 or 1, and NaN where it is not known.
 
     - "accuracy": the share of right predictions.
     - "f1": with two classes that of class 1, 2TP / (2TP + FP + FN); with more the plain mean of it over the
@@ -32,6 +33,8 @@ def compute_metrics(task: Task) -> Callable[[EvalPrediction], dict[str, float]]:
       predictions are all one class. "accuracy" is beside it.
     - "spearman": Spearman's rank correlation; 0 where the labels or the predictions are all equal. "pearson" is
       Pearson's, and "pearson_and_spearman" their mean.
+    - "f1_micro", "f1_macro": of several labels, over all of them together, and the plain mean of each label's; 0 for
+      one that is nowhere, and in no prediction.
 
     Raises ValueError for other shapes, no rows, predictions that are NaN, or labels that are not the task's.
     """
@@ -46,7 +49,10 @@ def compute_metrics(task: Task) -> Callable[[EvalPrediction], dict[str, float]]:
 
 def scores(task: Task, labels: _Array, predictions: _Array, weights: _Array) -> dict[str, _Array]:
     """The metrics of `compute_metrics`, each ``[R]``, with every example counted as often as one of R rows of weights
-    ``[R, N]`` says; labels and predicted classes or scores are ``[N]``."""
+    ``[R, N]`` says; labels and predicted classes or scores are
+    ``[N]``, and several labels ``[N, C]``."""
+    if task.multi_label:
+        return _of_several(labels, predictions, weights)
     if task.is_regression:
         of_ranks = _correlation(_ranks(labels, weights), _ranks(predictions, weights), weights)
         pearson = _correlation(labels, predictions, weights)
@@ -60,6 +66,14 @@ def scores(task: Task, labels: _Array, predictions: _Array, weights: _Array) -> 
     if task.metric == "f1":
         return {"f1": f1, "accuracy": accuracy, "accuracy_and_f1": (accuracy + f1) / 2}
     return {"accuracy": accuracy} | ({"f1": f1} if task.num_labels > 2 else {})
+
+
+def _of_several(labels: _Array, predictions: _Array, weights: _Array) -> dict[str, _Array]:
+    known = ~np.isnan(labels)
+    there, said = known & (labels == 1), known & predictions
+    right, all_of = weights @ (there & said), weights @ there + weights @ said
+    each = 2 * right / np.maximum(all_of, 1)
+    return {"f1_micro": 2 * right.sum(1) / np.maximum(all_of.sum(1), 1), "f1_macro": each.mean(1)}
 
 
 def _confusion(labels: _Array, predictions: _Array, classes: int, weights: _Array) -> _Array:
@@ -109,7 +123,10 @@ def _ranks(values: _Array, weights: _Array) -> _Array:
 
 
 def checked(task: Task, labels: Any, predictions: Any) -> tuple[_Array, _Array]:
-    """Labels and predicted classes or scores, both [N]; ValueError as `compute_metrics` says."""
+    """Labels and predicted classes or scores, both [N], or of several labels [N, C]; ValueError as `compute_metrics`
+    says."""
+    if task.multi_label:
+        return _checked_several(task, labels, predictions)
     labels = np.asarray(labels)
     if labels.ndim != 1 or len(labels) == 0:
         raise ValueError(f"labels has shape {list(labels.shape)}; expected [N], N at least 1")
@@ -129,3 +146,19 @@ def checked(task: Task, labels: Any, predictions: Any) -> tuple[_Array, _Array]:
         found = f"{labels.dtype} from {labels.min()} to {labels.max()}"
         raise ValueError(f"labels for {task.name!r} is {found}; expected integers 0..{task.num_labels - 1}")
     return labels, predictions.argmax(axis=1)
+
+
+def _checked_several(task: Task, labels: Any, predictions: Any) -> tuple[_Array, _Array]:
+    """Labels, NaN where they are not known, and which logits are above 0."""
+    labels = np.asarray(labels, dtype=np.float64)
+    logits = np.asarray(predictions[0] if isinstance(predictions, tuple) else predictions)
+    if labels.ndim != 2 or labels.shape[1] != task.num_labels or not len(labels):
+        raise ValueError(f"labels has shape {list(labels.shape)}; expected [N, {task.num_labels}], N at least 1")
+    if logits.shape != labels.shape:
+        raise ValueError(f"predictions for {task.name!r} has shape {list(logits.shape)}; expected {list(labels.shape)}")
+    if missing := int(np.isnan(logits).sum()):
+        raise ValueError(f"predictions has {missing} NaN of {logits.size}; expected numbers")
+    labels = np.where(labels == -100, np.nan, labels)
+    if odd := [value for value in labels[~np.isnan(labels)] if value not in (0, 1)]:
+        raise ValueError(f"labels for {task.name!r} has {odd[0]}; expected 0 or 1, or NaN where it is not known")
+    return labels, logits > 0

@@ -18,7 +18,7 @@ SUFFIXES = (".jsonl", ".jsonl.gz", ".csv", ".tsv", ".parquet")
 
 _COLUMNS = ("sentence1", "sentence2", "label")
 _Records = Iterator[tuple[int, dict[str, Any]]]
-_Label = int | float | str
+_Label = int | float | str | list[Any]
 
 
 class RowError(ValueError):
@@ -87,6 +87,12 @@ def _text(file: Path, line: int, column: str, value: object) -> str:
 
 
 def _label(file: Path, line: int, value: object) -> _Label:
+    if isinstance(value, list):  # several labels, or none
+        for one in value:
+            if isinstance(one, float | list):
+                raise RowError(file, line, "label", f"has {reprlib.repr(one)}; expected texts or integers")
+            _label(file, line, one)
+        return value
     if isinstance(value, bool) or not isinstance(value, int | float | str):
         raise RowError(file, line, "label", f"is {reprlib.repr(value)}; expected a number or a text")
     if isinstance(value, str):

@@ -9,6 +9,7 @@ from types import MappingProxyType
 from fastdistill.data.docstrings import LABEL_NAMES as DOCSTRING_LABELS
 
 METRICS = ("accuracy", "f1", "spearman", "matthews")
+MULTI_LABEL_METRICS = ("f1_micro", "f1_macro")
 
 _SINGLE = ("sentence1",)
 _PAIR = ("sentence1", "sentence2")
@@ -36,10 +37,12 @@ class Task:
     name: what it is called.
     text_columns: ("sentence1",) or ("sentence1", "sentence2"); () where the examples are images.
     label_names: the classes in the order of their numbers, or None for a regression task (one output).
-    metric: "accuracy", "f1", "spearman" or "matthews"; see `fastdistill.data.metrics.compute_metrics`.
+    metric: "accuracy", "f1", "spearman" or "matthews", with several labels "f1_micro" or "f1_macro"; see
+        `fastdistill.data.metrics.compute_metrics`.
     max_length: tokens an example is cut to, special tokens included; of no meaning for images.
     label_range: least and greatest label of a regression task, or None where any finite number will do.
     hub: where `load_task` finds it by name, or None.
+    multi_label: whether an example may have several of the labels, or none.
     """
 
     name: str
@@ -49,12 +52,16 @@ class Task:
     max_length: int
     label_range: tuple[float, float] | None = None
     hub: HubDataset | None = None
+    multi_label: bool = False
 
     def __post_init__(self) -> None:
         if self.text_columns not in (_SINGLE, _PAIR, ()):
             raise ValueError(f"text_columns is {self.text_columns!r}; expected {_SINGLE}, {_PAIR} or () for images")
-        if self.metric not in METRICS:
-            raise ValueError(f"metric is {self.metric!r}; expected one of {', '.join(METRICS)}")
+        if self.multi_label and self.label_names is None:
+            raise ValueError("multi_label is True but label_names is None; expected the labels")
+        metrics = MULTI_LABEL_METRICS if self.multi_label else METRICS
+        if self.metric not in metrics:
+            raise ValueError(f"metric is {self.metric!r}; expected one of {', '.join(metrics)}")
         if (self.metric == "spearman") != self.is_regression:
             raise ValueError(
                 f"metric {self.metric!r} does not fit label_names={self.label_names!r}: "
@@ -79,6 +86,13 @@ class Task:
     def num_labels(self) -> int:
         """The width of a model's output: the number of classes, or 1 for regression."""
         return 1 if self.label_names is None else len(self.label_names)
+
+    @property
+    def problem_type(self) -> str:
+        """What transformers' configs call it."""
+        if self.is_regression:
+            return "regression"
+        return "multi_label_classification" if self.multi_label else "single_label_classification"
 
 
 def _glue(

@@ -21,6 +21,13 @@ IMPLEMENTATION = "fastdistill"
 
 _GATE = "_fastdistill_head_gate"
 
+_HARMLESS = frozenset({
+    "cache_position", "deterministic", "num_items_in_batch", "output_hidden_states", "output_router_logits",
+    "position_ids", "return_dict", "token_type_ids", "use_cache",
+})  # fmt: skip
+"""What models hand down to their attention and plain attention does not look at either: the mask has all that it needs
+to know of positions and types, and gated_attention is deterministic."""
+
 
 @contextmanager
 def head_gate(attention: nn.Module, gate: Callable[[], Tensor]) -> Iterator[None]:
@@ -48,24 +55,49 @@ def attention_forward(
     is_causal: bool | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
-    """Attention in the form that transformers calls: ``[B, H, S, D]`` in, ``[B, S, H, D]`` out.
+    """Attention in the form that transformers calls: ``[B, H, S, D]`` in, ``[B, S, H, D]`` out; key and value may have
+    fewer heads. As in PyTorch's attention there, a causal module without a mask has its first query at its first key
+    (transformers makes a mask for all other queries in a cache), and a single query attends to every key.
 
-    Raises ValueError for what it cannot do: grouped heads, and giving the attention weights.
+    Raises ValueError for what it cannot do, and models ask for by keyword: giving the attention weights, soft-capping,
+    sinks, biases, a sliding window that is not in a mask, and whatever else is not known to make no difference.
     """
-    if kwargs.get("output_attentions"):
-        raise ValueError(f"output_attentions is True, which {IMPLEMENTATION!r} attention cannot give; expected 'eager'")
+    _check_keywords(kwargs, attention_mask, key.shape[2])
+    if scaling is None:  # with which GPT-2 says these of itself in later versions of transformers
+        for name, usual in (("scale_attn_weights", True), ("scale_attn_by_inverse_layer_idx", False)):
+            if getattr(module, name, usual) != usual:
+                _refuse(name, not usual, str(usual))
     if is_causal is None:
-        is_causal = getattr(module, "is_causal", False)
+        is_causal = getattr(module, "is_causal", True)
     is_causal = bool(is_causal) and attention_mask is None and query.shape[2] > 1  # a mask says all
     own_gate = getattr(module, _GATE, None)
     gate = own_gate and own_gate()
     if torch.compiler.is_compiling() and torch.onnx.is_in_onnx_export():  # which does not know the op
+        if key.shape[1] != query.shape[1]:
+            key, value = (x.repeat_interleave(query.shape[1] // x.shape[1], 1) for x in (key, value))
         context = F.scaled_dot_product_attention(query, key, value, attention_mask, dropout, is_causal, scale=scaling)
         if gate is not None:
             context = (context * gate[..., None, None]).to(context.dtype)
     else:
         context = gated_attention(query, key, value, gate, attention_mask, dropout, is_causal, scaling)
     return context.transpose(1, 2).contiguous(), None
+
+
+def _check_keywords(keywords: dict[str, Any], attention_mask: Tensor | None, keys: int) -> None:
+    for name, value in keywords.items():
+        if value is None or name in _HARMLESS or (name == "output_attentions" and value is False):
+            continue
+        if name == "sliding_window" and (attention_mask is not None or value >= keys):
+            continue
+        _refuse(name, value, "None")
+
+
+def _refuse(name: str, value: object, expected: str) -> None:
+    shown = f"a tensor of shape {tuple(value.shape)}" if isinstance(value, Tensor) else repr(value)
+    raise ValueError(
+        f"{name} is {shown}, which {IMPLEMENTATION!r} attention cannot do; "
+        f"expected {expected}, or a model with attn_implementation='eager'"
+    )
 
 
 def create_mask(mask_function: Callable[..., Any], **options: Any) -> Tensor | None:

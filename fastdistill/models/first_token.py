@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor, nn
 
 from fastdistill.models.architectures import ARCHITECTURES, architecture, encoder_layers
+from fastdistill.models.heads import is_causal
 from fastdistill.models.hooks import hooked, inputs_changed, uncompiled
 
 if TYPE_CHECKING:
@@ -26,7 +27,7 @@ def first_token_only(*models: PreTrainedModel | None) -> Iterator[None]:
 
     Args:
         models: transformers' sequence and image classifiers of an architecture that `fastdistill.gate` knows, whose
-            head takes the first token. Any other model, or None, stays as it is.
+            head takes the first token. Any other model, a decoder among them, or None, stays as it is.
     """
     with ExitStack() as leave:
         for model in models:
@@ -40,9 +41,15 @@ def first_token_only(*models: PreTrainedModel | None) -> Iterator[None]:
 def looks_at_the_first_token(model: nn.Module) -> bool:
     """Whether it is a classifier whose head is known to look at nothing else."""
     model = uncompiled(model)
-    known = getattr(getattr(model, "config", None), "model_type", None) in ARCHITECTURES
+    names = ARCHITECTURES.get(getattr(getattr(model, "config", None), "model_type", ""))
     own = type(model).__module__.startswith("transformers.")
-    return known and own and type(model).__name__.endswith(HEADS)
+    is_classifier = names is not None and bool(names.alone) and own and type(model).__name__.endswith(HEADS)
+    return is_classifier and not is_causal(model) and not _quantizes_activations(model)
+
+
+def _quantizes_activations(model: nn.Module) -> bool:
+    """Whether layers round what they are given by its range, to which all tokens belong."""
+    return any(type(module).__module__.startswith("torch.ao.nn.quantized") for module in model.modules())
 
 
 def _first(*inputs: Any) -> tuple[Any, ...]:

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from fastdistill.models.hooks import uncompiled
+from fastdistill.models.hooks import unwrapped
 
 SHOWN = 3
 """Names that a message has of each kind."""
@@ -42,7 +42,7 @@ def check_fit(
 
 def check_model(argument: str, model: object) -> None:
     """Raises TypeError for what is no model of transformers, and ValueError for one without values."""
-    if not isinstance(uncompiled(model), PreTrainedModel):
+    if not isinstance(unwrapped(model), PreTrainedModel):
         raise TypeError(f"{argument} is a {type(model).__name__}; expected a transformers.PreTrainedModel")
     check_has_values(argument, model)  # type: ignore[arg-type]
 

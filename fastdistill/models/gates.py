@@ -1,4 +1,4 @@
-"""Gates on the attention heads and feed-forward neurons of an encoder."""
+"""Gates on the attention heads and feed-forward neurons of a transformer."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from fastdistill.models.architectures import blocks
 from fastdistill.models.attention import gates_heads, head_gate
-from fastdistill.models.hooks import hooked, inputs_changed
+from fastdistill.models.hooks import hooked, inputs_changed, recomputed_within, whole
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -57,13 +57,17 @@ def gate(model: PreTrainedModel) -> Iterator[Gates]:
     A head's gate :math:`\xi` multiplies its context, after softmax·V and before the output projection, and a neuron's
     gate :math:`\nu` the neuron after its activation, before the second linear map (STARK, Yang et al. 2022, section
     3.2). With attention of any kind; with ``attn_implementation="fastdistill"`` heads whose gate is 0 and takes no
-    gradient are not computed. Layers without heads or neurons have gates without elements.
+    gradient are not computed. Layers without heads or neurons have gates without elements. Of grouped queries the heads
+    are those of query, and of a gated feed-forward network a neuron is the product that the second linear map is given.
+    A layer that is applied again and again (ALBERT) has one gate for all applications.
 
     Args:
-        model: a BERT, RoBERTa, XLM-RoBERTa, CamemBERT, ELECTRA, MPNet, DistilBERT or ViT, with any head.
+        model: of a known architecture, with any head.
 
-    Raises ValueError for an unknown architecture, and in the model's forward for a gate of another shape.
+    Raises ValueError for an unknown architecture, and in the model's forward for a gate of another shape. With gradient
+    checkpointing, backward() must be within the block: RuntimeError otherwise.
     """
+    model = whole(model)
     layers = blocks(model)
 
     def ones(size: int, weight: Tensor) -> Tensor:
@@ -75,6 +79,7 @@ def gate(model: PreTrainedModel) -> Iterator[Gates]:
     )
     with ExitStack() as leave:
         leave.enter_context(hooked(model, "gate"))
+        leave.enter_context(recomputed_within(model, "gate"))
         for place, block in enumerate(layers):
             if block.heads:
                 leave.enter_context(head_gate(block.attention, partial(_head_gate, gates, place)))

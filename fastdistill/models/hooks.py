@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from torch import nn
@@ -17,6 +18,29 @@ _HOOKED = "_fastdistill_hooked"
 def uncompiled(model: Any) -> Any:
     """The model itself where `torch.compile(model)` is given."""
     return getattr(model, "_orig_mod", model)
+
+
+def is_peft(model: object) -> bool:
+    """Whether it is a model of PEFT, around one of transformers."""
+    return any(kind.__module__.startswith("peft.") for kind in type(model).__mro__) and hasattr(model, "get_base_model")
+
+
+def unwrapped(model: Any) -> Any:
+    """The model of transformers where torch.compile's is given, or PEFT's; with adapters, which are in its layers."""
+    model = uncompiled(model)
+    return unwrapped(model.get_base_model()) if is_peft(model) else model
+
+
+def whole(model: Any) -> Any:
+    """`unwrapped`, to be called in the model's stead. Raises ValueError for one of PEFT with a learned prompt, which is
+    in none of its layers."""
+    inner = uncompiled(model)
+    if is_peft(inner) and inner.active_peft_config.is_prompt_learning:
+        raise ValueError(
+            f"model has a prompt that PEFT learned ({inner.active_peft_config.peft_type}), which is in none of its "
+            "layers; expected adapters such as LoRA's, or a model without"
+        )
+    return unwrapped(model)
 
 
 @contextmanager
@@ -36,6 +60,36 @@ def hooked(model: PreTrainedModel, by: str) -> Iterator[None]:
 
 
 @contextmanager
+def recomputed_within(model: nn.Module, by: str) -> Iterator[None]:
+    """Within it gradient checkpointing computes a layer anew as it was computed. A backward pass that would do so
+    afterwards, without what was changed for a while, raises RuntimeError."""
+    modules = [module for module in model.modules() if "_gradient_checkpointing_func" in vars(module)]
+    before: list[Any] = [module._gradient_checkpointing_func for module in modules]
+    ended = False
+
+    def checkpoint(run: Any, function: Any, *inputs: Any, **options: Any) -> Any:
+        def again(*args: Any, **kwargs: Any) -> Any:
+            if ended:
+                raise RuntimeError(
+                    f"a backward pass outside of fastdistill.{by} computes a layer anew, by gradient checkpointing, "
+                    f"which was computed within it; expected backward() within the `with` block, or "
+                    "model.gradient_checkpointing_disable()"
+                )
+            return function(*args, **kwargs)
+
+        return run(again, *inputs, **options)
+
+    for module, run in zip(modules, before, strict=True):
+        module._gradient_checkpointing_func = partial(checkpoint, run)  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        ended = True
+        for module, run in zip(modules, before, strict=True):
+            module._gradient_checkpointing_func = run
+
+
+@contextmanager
 def inputs_changed(module: nn.Module, change: Callable[..., tuple[Any, ...]]) -> Iterator[None]:
     """Within it the module computes with the positional inputs that `change` makes of those it is given.
 
@@ -51,7 +105,16 @@ def inputs_changed(module: nn.Module, change: Callable[..., tuple[Any, ...]]) ->
             module.forward = before
 
 
+def refuse_peft(model: object) -> None:
+    """Raises ValueError for a model whose weights have adapters beside them."""
+    if is_peft(uncompiled(model)):
+        raise ValueError(
+            "model is PEFT's, with adapters beside its weights; merge them first: model.merge_and_unload()"
+        )
+
+
 def refuse_hooked(model: object) -> None:
-    """Raises ValueError for a model whose copy would keep its hooks for ever."""
+    """Raises ValueError for a model whose copy would keep its hooks for ever, or lack its adapters."""
+    refuse_peft(model)
     if marks := getattr(model, _HOOKED, None):
         raise ValueError(f"model is within fastdistill.{', '.join(sorted(marks))}; expected one that is not")

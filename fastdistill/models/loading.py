@@ -11,10 +11,11 @@ import torch
 
 from fastdistill.models.architectures import Block, blocks
 from fastdistill.models.fit import check_finite, check_fit
-from fastdistill.models.pruning import CONFIG_KEY, narrow
+from fastdistill.models.narrowing import made_up, narrow
 from fastdistill.models.reading import load_config, reading
 from fastdistill.models.sharing import CONFIG_KEY as SHARED_KEY
-from fastdistill.models.sharing import check_shared, check_tied, declare_shared
+from fastdistill.models.sharing import check_shared, check_tied, declare_shared, unmark_activation
+from fastdistill.models.widths import CONFIG_KEY, declare_widths, forget_layers
 from fastdistill.processes import rank_and_number
 
 if TYPE_CHECKING:
@@ -75,6 +76,8 @@ def _shaped_by_config(kind: type[Model], folder: Path) -> type[Model]:
 
     class Shaped(kind):  # type: ignore[misc,valid-type]
         def __init__(self, config: Any, *args: Any, **kwargs: Any) -> None:
+            forget_layers(config)
+            unmark_activation(config)
             super().__init__(config, *args, **kwargs)
             layers = blocks(self)
             if (pruned := getattr(config, CONFIG_KEY, None)) is not None:
@@ -86,6 +89,7 @@ def _shaped_by_config(kind: type[Model], folder: Path) -> type[Model]:
                         torch.arange(neurons, device="cpu"),
                         heads,
                     )
+                declare_widths(self, pruned["heads"], pruned["neurons"])
             if (shared := getattr(config, SHARED_KEY, None)) is not None:
                 check_shared(folder, shared, len(layers))
                 declare_shared(self)
@@ -107,6 +111,8 @@ def _check_pruned(folder: Path, pruned: Any, layers: Sequence[Block]) -> None:
         numbers = isinstance(heads, list) and all(isinstance(h, int) and 0 <= h < block.heads for h in heads)
         if not numbers or heads != sorted(set(heads)):
             raise ValueError(f"{where} has the heads {heads!r} at {place}; expected of 0 to {block.heads - 1}, sorted")
+        if len(made_up(torch.tensor(heads, dtype=torch.long, device="cpu"), block)) != len(heads):
+            raise ValueError(f"{where} has the heads {heads!r} at {place}; expected equally many of each group")
         if not isinstance(neurons, int) or not 0 <= neurons <= block.neurons:
             raise ValueError(f"{where} has {neurons!r} neurons at {place}; expected from 0 to {block.neurons}")
 
@@ -167,7 +173,7 @@ def load_classifier(name_or_path: str, task: Task, *, seed: int = 0) -> PreTrain
     answers: dict[str, Any] = {
         "id2label": dict(enumerate(names)),
         "label2id": {name: label for label, name in enumerate(names)},
-        "problem_type": "regression" if task.is_regression else "single_label_classification",
+        "problem_type": task.problem_type,
     }
     has_head = describe_head(name_or_path, task) in ("task", "unnamed")
     if is_reshaped(load_config(source)):

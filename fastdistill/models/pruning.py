@@ -2,29 +2,40 @@
 
 from __future__ import annotations
 
-import copy
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from fastdistill.models.architectures import Block, blocks
+from fastdistill.models.budgets import Kept, flops_without, latency_without, parameters_without, within
 from fastdistill.models.hooks import refuse_hooked
+from fastdistill.models.narrowing import without
 from fastdistill.models.scores import Scores
 from fastdistill.models.sharing import refuse_shared
+from fastdistill.ops.checks import check_number
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
     Model = TypeVar("Model", bound=PreTrainedModel)
 
-CONFIG_KEY = "fastdistill_pruned"
-"""In a pruned model's config: for each layer the indices of the heads that are left, of those that the dense model
-had, and the number of neurons."""
 
-
-def prune(model: Model, scores: Scores, sparsity: float, *, round_to: int = 1) -> Model:
+def prune(
+    model: Model,
+    scores: Scores,
+    sparsity: float | None = None,
+    *,
+    parameters: float | None = None,
+    flops: float | None = None,
+    latency_ms: float | None = None,
+    length: int | None = None,
+    batch: Mapping[str, Any] | None = None,
+    round_to: int = 1,
+    uniform: bool = False,
+) -> Model:
     r"""A new model without the heads and neurons of the lowest scores: smaller, and equal to masking them.
 
     All heads of all layers are ranked together, and so are all neurons; of both the lowest
@@ -33,115 +44,77 @@ def prune(model: Model, scores: Scores, sparsity: float, *, round_to: int = 1) -
     keeps its output bias, as a mask would. Embeddings, pooler and the head stay as they are. The logits are those of
     the model with the same gates at 0, within rounding.
 
+    **Grouped queries.** Heads are those of query. Where several have one key and value, these go when all their heads
+    do; and since those that stay must have equally many, a group with fewer keeps, of the heads that were to go, as
+    many as make it up to the layer's fullest. They stay with output columns of 0, as a mask would have it, and train.
+
+    **Layers that are applied again and again** (ALBERT) have one score for all applications, and are pruned in all.
+
     Args:
-        model: a BERT, RoBERTa, XLM-RoBERTa, CamemBERT, ELECTRA, MPNet, DistilBERT or ViT, with any head; also one that
-            was pruned before.
+        model: of a known architecture, with any head; also one that was pruned before.
         scores: as `fastdistill.score` finds them.
-        sparsity: s, from 0 to 1: the share of the heads, and of the neurons, that are removed.
+        sparsity: s, from 0 to 1: the share of the heads, and of the neurons, that are removed. Or, in its place, one of
+            the following: then it is the smallest with which the new model is within the budget.
+        parameters: a budget of parameters: all of the model's, with its embeddings and head, each once.
+        flops: a budget of floating-point operations, two for a multiply-add, of one example of `length` tokens: those
+            of the layers' linear maps and of attention's two products, without embeddings, pooler and head.
+        latency_ms: a budget of milliseconds, the median of several forward passes of the `batch` where the model is. It
+            is measured for about 7 models: s is found to within 1/64, and no better than this machine keeps time.
+        length: with `flops`.
+        batch: with `latency_ms`: the model's inputs, on its device.
         round_to: the number of neurons that a layer keeps is rounded to the nearest multiple of it.
+        uniform: every layer loses the same share of its own, ranked by itself: layers of one width stay so, and
+            `fastdistill.export` makes a plain model of it. Of grouped queries whole groups go, by the sum of their
+            scores; where there is one group, heads of it.
 
     The new model is saved by its own ``save_pretrained`` and loaded by `fastdistill.from_pretrained`. All its weights
     train. Raises TypeError for what are no scores, and ValueError for an unknown architecture, for a model with shared
-    layers, for scores of another model, that are NaN, or arguments out of their range.
+    layers, for scores of another model, that are NaN, for arguments out of their range, for none or several of sparsity
+    and budgets, and for a budget that the model exceeds without any head and neuron.
     """
+    budgets = {"parameters": parameters, "flops": flops, "latency_ms": latency_ms}
+    given = {name: value for name, value in {"sparsity": sparsity, **budgets}.items() if value is not None}
+    if len(given) != 1:
+        raise ValueError(f"{', '.join(given) or 'nothing'} is given; expected one of sparsity, {', '.join(budgets)}")
+    if (flops is None) != (length is None) or (latency_ms is None) != (batch is None):
+        raise ValueError("expected length with flops, and batch with latency_ms, and neither with anything else")
+    layers = _check(model, scores)
+
+    def kept(sparsity: float) -> Kept:
+        return evenly(scores, layers, sparsity, round_to) if uniform else scores.kept(sparsity, round_to)
+
+    if sparsity is not None:
+        return without(model, *kept(sparsity))
+    (name, budget), steps = next(iter(given.items())), max(sum(block.neurons for block in layers), 64)
+    check_number(name, budget, above=0)
+    cost: Callable[[Sequence[Tensor], Sequence[Tensor]], float] = partial(parameters_without, model)
+    if length is not None:
+        cost = partial(flops_without, model, length)
+    elif batch is not None:
+        cost, steps = partial(latency_without, model, batch), 64
+    return without(model, *kept(within(name, budget, cost, kept, steps)))
+
+
+def _check(model: PreTrainedModel, scores: Scores) -> list[Block]:
+    """The model's layers."""
     if not isinstance(scores, Scores):
         raise TypeError(f"scores is a {type(scores).__name__}; expected Scores, as fastdistill.score finds them")
     refuse_shared(model)
     refuse_hooked(model)
-    smaller = copy.deepcopy(model)
-    layers = blocks(smaller)
+    layers = blocks(model)
     found = [(len(heads), len(neurons)) for heads, neurons in zip(scores.heads, scores.neurons, strict=True)]
     if found != (wanted := [(block.heads, block.neurons) for block in layers]):
         raise ValueError(f"scores has (heads, neurons) {found} by layer; expected the model's, {wanted}")
-    heads, neurons = scores.kept(sparsity, round_to)
-    before = getattr(model.config, CONFIG_KEY, None)
-    original = [list(range(block.heads)) for block in layers] if before is None else before["heads"]
-    numbers = [[was[i] for i in now.tolist()] for was, now in zip(original, heads, strict=True)]
-    for layer in zip(layers, heads, neurons, numbers, strict=True):
-        narrow(*layer)
-    setattr(smaller.config, CONFIG_KEY, {"heads": numbers, "neurons": [len(now) for now in neurons]})
-    return smaller.requires_grad_(True)
+    return layers
 
 
-def narrow(block: Block, heads: Tensor, neurons: Tensor, numbers: Sequence[int]) -> None:
-    """Keep these heads and neurons of a layer; `numbers` are those that the heads had when nothing was pruned."""
-    names = block.names
-    if len(heads) < block.heads:
-        channels = (heads.unsqueeze(1) * block.head_size + torch.arange(block.head_size, device="cpu")).flatten()
-        for name in names.head_in if len(heads) else ():
-            _select(block.layer.get_submodule(name), channels, rows=True)
-        if len(heads):
-            _select(block.head_out, channels, rows=False)
-            _set_heads(block.attention, numbers, block.head_size)
-        else:
-            block.replace(names.head_out, _Bias(block.head_out.bias))
-            within = names.head_out.startswith(names.attention + ".")
-            block.replace(names.attention, _NoHeads(names.head_out, block.head_out) if within else _NoHeads())
-    if len(neurons) < block.neurons:
-        if len(neurons):
-            _select(block.layer.get_submodule(names.neuron_in), neurons, rows=True)
-            _select(block.neuron_out, neurons, rows=False)
-        else:
-            block.replace(names.neuron_in, _Nothing())
-            block.replace(names.neuron_out, _Bias(block.neuron_out.bias))
-
-
-def _select(linear: Any, channels: Tensor, *, rows: bool) -> None:
-    channels = channels.to(linear.weight.device)
-    linear.weight = nn.Parameter(linear.weight.detach().index_select(0 if rows else 1, channels))
-    if rows and linear.bias is not None:
-        linear.bias = nn.Parameter(linear.bias.detach().index_select(0, channels))
-    linear.out_features, linear.in_features = linear.weight.shape
-
-
-def _set_heads(attention: Any, numbers: Sequence[int], head_size: int) -> None:
-    """What attention modules know of their heads beside the width of their projections."""
-    for name, value in (
-        ("num_attention_heads", len(numbers)),
-        ("n_heads", len(numbers)),
-        ("all_head_size", len(numbers) * head_size),
-    ):
-        if hasattr(attention, name):
-            setattr(attention, name, value)
-    if type(attention).__name__ == "MPNetSelfAttention":  # is given a bias for all the heads that there were
-        if not hasattr(attention, "kept_heads"):
-            attention.register_forward_pre_hook(_own_position_bias)
-        attention.kept_heads = list(numbers)
-
-
-def _own_position_bias(attention: Any, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
-    hidden, mask, bias, *rest = inputs
-    return hidden, mask, None if bias is None else bias[:, attention.kept_heads], *rest
-
-
-class _Bias(nn.Module):
-    """The bias that is left of a linear map of nothing."""
-
-    in_features = 0
-
-    def __init__(self, bias: Tensor) -> None:
-        super().__init__()
-        self.bias = nn.Parameter(bias.detach().clone())
-
-    def forward(self, inputs: Tensor) -> Tensor:
-        return self.bias.expand(*inputs.shape[:-1], -1)
-
-
-class _Nothing(nn.Module):
-    """A linear map to no neurons."""
-
-    def forward(self, inputs: Tensor) -> Tensor:
-        return inputs[..., :0]
-
-
-class _NoHeads(nn.Module):
-    """Attention without heads. Where its output projection is within it, what that leaves has the same place."""
-
-    def __init__(self, name: str = "", projection: nn.Module | None = None) -> None:
-        super().__init__()
-        self._projection = name.rpartition(".")[2]
-        if projection is not None:
-            self.add_module(self._projection, projection)
-
-    def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, None]:
-        return (getattr(self, self._projection)(hidden_states) if self._projection else hidden_states[..., :0]), None
+def evenly(scores: Scores, layers: Sequence[Block], sparsity: float, round_to: int) -> Kept:
+    """What stays, as `Scores.kept` says it, where each layer loses the same share."""
+    heads, neurons = [], []
+    for block, ours, theirs in zip(layers, scores.heads, scores.neurons, strict=True):
+        per_group = block.heads // block.groups if block.groups > 1 else 1
+        groups = ours.view(-1, per_group).sum(1)
+        kept, own = Scores([groups], [theirs]).kept(sparsity, round_to)
+        heads.append((kept[0].unsqueeze(1) * per_group + torch.arange(per_group, device="cpu")).flatten())
+        neurons.append(own[0])
+    return heads, neurons

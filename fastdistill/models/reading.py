@@ -28,6 +28,8 @@ def load_config(source: str | Path) -> Any:
     from transformers import AutoConfig
     from transformers.activations import ACT2FN
 
+    from fastdistill.models.sharing import ACTIVATIONS, NOT_PLAIN
+
     folder = Path(source)
     if folder.is_file() or (not folder.exists() and not _may_be_of_the_hub(str(source))):
         what = "a file" if folder.is_file() else "not there"
@@ -44,8 +46,9 @@ def load_config(source: str | Path) -> Any:
             f"{source} is no folder here, nor a model that the Hugging Face hub, or its cache here, "
             f"is known to have: {str(error).splitlines()[0]}"
         ) from error
-    for name in ("hidden_act", "activation"):
-        if isinstance(activation := getattr(config, name, None), str) and activation not in ACT2FN:
+    for name in ACTIVATIONS:
+        activation = getattr(config, name, None)
+        if isinstance(activation, str) and activation.removesuffix(NOT_PLAIN) not in ACT2FN:
             raise ValueError(
                 f"{source} has a config whose {name} is {activation!r}; expected one of {', '.join(sorted(ACT2FN))}"
             )

@@ -7,13 +7,15 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, TypeVar
 
 from torch import nn
+from transformers.pytorch_utils import Conv1D
 
-from fastdistill.models.architectures import encoder_layers, number_layers
+from fastdistill.models.architectures import architecture, blocks, check_places, layer_stack, set_layers
 from fastdistill.models.hooks import refuse_hooked
-from fastdistill.models.pruning import CONFIG_KEY, prune
+from fastdistill.models.pruning import prune
 from fastdistill.models.scores import Scores
 from fastdistill.models.sharing import CONFIG_KEY as SHARED_KEY
 from fastdistill.models.sharing import declare_shared, refuse_shared
+from fastdistill.models.widths import CONFIG_KEY, declare_widths
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -25,31 +27,44 @@ def first_layers(model: Model, k: int, *, layers: Sequence[int] | None = None) -
     """A new model of the same class with the first `k` of the model's layers, and all that is not a layer.
 
     Args:
-        model: a BERT, RoBERTa, XLM-RoBERTa, CamemBERT, ELECTRA, MPNet, DistilBERT or ViT, with any head.
+        model: of a known architecture, with any head.
         k: from 1 to the model's number of layers.
         layers: the `k` layers to take instead, by their place in the model, in the order given.
 
-    Every weight is copied; all of them train, whether or not the model's do.
-    Raises ValueError for an unknown architecture, for a `k` or `layers` that the model does not have, and for a model
-    with shared layers.
+    Every weight is copied; all of them train, whether or not the model's do. Of a model that applies one layer again
+    and again (ALBERT) the student applies it `k` times.
+    Raises ValueError for an unknown architecture, for a `k` or `layers` that the model does not have, for layers that
+    differ by their place and would get another (ModernBERT's first), and for a model with shared layers.
     """
     refuse_hooked(model)
-    stack = encoder_layers(model)
+    stack = layer_stack(model)
     refuse_shared(model)
-    if isinstance(k, bool) or not isinstance(k, int) or not 1 <= k <= len(stack):
-        raise ValueError(f"k is {k!r}; expected from 1 to {len(stack)}, the model's number of layers")
+    depth = model.config.num_hidden_layers
+    if isinstance(k, bool) or not isinstance(k, int) or not 1 <= k <= depth:
+        raise ValueError(f"k is {k!r}; expected from 1 to {depth}, the model's number of layers")
     chosen = list(range(k)) if layers is None else list(layers)
-    if len(set(chosen)) != k or len(chosen) != k or not set(chosen) <= set(range(len(stack))):
-        raise ValueError(f"layers is {layers!r}; expected k = {k} different numbers from 0 to {len(stack) - 1}")
-
+    if len(set(chosen)) != k or len(chosen) != k or not set(chosen) <= set(range(depth)):
+        raise ValueError(f"layers is {layers!r}; expected k = {k} different numbers from 0 to {depth - 1}")
     copies: dict[int, object] = {}  # deepcopy takes what is here for the copy, and so leaves the other layers out
-    copies[id(stack)] = nn.ModuleList([copy.deepcopy(stack[layer], copies) for layer in chosen])
+    if not architecture(model).inner:
+        check_places(model, chosen)
+        copies[id(stack)] = nn.ModuleList([copy.deepcopy(stack[layer], copies) for layer in chosen])
+    elif len(stack) > 1 or layers is not None:
+        raise ValueError(
+            f"model applies {len(stack)} groups of layers again and again, and layers is {layers}; expected one group, "
+            "and None"
+        )
     student = copy.deepcopy(model, copies)
-    student.config.num_hidden_layers = k  # DistilBERT's n_layers follows
-    if widths := getattr(student.config, CONFIG_KEY, None):
-        setattr(student.config, CONFIG_KEY, {units: [of[layer] for layer in chosen] for units, of in widths.items()})
-    number_layers(student)
+    _keep(student, chosen)
     return student.requires_grad_(True)
+
+
+def _keep(student: PreTrainedModel, layers: Sequence[int]) -> None:
+    """Say in a student's config which of the model's layers it has."""
+    widths = getattr(student.config, CONFIG_KEY, None)
+    set_layers(student, layers)
+    if widths is not None and not architecture(student).inner:
+        declare_widths(student, *([widths[units][layer] for layer in layers] for units in ("heads", "neurons")))
 
 
 def shuffled_sharing(model: Model, layers: int | None = None, *, swap: bool = True) -> Model:
@@ -60,18 +75,23 @@ def shuffled_sharing(model: Model, layers: int | None = None, *, swap: bool = Tr
     and bias, and its key the other's query's.
 
     Args:
-        model: a BERT, RoBERTa, XLM-RoBERTa, CamemBERT, ELECTRA, MPNet, DistilBERT or ViT, with any head.
+        model: of a known architecture, with any head.
         layers: how many are applied again, from 1 to all. By default all or, as in the paper, three of six.
         swap: False leaves query and key as they are (SPS-1).
 
     A layer that is applied again has modules of its own, and so hidden states and gates (`fastdistill.gate`) of its
     own. The new model is saved by its own ``save_pretrained``, each weight once, and loaded by
-    `fastdistill.from_pretrained`; transformers' own would draw new weights for the layers above, and reports them as
-    missing. All its weights train. Raises TypeError or ValueError for wrong arguments, and ValueError for an unknown
-    architecture, for a model that has shared layers already and for one within `fastdistill.gate`.
+    `fastdistill.from_pretrained`. transformers' own would draw new weights for the layers above: the config's
+    activation says that layers are shared, so that it raises an error in place of that. `fastdistill.export` writes a
+    plain model with all layers. All its weights train. Raises TypeError or ValueError for wrong arguments, and
+    ValueError for an unknown architecture, for a model that has shared layers already, also of its own (ALBERT), or
+    linear maps that transformers cannot tie (GPT-2), and for one within `fastdistill.gate`; with `swap`, also where
+    query and key are one linear map, or of different sizes.
     """
     refuse_hooked(model)
-    depth = len(encoder_layers(model))
+    if (names := architecture(model)).inner:
+        raise ValueError("model applies its layers again and again; expected one with each layer once")
+    depth = len(layer_stack(model))
     refuse_shared(model)
     if layers is None:
         layers = 3 if depth == 6 else depth
@@ -79,14 +99,17 @@ def shuffled_sharing(model: Model, layers: int | None = None, *, swap: bool = Tr
         raise ValueError(f"layers is {layers!r}; expected from 1 to {depth}, the model's number of layers")
     if not isinstance(swap, bool):
         raise TypeError(f"swap is {swap!r}; expected True or False")
+    if swap and (len(names.head_in) == 1 or any(block.heads != block.groups for block in blocks(model))):
+        raise ValueError("swap is True, but query and key are one linear map, or of different sizes; expected False")
+    if any(isinstance(block.neuron_out, Conv1D) for block in blocks(model)):  # transformers cuts their biases then
+        raise ValueError(f"model is a {type(model).__name__} of Conv1D, which transformers cannot tie; expected Linear")
+    places = [*range(depth), *range(depth - layers, depth)]
+    check_places(model, places)
     student = copy.deepcopy(model)
-    stack = encoder_layers(student)
+    stack = layer_stack(student)
     stack.extend([copy.deepcopy(layer) for layer in stack[-layers:]])
-    student.config.num_hidden_layers = len(stack)  # DistilBERT's n_layers follows
-    if widths := getattr(student.config, CONFIG_KEY, None):
-        setattr(student.config, CONFIG_KEY, {units: [*of, *of[-layers:]] for units, of in widths.items()})
+    _keep(student, places)
     setattr(student.config, SHARED_KEY, {"layers": layers, "swap": swap})
-    number_layers(student)
     declare_shared(student)
     student.tie_weights(recompute_mapping=False)
     return student.requires_grad_(True)

@@ -8,17 +8,17 @@ C]`` and, for an objective that needs them, ``hidden_states``.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, fields, is_dataclass
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
+from fastdistill.models.heads import Problem
 from fastdistill.ops.checks import check_number
 from fastdistill.teachers.outputs import run
 
-Problem = Literal["classification", "regression"]
 # What the trainer logs under names of its own; a part may not take them.
 RESERVED_NAMES = ("loss", "grad_norm", "learning_rate", "epoch", "step", "num_input_tokens_seen")
 
@@ -44,6 +44,10 @@ class Needs:
         columns: the dataset's, beside the labels, that `Objective.parts` takes by name. The models see none of them but
             `ATTENTION_MASK`.
         problem: the only kind of problem that it fits, or None.
+        labels: False where the loss is whole without them, so that it can be told of data that has none; True where it
+            is not. None where nothing is known: labels are then handed on unseen, whatever they are.
+        vocab: "common" where the teacher's logits may be of more or fewer tokens than the student's.
+        per_example: logits must be ``[B, C]``, and not of tokens.
     """
 
     teacher: bool = True
@@ -54,6 +58,9 @@ class Needs:
     lazily: bool = False
     columns: tuple[str, ...] = ()
     problem: Problem | None = None
+    labels: bool | None = None
+    vocab: Literal["same", "common"] = "same"
+    per_example: bool = False
 
     def __post_init__(self) -> None:
         if self.all_tokens is None:
@@ -62,6 +69,10 @@ class Needs:
 
 class Objective(ABC):
     """A loss of a student's outputs against a teacher's outputs, labels, or both: the mean over the examples.
+
+    In `DistillationTrainer` the labels are those of each row of logits, for causal models too, -100 for padding, and
+    start and end of an answer are rows ``[B, 2, S]`` of ``logits``. In a plain loop `fastdistill.models.heads.head_of`
+    has them: ``head.labels(batch)`` and ``head.aligned(outputs, batch)``.
 
     Gradients reach the student and, where its outputs require one, the teacher.
     """
@@ -179,7 +190,14 @@ def _joint_needs(terms: Mapping[str, Needs]) -> Needs:
         lazily=any(needs.lazily for needs in taught.values()),
         columns=tuple({column: None for needs in terms.values() for column in needs.columns}),
         problem=next(iter(problems.values()), None),
+        labels=_joint_labels([needs.labels for needs in terms.values()]),
+        per_example=any(needs.per_example for needs in terms.values()),
+        vocab="common" if any(needs.vocab == "common" for needs in taught.values()) else "same",
     )
+
+
+def _joint_labels(labels: Collection[bool | None]) -> bool | None:
+    return None if None in labels else any(labels)
 
 
 LossFunction = Callable[[Any, Any, Tensor | None], Tensor]
@@ -213,6 +231,12 @@ def as_objective(objective: Objective | LossFunction, teachers: tuple[str, ...] 
             f"objective is {objective!r}; expected an Objective, or a function of (student, teacher, labels)"
         )
     return _Function(objective, teachers)
+
+
+def counting(student: Any, labels: Tensor | None) -> Tensor | None:
+    """Labels that say which rows of the student's logits count, with -100 for those that do not: the labels, or where
+    there are none what the trainer knows of padding; None where all count."""
+    return labels if labels is not None else getattr(student, "counted", None)
 
 
 def weighted_sum(terms: Mapping[str, tuple[float, Tensor]]) -> tuple[Tensor, dict[str, Tensor]]:

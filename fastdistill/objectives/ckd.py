@@ -89,7 +89,7 @@ class CKD(Objective):
 
     @property
     def needs(self) -> Needs:
-        return Needs(hidden_states=True, columns=(ATTENTION_MASK,))
+        return Needs(hidden_states=True, columns=(ATTENTION_MASK,), labels=False)
 
     def parts(
         self, student: Any, teacher: Any, labels: Tensor | None, attention_mask: Tensor | None = None

@@ -138,6 +138,8 @@ class DeKD(Objective):
             lazily=True,
             columns=(EXAMPLE,) if self.select_per == "epoch" else (),
             problem="classification",
+            labels=True,
+            per_example=True,
         )
 
     def choose(self, logits: Tensor, generator: torch.Generator | None = None) -> None:
@@ -220,7 +222,7 @@ class DeKD(Objective):
         if self.ce_on == "selected":
             logits, labels = logits[kept], labels[kept]
         smoothing = self.label_smoothing
-        total = kd_ce_loss(logits, logits.detach(), labels, kd_weight=0.0, label_smoothing=smoothing, reduction="sum")
+        total = kd_ce_loss(logits, None, labels, kd_weight=0.0, label_smoothing=smoothing, reduction="sum")
         return total / labels.ne(-100).sum().clamp(min=1)
 
     def _divergence(self, logits: Tensor, rows: Tensor, answers: Tensor | None) -> Tensor:

@@ -57,7 +57,7 @@ class PKD(Objective):
 
     @property
     def needs(self) -> Needs:
-        return Needs(hidden_states=True, all_tokens=False)
+        return Needs(hidden_states=True, all_tokens=False, labels=False)
 
     def parts(self, student: Any, teacher: Any, labels: Tensor | None) -> tuple[Tensor, dict[str, Tensor]]:
         if teacher is None:

@@ -9,12 +9,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
-from fastdistill.objectives.base import Needs, Objective
+from fastdistill.objectives.base import Needs, Objective, counting
 from fastdistill.ops import kd_ce_loss
 from fastdistill.ops.checks import check_number
 from fastdistill.ops.kd_ce_loss import Reduction
@@ -25,6 +25,7 @@ from fastdistill.teachers.outputs import check_name, run
 class _OfTeam(Objective):
     names: tuple[str, ...]
     temperature: float = 1.0
+    _labels: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         if not isinstance(self.names, tuple) or not all(isinstance(name, str) for name in self.names):
@@ -37,7 +38,7 @@ class _OfTeam(Objective):
 
     @property
     def needs(self) -> Needs:
-        return Needs(teachers=self.names, only="logits", problem="classification")
+        return Needs(teachers=self.names, only="logits", problem="classification", labels=self._labels)
 
     def _team(self, teacher: Any) -> list[Tensor]:
         if teacher is None or any(name not in teacher for name in self.names):
@@ -51,7 +52,7 @@ class _OfTeam(Objective):
         return kd_ce_loss(
             student.logits,
             teacher_logits,
-            labels,
+            counting(student, labels),
             temperature=self.temperature,
             divergence="soft_ce",
             ce_weight=0.0,
@@ -82,6 +83,8 @@ class AvgKD(_OfTeam):
 
     Raises TypeError or ValueError for wrong arguments, and where a teacher's outputs are missing.
     """
+
+    _labels: ClassVar[bool] = False
 
     def parts(self, student: Any, teacher: Any, labels: Tensor | None) -> tuple[Tensor, dict[str, Tensor]]:
         return self._soft_ce(student, self._mixture(self._team(teacher)), labels), {}
@@ -117,7 +120,7 @@ class MTBERT(_OfTeam):
 
 
 def _cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
-    return kd_ce_loss(logits, logits, labels, kd_weight=0.0, reduction="none")
+    return kd_ce_loss(logits, None, labels, kd_weight=0.0, reduction="none")
 
 
 @dataclass(frozen=True)
@@ -157,7 +160,7 @@ class SampledTeacher(Objective):
 
     @property
     def needs(self) -> Needs:
-        return Needs(teachers=tuple(self.theta), only="logits", lazily=True, problem="classification")
+        return Needs(teachers=tuple(self.theta), only="logits", lazily=True, problem="classification", labels=True)
 
     def parts(self, student: Any, teacher: Any, labels: Tensor | None) -> tuple[Tensor, dict[str, Tensor]]:
         names = tuple(self.theta)

@@ -21,6 +21,8 @@ class ActiveNeurons:
         weights = active.gather(w_in, b_in, w_out)
         out = gated_ffn(x, *weights, b_out, active.gate)
 
+    and of a block with ``w_gate`` its rows by :meth:`gather_rows`, too.
+
     Attributes:
         indices: ``[K]`` int64, of the neurons whose gate is not 0 (for ``[B, I]``: in any example), filled up to a
             multiple of 16, at which products are fast, by repeating the first.
@@ -54,8 +56,8 @@ class ActiveNeurons:
 
     def gather(self, w_in: Tensor, b_in: Tensor | None, w_out: Tensor) -> tuple[Tensor, Tensor | None, Tensor]:
         """The weights of these neurons: ``[K, d]``, ``[K]`` and ``[d_out, K]``. Differentiable."""
-        return (
-            w_in.index_select(0, self.indices),
-            None if b_in is None else b_in.index_select(0, self.indices),
-            w_out.index_select(1, self.indices),
-        )
+        return *self.gather_rows(w_in, b_in), w_out.index_select(1, self.indices)
+
+    def gather_rows(self, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        """Of ``w_in`` and ``b_in``, or ``w_gate`` and ``b_gate``: ``[K, d]`` and ``[K]``. Differentiable."""
+        return weight.index_select(0, self.indices), None if bias is None else bias.index_select(0, self.indices)

@@ -45,21 +45,26 @@ def gated_attention(
     :math:`A` the output without gates, :math:`\partial L/\partial g_{b,h}` is the sum of
     :math:`\partial L/\partial O_{b,h} \cdot A_{b,h}` over tokens and channels.
 
+    **Grouped heads** (Ainslie et al. 2023). Key and value may have G heads where query has H = n·G: query head h then
+    attends to key-value head h // n, as with ``enable_gqa=True`` of PyTorch's attention. Gates stay those of query
+    heads; the gradients to key and value are sums over the heads of a group.
+
     **A gate of 0.** Where ``head_gate`` needs no gradient, a head whose gate is 0 is not computed: its output is 0, and
-    so are its gradients to query, key and value, whatever those hold, NaN too. Where it needs one, the head is
-    computed, and the gate's gradient is exact at 0 as elsewhere; the gradients to query, key and value are still 0.
+    so are its gradients to query, key and value, whatever those hold, NaN too; so it is with a key-value head all of
+    whose group is closed. Where it needs one, the head is computed, and the gate's gradient is exact at 0 as elsewhere;
+    the gradients to query, key and value are still 0.
 
     Args:
-        query, key, value: ``[B, H, S, D]``, ``[B, H, T, D]``, ``[B, H, T, D]``, in one dtype of float32, float64,
-            bfloat16 or float16; with any strides, those of ``[B, S, H, D]`` transposed among them. Under autocast they
-            are cast to its dtype. Sums are in float32 (float64 for float64).
+        query, key, value: ``[B, H, S, D]``, ``[B, G, T, D]``, ``[B, G, T, D]``, G dividing H, in one dtype of float32,
+            float64, bfloat16 or float16; with any strides, those of ``[B, S, H, D]`` transposed among them. Under
+            autocast they are cast to its dtype. Sums are in float32 (float64 for float64).
         head_gate: ``[H]``, or ``[B, H]`` for a gate of each example; any floating dtype, any values. None: no gates.
         attn_mask: broadcastable to ``[B, H, S, T]``, not copied to that size; bool (True: attend) or floating, added to
             the scores. A query that may attend to nothing has output 0; one all of whose keys are given the dtype's
             least finite number attends to all of them alike, as in PyTorch. It gets no gradient.
         dropout_p: probability of leaving out a weight, in [0, 1); the others are divided by 1 - dropout_p. Always
             applied: pass 0 in evaluation. Which weights go is drawn by PyTorch's generator of the device.
-        is_causal: query i attends to keys 0 to i only; not together with ``attn_mask``.
+        is_causal: query i attends to keys 0 to i only, also where S and T differ; not together with ``attn_mask``.
         scale: s; None for :math:`1/\sqrt{D}`.
 
     Returns:
@@ -68,9 +73,8 @@ def gated_attention(
 
     Raises:
         TypeError: an argument of the wrong type or dtype.
-        ValueError: shapes that do not fit (grouped queries, that is fewer heads in key and value, among them: repeat
-            those), different devices, a number out of its range, a mask beside ``is_causal`` or one that requires a
-            gradient.
+        ValueError: shapes that do not fit (heads of key and value that do not divide the query's among them), different
+            devices, a number out of its range, a mask beside ``is_causal`` or one that requires a gradient.
 
     Differentiable once, and not by torch.func; torch.vmap calls it once for each example of its batch. On CUDA, heads
     of up to 128 channels are computed by Triton; wider ones, and float64, in plain PyTorch, with the weights in memory,
@@ -90,7 +94,9 @@ def gated_attention(
         and key.device == device
         and value.device == device
         and key.shape == value.shape
-        and key.shape == (shape[0], shape[1], key.shape[2], shape[3])
+        and len(key.shape) == 4
+        and key.shape[::3] == shape[::3]
+        and (key.shape[1] == shape[1] or _divides(key.shape[1], shape[1]))
     ):
         _explain_shapes(query, key, value)
     if head_gate is not None and not (
@@ -115,6 +121,10 @@ def gated_attention(
     return output
 
 
+def _divides(groups: int, heads: int) -> bool:
+    return groups > 0 and heads % groups == 0
+
+
 def _explain_tensors(query: Tensor, key: Tensor, value: Tensor) -> None:
     for name, x in (("query", query), ("key", key), ("value", value)):
         check_tensor(name, x, FLOATING)
@@ -126,14 +136,16 @@ def _explain_shapes(query: Tensor, key: Tensor, value: Tensor) -> None:
             raise ValueError(f"{name} has shape {tuple(x.shape)}; expected 4 dimensions, [batch, heads, length, size]")
         check_same_device(name, x, "query", query)
     batch, heads, _, size = query.shape
+    groups, keys = key.shape[1:3]
+    if not (groups == heads or _divides(groups, heads)):
+        raise ValueError(f"key has {groups} heads, query {heads}; expected {heads}, or for grouped heads its divisor")
     for name, x in (("key", key), ("value", value)):
         if x.dtype != query.dtype:
             raise TypeError(f"{name} has dtype {x.dtype}, query {query.dtype}; expected the same")
-        if x.shape != (batch, heads, key.shape[2], size):
+        if x.shape != (batch, groups, keys, size):
             raise ValueError(
                 f"{name} has shape {tuple(x.shape)}, query {tuple(query.shape)}, key {tuple(key.shape)}; expected "
-                f"{(batch, heads, key.shape[2], size)}. For grouped queries repeat the heads of key and value "
-                "(repeat_interleave) first"
+                f"{(batch, groups, keys, size)}"
             )
     if size == 0:
         raise ValueError(f"query has shape {tuple(query.shape)}; expected heads of at least 1 channel")

@@ -23,11 +23,20 @@ def gated_ffn(
     neuron_gate: Tensor | ActiveNeurons | None = None,
     *,
     activation: Activation = "gelu",
+    w_gate: Tensor | None = None,
+    b_gate: Tensor | None = None,
 ) -> Tensor:
     r"""Linear, activation, gate, linear; with bias, activation and gate in one sweep between the two products.
 
     .. math::
         \mathrm{out} = W_{out} \left( g \odot \mathrm{act}(W_{in} x + b_{in}) \right) + b_{out}
+
+    or, with ``w_gate``, as in Llama and Gemma (Shazeer 2020: SwiGLU with ``"silu"``, GeGLU with ``"gelu"`` or
+    ``"gelu_tanh"``; transformers' ``gate_proj`` is ``w_gate``, ``up_proj`` ``w_in``, ``down_proj`` ``w_out``)
+
+    .. math::
+        \mathrm{out} = W_{out} \left(
+            g \odot \mathrm{act}(W_{gate} x + b_{gate}) \odot (W_{in} x + b_{in}) \right) + b_{out}
 
     A gate of 1 on every neuron is what STARK (Yang et al. 2022, section 3.2) differentiates with respect to; with a
     gate per example, ``[B, I]``, one backward gives the gradients of every example.
@@ -39,10 +48,12 @@ def gated_ffn(
         neuron_gate: ``[I]``; or ``[B, I]`` for x ``[B, ..., d]``; or None for no gate. Any of those dtypes, each its
             own. Its gradient is exact wherever it is wanted, also where the gate is 0. Or :class:`ActiveNeurons`.
         activation: ``"gelu"`` (exact, by erf), ``"gelu_tanh"`` (its approximation by tanh), ``"relu"`` or ``"silu"``.
+        w_gate, b_gate: like ``w_in`` and ``b_in``; without ``w_gate`` no ``b_gate`` either.
 
     Returns:
         ``[..., d_out]`` in x's dtype; under autocast in autocast's, in which the products then are, as in
-        :func:`torch.nn.functional.linear`. From one product to the other it is float32 (float64 for float64).
+        :func:`torch.nn.functional.linear`. From one product to the other it is float32 (float64 for float64), but for
+        the two factors of a block with ``w_gate``, which are rounded before they are multiplied.
 
     **Neurons that are off.** Those that :class:`ActiveNeurons` leaves out are in no arithmetic: their weights are not
     read, and get gradients of 0. A tensor multiplies, and nothing waits for the device to look at it; the gradients of
@@ -58,16 +69,23 @@ def gated_ffn(
     Raises:
         TypeError: an argument of the wrong type or dtype; dtypes of x, weights and biases that differ (but under
             autocast only if one of them is float64).
-        ValueError: shapes that do not fit, tensors on different devices, or an activation not named above.
+        ValueError: shapes that do not fit, tensors on different devices, an activation not named above, or ``b_gate``
+            without ``w_gate``.
     """
-    if not _fits(x, w_in, b_in, w_out, b_out, neuron_gate, activation):
-        _explain(x, w_in, b_in, w_out, b_out, neuron_gate, activation)
+    weights = (w_in, b_in, w_out, b_out, w_gate, b_gate)
+    if not _fits(x, *weights, neuron_gate, activation):
+        _explain(x, *weights, neuron_gate, activation)
     active = neuron_gate if isinstance(neuron_gate, ActiveNeurons) else _worth_finding(x, neuron_gate)
     gate = neuron_gate
     if active is not None:
         w_in, b_in, w_out = active.gather(w_in, b_in, w_out)
+        if w_gate is not None:
+            w_gate, b_gate = active.gather_rows(w_gate, b_gate)
         gate = active.gate
-    return F.linear(bias_act_gate(F.linear(x, w_in), b_in, gate, activation), w_out, b_out)
+    if w_gate is None:
+        return F.linear(bias_act_gate(F.linear(x, w_in), b_in, gate, activation), w_out, b_out)
+    factor = bias_act_gate(F.linear(x, w_gate), b_gate, gate, activation)
+    return F.linear(factor * F.linear(x, w_in, b_in), w_out, b_out)
 
 
 def _worth_finding(x: Tensor, gate: Tensor | None) -> ActiveNeurons | None:
@@ -92,6 +110,8 @@ def _fits(
     b_in: Tensor | None,
     w_out: Tensor,
     b_out: Tensor | None,
+    w_gate: Tensor | None,
+    b_gate: Tensor | None,
     neuron_gate: Tensor | ActiveNeurons | None,
     activation: str,
 ) -> bool:
@@ -108,6 +128,9 @@ def _fits(
         and w_out.device == device
         and (b_in is None or (is_floating(b_in) and b_in.shape == of_in[:1] and b_in.device == device))
         and (b_out is None or (is_floating(b_out) and b_out.shape == of_out[:1] and b_out.device == device))
+        and (w_gate is not None or b_gate is None)
+        and (w_gate is None or (is_floating(w_gate) and w_gate.shape == of_in and w_gate.device == device))
+        and (b_gate is None or (is_floating(b_gate) and b_gate.shape == of_in[:1] and b_gate.device == device))
     ):
         return False
     if not (
@@ -115,7 +138,9 @@ def _fits(
         and w_out.dtype is dtype
         and (b_in is None or b_in.dtype is dtype)
         and (b_out is None or b_out.dtype is dtype)
-    ) and not _autocast_makes_equal(x, w_in, b_in, w_out, b_out):
+        and (w_gate is None or w_gate.dtype is dtype)
+        and (b_gate is None or b_gate.dtype is dtype)
+    ) and not _autocast_makes_equal(x, w_in, b_in, w_out, b_out, w_gate, b_gate):
         return False
     gate, neurons = neuron_gate, of_in[0]
     if isinstance(gate, ActiveNeurons):
@@ -143,6 +168,8 @@ def _explain(
     b_in: Tensor | None,
     w_out: Tensor,
     b_out: Tensor | None,
+    w_gate: Tensor | None,
+    b_gate: Tensor | None,
     neuron_gate: Tensor | ActiveNeurons | None,
     activation: str,
 ) -> None:
@@ -158,12 +185,19 @@ def _explain(
                 f"{name} has shape {tuple(weight.shape)}; expected [outputs, {size}], "
                 f"{size} being {'the last dimension of x' if of == 'x' else 'the rows of w_in'}"
             )
-    for name, bias, weight in (("b_in", b_in, w_in), ("b_out", b_out, w_out)):
+    if w_gate is not None:
+        check_tensor("w_gate", w_gate, FLOATING)
+        if w_gate.shape != w_in.shape:
+            raise ValueError(f"w_gate has shape {tuple(w_gate.shape)}; expected {tuple(w_in.shape)}, that of w_in")
+    for name, bias, of_weight in (("b_in", b_in, w_in), ("b_out", b_out, w_out), ("b_gate", b_gate, w_gate)):
         if bias is not None:
+            if of_weight is None:
+                raise ValueError(f"{name} is given without w_gate; expected None")
             check_tensor(name, bias, FLOATING)
-            if bias.shape != weight.shape[:1]:
-                raise ValueError(f"{name} has shape {tuple(bias.shape)}; expected ({len(weight)},) or None")
-    for name, tensor in (("w_in", w_in), ("b_in", b_in), ("w_out", w_out), ("b_out", b_out)):
+            if bias.shape != of_weight.shape[:1]:
+                raise ValueError(f"{name} has shape {tuple(bias.shape)}; expected ({len(of_weight)},) or None")
+    named = {"w_in": w_in, "b_in": b_in, "w_out": w_out, "b_out": b_out, "w_gate": w_gate, "b_gate": b_gate}
+    for name, tensor in named.items():
         if tensor is not None:
             if tensor.dtype != x.dtype and not _autocast_makes_equal(x, tensor):
                 raise TypeError(f"{name} has dtype {tensor.dtype}; expected {x.dtype}, that of x")

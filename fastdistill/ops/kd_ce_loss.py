@@ -38,7 +38,7 @@ of numbers that do not, so that its relative error, no larger than plain PyTorch
 
 def kd_ce_loss(
     student_logits: Tensor,
-    teacher_logits: Tensor,
+    teacher_logits: Tensor | None,
     labels: Tensor | None = None,
     *,
     temperature: float = 1.0,
@@ -68,7 +68,7 @@ def kd_ce_loss(
     Args:
         student_logits, teacher_logits: ``[..., C]`` with C >= 2; float32, float64, bfloat16 or float16, each its own.
             Gradients go to whichever requires one. Computed in float32 (float64 if either is, or tau > 100), also under
-            autocast.
+            autocast. The teacher's may be None where ``kd_weight`` is 0.
         labels: ``[...]``, any integer dtype; None for the distillation term alone (``ce_weight`` must then be left
             at its default or be 0).
         temperature: 1e-4 <= tau <= 1e4, on both sides of the distillation term; cross-entropy is always at temperature
@@ -92,6 +92,11 @@ def kd_ce_loss(
     graph is not retained, and not at all for an upstream gradient of 1. It cannot be differentiated twice, nor by
     torch.func; torch.vmap calls it once for each example of its batch.
     """
+    if teacher_logits is None:
+        if kd_weight != 0:
+            raise ValueError(f"teacher_logits is None but kd_weight is {kd_weight}; expected logits, or kd_weight=0")
+        check_tensor("student_logits", student_logits, FLOATING)
+        teacher_logits = student_logits.detach()
     if not (
         is_floating(student_logits)
         and is_floating(teacher_logits)

@@ -8,6 +8,8 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from torch import Tensor
+from torch.autograd import forward_ad
 
 from fastdistill.ops.native import NATIVE
 
@@ -40,7 +42,23 @@ def define(
         if not has_kernel(name, "CUDA"):
             LIBRARY.impl(name, _on_first_call(name, triton), "CUDA")
     op: Callable[..., Any] = getattr(torch.ops.fastdistill, name).default
-    return op
+    return op if NATIVE.cpu else _refusing_tangents(name, op)
+
+
+def _refusing_tangents(name: str, op: Callable[..., Any]) -> Callable[..., Any]:
+    """As csrc/autograd refuses them: autograd in Python would lose the tangents of forward mode."""
+
+    def call(*args: Any) -> Any:
+        if forward_ad._current_level >= 0:
+            for x in args:
+                if isinstance(x, Tensor) and forward_ad.unpack_dual(x).tangent is not None:
+                    raise NotImplementedError(
+                        f"{name} cannot be differentiated by torch.func (grad, vjp, jvp, ...); expected "
+                        "torch.autograd.grad or Tensor.backward"
+                    )
+        return op(*args)
+
+    return call
 
 
 def define_autograd(name: str, backward: Callable[..., Any], setup_context: Callable[..., Any]) -> None:

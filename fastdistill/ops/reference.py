@@ -181,6 +181,16 @@ def rank(scores: Tensor, count: int) -> Tensor:
     return scores.sort(descending=True, stable=True).indices[:count].clone()
 
 
+def _for_each_head(grouped: Tensor, heads: int) -> Tensor:
+    """Key or value with a head for each of the query's; where there are as many, itself."""
+    return grouped if grouped.shape[1] == heads else grouped.repeat_interleave(heads // grouped.shape[1], 1)
+
+
+def _over_groups(grad: Tensor, groups: int) -> Tensor:
+    """The gradient to key or value from that to each of the query's heads."""
+    return grad if grad.shape[1] == groups else grad.unflatten(1, (groups, -1)).sum(2)
+
+
 def _attention_weights(
     query: Tensor,
     key: Tensor,
@@ -232,7 +242,7 @@ def gated_attention(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The output, the output without gates where ``gate_grad``, and the logsumexp (see ops/gated_attention.py)."""
     dtype = accumulation_dtype(query)
-    q, k, v = (x.to(dtype) for x in (query, key, value))
+    q, k, v = (_for_each_head(x.to(dtype), query.shape[1]) for x in (query, key, value))
     weights, logsumexp = _attention_weights(q, k, attn_mask, is_causal, scale, None)
     attention = weights * dropout_factors(seed, weights, dropout_p) @ v
     output = attention
@@ -263,7 +273,7 @@ def gated_attention_backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """The gradients to query, key, value and, where ``gate_grad``, the gate: ``output`` is then that without gates."""
     dtype = accumulation_dtype(query)
-    upstream, q, k, v = (x.to(dtype) for x in (upstream, query, key, value))
+    upstream, q, k, v = (_for_each_head(x.to(dtype), query.shape[1]) for x in (upstream, query, key, value))
     weights, _ = _attention_weights(q, k, attn_mask, is_causal, scale, logsumexp)
     factors = dropout_factors(seed, weights, dropout_p)
     mean = (upstream * output.to(dtype)).sum(-1, keepdim=True)  # under the weights, of their gradients
@@ -280,6 +290,7 @@ def gated_attention_backward(
     grad_query, grad_key = grad_scores @ k, grad_scores.mT @ q
     if head_gate is not None:
         grad_query, grad_key, grad_value = (torch.where(gate == 0, 0, x) for x in (grad_query, grad_key, grad_value))
+    grad_key, grad_value = (_over_groups(x, key.shape[1]) for x in (grad_key, grad_value))
     return _apart(grad_query, query), _apart(grad_key, query), _apart(grad_value, query), grad_gate
 
 

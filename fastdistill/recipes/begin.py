@@ -97,6 +97,11 @@ def begin(settings: RecipeSettings, data: Splits | None = None) -> Beginning:
     data = load(settings) if data is None else data
     if data.task.is_of_images:
         raise ValueError(f"--task {settings.task} is of images; expected one of text")
+    if data.task.multi_label:
+        raise ValueError(
+            f"--task {settings.task} has several labels an example, which no recipe takes; expected one label, or "
+            "fastdistill.DistillationTrainer, which does"
+        )
     if settings.teacher is None:
         raise ValueError(f"--teacher is None; expected a model for {data.task.name}")
     teacher_epochs = _teacher_epochs(settings.teacher, settings.teacher_epochs, data.task)

@@ -17,12 +17,15 @@ from fastdistill.digest import digest, model_digest, tensor_pieces
 from fastdistill.files import check_file, load_tensors, save_tensors
 from fastdistill.models.first_token import first_token_only
 from fastdistill.models.fit import check_finite, check_model
-from fastdistill.models.gates import Gates, gate
+from fastdistill.models.heads import head_of
+from fastdistill.models.hooks import whole
+from fastdistill.models.inputs import inputs_of
 from fastdistill.models.scores import Scores, mix
 from fastdistill.objectives.base import ATTENTION_MASK, LossFunction, Objective, as_objective
-from fastdistill.objectives.logits import MSE, LogitsKD, TaskLoss
+from fastdistill.objectives.logits import MSE, LogitsKD, MultiLabelKD, TaskLoss
 from fastdistill.ops.checks import check_choice
 from fastdistill.processes import rank_and_number, sum_over_processes
+from fastdistill.sensitivity.values import UnitValues, unit_values
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -71,16 +74,18 @@ def score(
         Q = E_D \left| \frac{\partial L_{KD}}{\partial \xi} \right|
 
     with gates :math:`\xi = 1` on every head and neuron (STARK, Yang et al. 2022, section 3.2). Both models are in eval
-    mode meanwhile, and as they were afterwards. Of each batch there is one forward pass, and with gates of its own for
-    each example one backward pass gives every example's gradient. Weights take no gradient. Of an objective that sees
-    the logits alone, a single backward pass serves both P and Q for two classes or regression; otherwise there are two.
+    mode meanwhile, and as they were afterwards. Of each batch there is one forward pass, and one backward pass gives
+    every example's gradient: a gate's is the sum of its unit's values times their gradients, in float32 for models of
+    16 bits, so that nothing is multiplied by gates of one. Weights take no gradient. Of an objective that sees the
+    logits alone, a single backward pass serves both P and Q for two classes or regression; otherwise there are two.
 
     Args:
         teacher: a classifier, or regression model, that `fastdistill.gate` knows.
         loader: yields dictionaries of the models' inputs with "labels".
         student: the trial student, on the teacher's device; it takes the same inputs. None: P alone.
         objective: :math:`L_{KD}`, a mean over examples, differentiated with respect to the teacher: by default soft
-            cross-entropy at temperature 2 without labels, as in the paper, or squared error for one output.
+            cross-entropy at temperature 2 without labels, as in the paper, of many labels that of each, or squared
+            error for one output.
         reduce: "example", the definition: the mean over labelled examples of absolute gradients. "batch", as the
             published code: the mean over batches of the batch mean's absolute gradient.
         checkpoint: a file in which what was found so far is kept every few batches; a call with the same models and
@@ -102,22 +107,24 @@ def score(
         check_file("checkpoint", checkpoint)
     chosen = objective_of(teacher, student, objective)
     check_loader(loader)
+    given: list[PreTrainedModel | None] = [teacher, student]
+    teacher, student = whole(teacher), None if student is None else whole(student)
     device = next(teacher.parameters()).device
     narrowed = (teacher, student) if student is None or not chosen.needs.all_tokens else ()
-    with evaluating(teacher, student), first_token_only(*narrowed), gate(teacher) as gates:
-        sizes = [len(g) for g in gates.tensors]
+    with evaluating(teacher, student), first_token_only(*narrowed), unit_values(teacher) as values:
+        sizes = values.units
         widest = torch.float32 if device.type == "mps" else torch.float64
         totals = torch.zeros(1 if student is None else 2, sum(sizes), dtype=widest, device=device)
         kept = None
         if checkpoint is not None:
-            kept = _Checkpoint(checkpoint, [teacher, student], (chosen.fingerprint, reduce))
+            kept = _Checkpoint(checkpoint, given, (chosen.fingerprint, reduce))
         count, done = (0, 0) if kept is None else kept.load(totals)
         for number, batch in enumerate(tqdm(loader, desc="score", disable=not progress)):
             if kept is not None:
                 kept.see(batch)
             if number < done:
                 continue
-            count += _add(totals, teacher, student, gates, chosen, reduce, batch)
+            count += _add(totals, teacher, student, values, chosen, reduce, batch)
             if kept is not None and (number + 1) % SAVE_EVERY == 0:
                 kept.save(totals, count)
         if kept is not None:
@@ -136,37 +143,38 @@ def _add(
     totals: Tensor,
     teacher: PreTrainedModel,
     student: PreTrainedModel | None,
-    gates: Gates,
+    units: UnitValues,
     objective: Objective,
     reduce: str,
     batch: dict[str, Any],
 ) -> int:
     """Add a batch's sensitivities to the totals; returns how many examples, or batches, they are of."""
-    features, columns, labels, labelled = split_batch(batch, objective, student, totals.device)
+    features, columns, labels, labelled = split_batch(batch, objective, teacher, student, totals.device)
     if not labelled:
         return 0
-    gates.per_example(len(labels))
+    units.clear()
     with torch.enable_grad():
-        outputs = teacher(**features)
+        outputs = outputs_of(teacher, features, student)
     losses: list[Callable[[Any], Tensor]] = [lambda theirs: TaskLoss()(theirs, None, labels) * labelled]
     if student is not None:
         with torch.no_grad():
-            answers = student(**features)
+            answers = outputs_of(student, features, teacher)
         losses.append(lambda theirs: objective(answers, theirs, labels, **columns) * labelled)
 
     if student is None or objective.needs.only:
-        found = _from_logits(gates, outputs.logits, losses, student is None or objective.needs.only == "probabilities")
+        of_softmax = not labels.is_floating_point() and (student is None or objective.needs.only == "probabilities")
+        found = _from_logits(units, outputs.logits, losses, of_softmax)
     else:
         with torch.enable_grad():
             values = [loss(outputs) for loss in losses]
-        found = [_gradients(gates, values[0], retain_graph=True), _gradients(gates, values[1])]
+        found = [units.gradients(values[0], retain_graph=True), units.gradients(values[1])]
     for total, gradients in zip(totals, found, strict=True):
         total += gradients.abs().sum(0) if reduce == "example" else gradients.sum(0).abs() / labelled
     return labelled if reduce == "example" else 1
 
 
 def _from_logits(
-    gates: Gates, logits: Tensor, losses: Sequence[Callable[[Any], Tensor]], of_softmax: bool
+    units: UnitValues, logits: Tensor, losses: Sequence[Callable[[Any], Tensor]], of_softmax: bool
 ) -> list[Tensor]:
     """The gradients of losses that see the logits alone.
 
@@ -180,20 +188,10 @@ def _from_logits(
         grad_outputs += torch.autograd.grad(value, leaf)
     if logits.dim() == 2 and (logits.shape[1] == 1 or (logits.shape[1] == 2 and of_softmax)):
         vector = logits.new_tensor([1.0, -1.0])[: logits.shape[1]].expand_as(logits)
-        base = _gradients(gates, logits, vector)
+        base = units.gradients(logits, vector)
         return [base * factor[:, :1] for factor in grad_outputs]
     last = len(grad_outputs) - 1
-    return [_gradients(gates, logits, row, retain_graph=place < last) for place, row in enumerate(grad_outputs)]
-
-
-def _gradients(
-    gates: Gates, outputs: Tensor, grad_output: Tensor | None = None, *, retain_graph: bool = False
-) -> Tensor:
-    """Every example's, ``[B, all gates]``; of a model without heads and neurons there are none."""
-    if not outputs.requires_grad:
-        return outputs.new_zeros(len(gates.heads[0]), 0)
-    found = torch.autograd.grad(outputs, gates.tensors, grad_output, retain_graph=retain_graph, materialize_grads=True)
-    return torch.cat(found, 1)
+    return [units.gradients(logits, row, retain_graph=place < last) for place, row in enumerate(grad_outputs)]
 
 
 def objective_of(
@@ -212,8 +210,11 @@ def objective_of(
         if not chosen.needs.teacher or chosen.needs.teachers:
             raise ValueError(f"objective is {chosen}; expected one of a single teacher's outputs")
         return chosen
-    if teacher.config.num_labels == 1:
+    problem = head_of(teacher).problem
+    if problem == "regression":
         return MSE(label_weight=0.0)
+    if problem == "multi_label":
+        return MultiLabelKD(temperature=2.0, divergence="soft_ce", bce_weight=0.0)
     return LogitsKD(temperature=2.0, divergence="soft_ce", ce_weight=0.0)
 
 
@@ -222,29 +223,41 @@ def check_loader(loader: object) -> None:
         raise TypeError(f"loader is {loader!r}; expected what yields dictionaries of the models' inputs with labels")
 
 
+def outputs_of(model: PreTrainedModel, features: Mapping[str, Any], other: PreTrainedModel | None) -> Any:
+    """What a model says to a batch of which it and the other take their own, with logits as its labels are."""
+    inputs = inputs_of(model, features, others=[] if other is None else [other])
+    return head_of(model).aligned(model(**inputs), features)
+
+
 def split_batch(
-    batch: Mapping[str, Any], objective: Objective, student: PreTrainedModel | None, device: torch.device
+    batch: Mapping[str, Any],
+    objective: Objective,
+    teacher: PreTrainedModel,
+    student: PreTrainedModel | None,
+    device: torch.device,
 ) -> tuple[dict[str, Any], dict[str, Tensor], Tensor, int]:
-    """What of a batch the models take, what the objective takes, and the labels, of the examples that have one, on the
-    device; and how many labels there are."""
+    """What of a batch the models take, what the objective takes, and the labels as the teacher's head has them, of the
+    examples that have one, on the device; and how many labels there are."""
     if not isinstance(batch, Mapping):
         raise TypeError(f"loader gave a {type(batch).__name__}; expected dictionaries of inputs with labels")
+    labels = head_of(teacher).labels(batch)
     for column in ("labels", *objective.needs.columns):
-        if column not in batch:
+        if column not in batch and (column != "labels" or labels is None):
             raise ValueError(f"loader gave a batch without {column}: {', '.join(batch)}")
-    labels = batch["labels"]
+    assert labels is not None
     there = labels == labels if labels.is_floating_point() else labels != -100
     if labels.dim() == 1 and not there.all():
         number = len(labels)
         rows = {k: v for k, v in batch.items() if isinstance(v, Tensor) and v.shape[:1] == (number,)}
         batch = {**batch, **{name: value[there] for name, value in rows.items()}}
+        labels = labels[there]
     labelled = int(there.sum())
     batch = {k: v.to(device, non_blocking=True) if isinstance(v, Tensor) else v for k, v in batch.items()}
     own = {name for name in objective.needs.columns if name != ATTENTION_MASK}
-    features = {name: value for name, value in batch.items() if name != "labels" and name not in own}
+    features = {name: value for name, value in batch.items() if name not in own}
     if student is not None and objective.needs.hidden_states:
         features["output_hidden_states"] = True
-    return features, {name: batch[name] for name in objective.needs.columns}, batch["labels"], labelled
+    return features, {name: batch[name] for name in objective.needs.columns}, labels.to(device), labelled
 
 
 def check_totals(totals: Tensor, teacher: PreTrainedModel, student: PreTrainedModel | None) -> None:

@@ -15,13 +15,20 @@ from tqdm.auto import tqdm  # type: ignore[import-untyped]
 from fastdistill.files import load_tensors, save_tensors
 from fastdistill.models.architectures import encoder_weights
 from fastdistill.models.first_token import first_token_only
-from fastdistill.models.hooks import refuse_hooked
+from fastdistill.models.hooks import refuse_hooked, refuse_peft
 from fastdistill.models.scores import check_sparsity, mix
 from fastdistill.objectives.base import LossFunction, Objective
 from fastdistill.objectives.logits import TaskLoss
 from fastdistill.ops import accumulate_sensitivity_
 from fastdistill.processes import sum_over_processes
-from fastdistill.sensitivity.units import check_loader, check_totals, evaluating, objective_of, split_batch
+from fastdistill.sensitivity.units import (
+    check_loader,
+    check_totals,
+    evaluating,
+    objective_of,
+    outputs_of,
+    split_batch,
+)
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -81,6 +88,7 @@ def score_weights(
     """
     chosen = objective_of(teacher, student, objective)
     check_loader(loader)
+    refuse_peft(teacher)
     named = dict(encoder_weights(teacher))
     weights = list(named.values())
     totals = [[torch.zeros_like(w, dtype=torch.float32) for w in weights] for _ in range(1 if student is None else 2)]
@@ -88,14 +96,14 @@ def score_weights(
     narrowed = (teacher, student) if student is None or not chosen.needs.all_tokens else ()
     with evaluating(teacher, student, trained=weights), first_token_only(*narrowed):
         for batch in tqdm(loader, desc="score", disable=not progress):
-            features, columns, labels, labelled = split_batch(batch, chosen, student, weights[0].device)
+            features, columns, labels, labelled = split_batch(batch, chosen, teacher, student, weights[0].device)
             if not labelled:
                 continue
-            theirs = teacher(**features)
+            theirs = outputs_of(teacher, features, student)
             values = [TaskLoss()(theirs, None, labels)]
             if student is not None:
                 with torch.no_grad():
-                    ours = student(**features)
+                    ours = outputs_of(student, features, teacher)
                 values.append(chosen(ours, theirs, labels, **columns))
             for place, value in enumerate(values):
                 retain = place + 1 < len(values)

@@ -32,6 +32,7 @@ class TeacherOutputs:
         features: the batch as the model takes it.
         stored: outputs that are known already, for each row of the batch; the model is then not called.
         autocast: makes the context that the model runs in.
+        aligned: makes of the model's outputs, and the features that it had, those that are given.
     """
 
     def __init__(
@@ -41,10 +42,12 @@ class TeacherOutputs:
         *,
         stored: Any = None,
         autocast: Callable[[], AbstractContextManager[Any]] = nullcontext,
+        aligned: Callable[[Any, Mapping[str, Any]], Any] | None = None,
     ) -> None:
         if model is None and stored is None:
             raise ValueError("model and stored are both None; expected one of them")
         self.model, self.features, self.stored, self.autocast = model, features, stored, autocast
+        self.aligned = aligned
         self.is_nan: Tensor | None = None  # whether any logits that were given are: on the device, which is not asked
 
     def rows(self, indices: Tensor) -> Any:
@@ -68,7 +71,8 @@ class TeacherOutputs:
     def _forward(self, features: Mapping[str, Any]) -> Any:
         assert self.model is not None
         with torch.no_grad(), self.autocast():
-            return self._given(self.model(**features))
+            outputs = self.model(**features)
+            return self._given(outputs if self.aligned is None else self.aligned(outputs, features))
 
     def _given(self, outputs: Any) -> Any:
         if isinstance(logits := getattr(outputs, "logits", None), Tensor):

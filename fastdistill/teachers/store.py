@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import json
 import os
 import secrets
@@ -30,14 +29,16 @@ from fastdistill.digest import digest, model_digest, row_pieces, tensor_pieces
 from fastdistill.files import sync, writing
 from fastdistill.models.first_token import first_token_only
 from fastdistill.models.fit import check_model
-from fastdistill.models.hooks import refuse_hooked
+from fastdistill.models.heads import head_of, used_states
+from fastdistill.models.hooks import refuse_hooked, whole
+from fastdistill.models.inputs import taken_by
 from fastdistill.objectives.pkd import hidden_states as all_states
 from fastdistill.processes import join
 from fastdistill.teachers.outputs import HIDDEN_STATES, LOGITS, check_name
 
 Collate = Callable[[list[dict[str, Any]]], Mapping[str, Any]]
 
-VERSION = "2"
+VERSION = "3"
 """To change where the same teacher and settings would now give other files."""
 
 POOL = 50
@@ -62,8 +63,9 @@ def store(
     """The dataset with what a teacher says to each example, which `DistillationTrainer` then takes for the teacher.
 
     The new column "{name}_logits" is ``[C]`` an example, and "{name}_hidden_states" ``[L+1, d]``: the first token's
-    states ([CLS]) after the embeddings and each of L layers. Both are lists of fixed sizes, float32, or float64
-    where the model is. Being columns, they stay with their examples when those are shuffled or selected.
+    states ([CLS]; of a decoder those of the last, which its classifier takes) after the embeddings and each of L
+    layers. Both are lists of fixed sizes, float32, or float64 where the model is. Being columns, they stay with their
+    examples when those are shuffled or selected.
 
     The teacher runs once: what it says is kept in files of `POOL` batches, each written whole or not at all, read once
     to check its digest, and memory-mapped. A later call that finds them runs no model; one after an interruption runs
@@ -120,7 +122,10 @@ def teacher_columns(
     """The new columns of `store` alone."""
     _check(dataset, model, name, collate, batch_size, {"hidden_states": hidden_states, "bf16": bf16})
     processes = join()
-    teacher = _Teacher(model, collate, name, batch_size, hidden_states, torch.device(device or model.device), bf16)
+    key_of = model_digest(model)
+    model = whole(model)
+    device = torch.device(device or model.device)
+    teacher = _Teacher(model, key_of, collate, name, batch_size, hidden_states, device, bf16)
     shown = dataset.with_format(None).select_columns(teacher.columns(dataset))
     path = _path(cache_file, model)
     key = teacher.digest(shown)
@@ -190,6 +195,7 @@ class _Teacher:
     def __init__(
         self,
         model: PreTrainedModel,
+        model_digest: str,
         collate: Collate,
         name: str,
         batch_size: int,
@@ -197,14 +203,15 @@ class _Teacher:
         device: torch.device,
         bf16: bool,
     ) -> None:
+        self.model_digest = model_digest
         self.model, self.collate, self.name, self.batch_size = model, collate, name, batch_size
         self.hidden_states, self.device, self.bf16 = hidden_states, device, bf16
 
     def columns(self, dataset: Dataset) -> list[str]:
         """Those that the model takes."""
         labels = {"label", *find_labels(type(self.model))}  # type: ignore[no-untyped-call]
-        taken = inspect.signature(self.model.forward).parameters.keys() - labels
-        columns = sorted(taken & set(dataset.column_names))
+        taken = taken_by(self.model)
+        columns = sorted(set(dataset.column_names if taken is None else taken) & set(dataset.column_names) - labels)
         if self.model.main_input_name not in columns:
             raise ValueError(
                 f"dataset has columns {dataset.column_names}; expected {self.model.main_input_name!r} among them, "
@@ -220,7 +227,7 @@ class _Teacher:
     def _digest(self, shown: Dataset) -> str:
         first = self._batch(shown[: self.batch_size], range(min(self.batch_size, len(shown))))
         settings = (self.batch_size, self.hidden_states, self.bf16, type(self.collate).__qualname__)
-        came_from = (VERSION, model_digest(self.model), repr(settings))
+        came_from = (VERSION, self.model_digest, repr(settings))
         tensors = {name: value for name, value in first.items() if isinstance(value, Tensor)}
         return digest(chain(came_from, tensor_pieces(tensors), row_pieces(shown)))[:32]
 
@@ -294,7 +301,8 @@ class _Teacher:
             )
         stored = {LOGITS: _wide(logits)}
         if self.hidden_states:
-            first = [_wide(layer[:, 0]) for layer in all_states("model", outputs)]
+            states = all_states("model", used_states(self.model, outputs, batch))
+            first = [_wide(layer[:, 0]) for layer in states]
             stored[HIDDEN_STATES] = torch.stack(first, 1)
         return stored
 
@@ -361,7 +369,13 @@ def _check(
 ) -> None:
     check_dataset(dataset)
     check_model("model", model)
-    refuse_hooked(model)
+    refuse_hooked(whole(model))
+    head = head_of(model)  # type: ignore[arg-type]
+    if head.per_token or head.kind == "question_answering":
+        raise ValueError(
+            f"model {type(model).__name__} is for {head.kind}, with logits of every token; expected a classifier of "
+            "examples, [B, C], or the model itself as the trainer's teacher_model"
+        )
     check_name("name is", name)
     if not callable(collate):
         raise TypeError(f"collate is {collate!r}; expected a function from a list of examples to a batch")

@@ -12,10 +12,13 @@ import transformers
 from torch import nn
 
 from fastdistill.models.fit import check_finite, check_fit, check_has_values
+from fastdistill.models.heads import Head, head_of, is_causal
+from fastdistill.models.hooks import unwrapped
 from fastdistill.models.loading import from_pretrained, is_reshaped
 from fastdistill.models.reading import load_config, reading
+from fastdistill.models.tokenizers import shared_tokens
 from fastdistill.objectives.base import ATTENTION_MASK, Objective
-from fastdistill.objectives.logits import MSE, LogitsKD
+from fastdistill.objectives.logits import MSE, LogitsKD, MultiLabelKD
 from fastdistill.teachers.outputs import HIDDEN_STATES, LOGITS
 from fastdistill.training.sampling import columns_of
 
@@ -30,7 +33,8 @@ def config_of(model: object, name: str) -> Any:
 
 
 def default_objective(student: nn.Module) -> Objective:
-    return MSE() if config_of(student, "num_labels") == 1 else LogitsKD()
+    problem = head_of(student).problem
+    return MSE() if problem == "regression" else MultiLabelKD() if problem == "multi_label" else LogitsKD()
 
 
 def by_name(teacher_model: TeacherModel | Mapping[str, TeacherModel] | None) -> dict[str, TeacherModel]:
@@ -51,14 +55,80 @@ def argument_of(name: str) -> str:
     return "teacher_model" if name == TEACHER else f"teacher_model[{name!r}]"
 
 
+_FITS = {"classification": "LogitsKD", "regression": "MSE", "multi_label": "MultiLabelKD"}
+
+
+def check_head(objective: Objective, student: nn.Module, head: Head, dataset: Any) -> None:
+    """That the objective is of the kind that the student's head is for."""
+    name, labels, problem = type(unwrapped(student)).__name__, head.classes, objective.needs.problem
+    if head.kind is None and problem is not None:
+        raise ValueError(
+            f"model is a {name}, of whose head it is not known what its labels mean, but objective {objective} is of "
+            f"logits and labels; expected a model for {', '.join(_HEADS)}, or an objective of your own"
+        )
+    if head.kind == "regression" and labels not in (1, None):
+        raise ValueError(f"model is for regression of {labels} numbers; expected one")
+    if problem == "classification" and head.kind == "regression":
+        raise ValueError(f"objective is {objective}, for classes, but model has one output; expected MSE or TaskLoss")
+    if problem == "regression" and head.kind != "regression":
+        raise ValueError(
+            f"objective is {objective}, for one output, but model has {labels}; expected {_FITS[head.problem or '']}"
+        )
+    if problem is not None and problem != head.problem:
+        raise ValueError(
+            f"objective is {objective}, for {problem}, but model is for {head.kind}; expected "
+            f"{_FITS[head.problem or '']}"
+        )
+    if objective.needs.per_example and (head.per_token or head.kind == "question_answering"):
+        raise ValueError(f"objective {objective} is of examples, but model is for {head.kind}; expected a classifier")
+    if head.per_token or head.kind == "question_answering":
+        stored = {teacher + LOGITS for teacher in objective.needs.teachers or (TEACHER,)}
+        if dataset is not None and (found := sorted(stored & columns_of(dataset))):
+            raise ValueError(
+                f"train_dataset has the column {found[0]!r}, of one row of logits an example, but model is for "
+                f"{head.kind}; expected a teacher_model, and no such column"
+            )
+    columns = set() if dataset is None else columns_of(dataset)
+    if head.kind == "seq2seq_lm" and columns and not columns & {"labels", "decoder_input_ids"}:
+        raise ValueError(
+            "train_dataset has no column 'labels', of which a decoder's inputs are made; expected it, or "
+            "'decoder_input_ids'"
+        )
+    of_one_token = objective.needs.hidden_states and not objective.needs.all_tokens
+    is_classifier = name.endswith("ForSequenceClassification") and not config_of(student, "is_encoder_decoder")
+    if of_one_token and not is_classifier and is_causal(student):
+        raise ValueError(
+            f"objective {objective} is of the one token that a classifier looks at, but model is a {name}; "
+            "expected an encoder, or a decoder ForSequenceClassification"
+        )
+
+
+_HEADS = (
+    "sequence or image classification",
+    "token classification",
+    "question answering",
+    "masked, causal or sequence-to-sequence language modelling",
+)
+
+
+def check_evaluation(args: Any, objective: Objective, dataset: Any, head: Head) -> None:
+    """That the loss that the best model is chosen by can be had."""
+    wanted = str(args.metric_for_best_model or "").removeprefix("eval_")
+    if wanted != "loss" or objective.needs.labels is False or dataset is None or isinstance(dataset, dict):
+        return
+    names = ("start_positions",) if head.kind == "question_answering" else ("labels", "label", "label_ids")
+    if (columns := columns_of(dataset)) and not columns & set(names):
+        raise ValueError(
+            f"args.metric_for_best_model is {args.metric_for_best_model!r}, but eval_dataset has no {names[0]}, "
+            f"without which objective {objective} is not known to have a loss; expected labels, or an objective of the "
+            "teacher's outputs alone"
+        )
+
+
 def check_objective(
     objective: Objective, student: nn.Module, teachers: Mapping[str, TeacherModel], dataset: Any
 ) -> None:
     labels = config_of(student, "num_labels")
-    if objective.needs.problem == "classification" and labels == 1:
-        raise ValueError(f"objective is {objective}, for classes, but model has one output; expected MSE or TaskLoss")
-    if objective.needs.problem == "regression" and labels not in (1, None):
-        raise ValueError(f"objective is {objective}, for one output, but model has {labels}; expected LogitsKD")
     columns = set() if dataset is None else columns_of(dataset)
     for column in objective.needs.columns:
         if columns and column not in columns:
@@ -138,7 +208,9 @@ def load_teacher(argument: str, teacher: TeacherModel, student: nn.Module) -> nn
     return model  # type: ignore[no-any-return]
 
 
-def check_teacher(argument: str, student: nn.Module, teacher: nn.Module, processing_class: Any) -> None:
+def check_teacher(
+    argument: str, student: nn.Module, teacher: nn.Module, processing_class: Any, vocab: str = "same"
+) -> None:
     if {id(p) for p in student.parameters()} & {id(p) for p in teacher.parameters()}:
         raise ValueError(f"{argument} shares parameters with model, and would change with it; expected a copy")
     ours, theirs = (getattr(model, "main_input_name", None) for model in (student, teacher))
@@ -148,7 +220,20 @@ def check_teacher(argument: str, student: nn.Module, teacher: nn.Module, process
     if ours and theirs and ours != theirs:
         raise ValueError(f"{argument} has {theirs} labels but model has {ours}; expected the same labels")
     _check_label_order(argument, config_of(student, "id2label") or {}, config_of(teacher, "id2label") or {})
-    _check_vocabulary(argument, student, teacher, processing_class)
+    head, theirs_head = head_of(student), head_of(teacher)
+    if None not in (head.kind, theirs_head.kind) and head.kind != theirs_head.kind:
+        raise ValueError(f"{argument} is for {theirs_head.kind} but model for {head.kind}; expected the same")
+    _check_vocabulary(argument, student, teacher, processing_class, vocab)
+    if (
+        head.kind in ("masked_lm", "causal_lm", "seq2seq_lm")
+        and vocab == "same"
+        and head.classes
+        and (theirs_head.classes not in (None, head.classes))
+    ):
+        raise ValueError(
+            f"{argument} has logits of {theirs_head.classes} tokens but model of {head.classes}; expected the same "
+            "number, or LogitsKD(vocab='common')"
+        )
     check_has_values(argument, teacher)
     check_finite(argument, teacher)
 
@@ -165,13 +250,21 @@ def _check_label_order(argument: str, student: dict[int, str], teacher: dict[int
             )
 
 
-def _check_vocabulary(argument: str, student: nn.Module, teacher: nn.Module, processing_class: Any) -> None:
+def _check_vocabulary(argument: str, student: nn.Module, teacher: nn.Module, processing_class: Any, vocab: str) -> None:
     """Compare the tokenizers, where the teacher's is beside its weights, or else the vocabularies' sizes."""
     folder = getattr(teacher, "name_or_path", "")
     if hasattr(processing_class, "get_vocab") and folder and (Path(folder) / "tokenizer_config.json").is_file():
         tokenizer: Any = transformers.AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
         ours, theirs = processing_class.get_vocab(), tokenizer.get_vocab()
-        if ours != theirs:
+        if vocab == "common":
+            shared = shared_tokens(processing_class, tokenizer)
+            if not torch.equal(shared.ours, shared.theirs):
+                raise ValueError(
+                    f"processing_class and {argument}'s tokenizer ({folder}) share {shared}, of which "
+                    f"{int((shared.ours != shared.theirs).sum())} are at other places; vocab='common' is for those "
+                    "that are at the same"
+                )
+        elif ours != theirs:
             token = min(token for token in ours.keys() | theirs.keys() if ours.get(token) != theirs.get(token))
             raise ValueError(
                 f"processing_class has token {token!r} at {ours.get(token)} but {argument}'s tokenizer "
@@ -179,7 +272,7 @@ def _check_vocabulary(argument: str, student: nn.Module, teacher: nn.Module, pro
             )
         return
     size, teacher_size = (config_of(model, "vocab_size") for model in (student, teacher))
-    if size and teacher_size and size != teacher_size:
+    if vocab == "same" and size and teacher_size and size != teacher_size:
         raise ValueError(
             f"{argument} has a vocabulary of {teacher_size} tokens but model of {size}; both see the same "
             "input_ids: expected one vocabulary"

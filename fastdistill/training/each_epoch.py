@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Subset
 from transformers import TrainerCallback
 
+from fastdistill.models.inputs import inputs_of
 from fastdistill.objectives.dekd import DeKD
 from fastdistill.objectives.selection import EXAMPLE
 from fastdistill.training.checks import own_columns
@@ -70,8 +71,8 @@ def predict(model: nn.Module, dataset: Any, collate: Any, batch_size: int, unuse
     model.eval()
     for batch in loader:
         batch = send_to_device(dict(batch), device)
-        features = {name: value for name, value in batch.items() if name not in (EXAMPLE, "labels", LENGTH, *unused)}
-        found.append((batch[EXAMPLE], model(**features).logits.float()))
+        features = {name: value for name, value in batch.items() if name not in (EXAMPLE, LENGTH, *unused)}
+        found.append((batch[EXAMPLE], model(**inputs_of(model, features)).logits.float()))
     model.train(training)
     classes = max(gather_object([one.shape[-1] for _, one in found[:1]]))  # a process may have had no examples
     logits, times = torch.zeros(number, classes, device=device), torch.zeros(number, device=device)

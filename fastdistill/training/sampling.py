@@ -56,14 +56,24 @@ class EvenShares(BatchSampler):
                 yield together[start : start + share + (place < more)]
 
 
-def lengths_of(dataset: Any, column: str) -> list[int] | None:
-    """Of all examples, by that column or their tokens; None where they are not known."""
-    columns, is_table = columns_of(dataset), hasattr(dataset, "column_names")
-    if column in columns and is_table:
-        return [int(length) for length in dataset[column][:]]
-    if "input_ids" not in columns:
+def lengths_of(dataset: Any, column: str, *, read: bool = False) -> list[int] | None:
+    """Of all examples, by that column or their tokens; None where they are not known without making each example, as a
+    dataset of another kind than a table or a list does when it is asked for one: unless `read`, it is not."""
+    is_table = hasattr(dataset, "column_names")
+    is_made = is_table and dataset.format["type"] == "custom"  # by set_transform
+    if not is_table and not read and not isinstance(dataset, list | tuple):
         return None
-    return [len(ids) for ids in (dataset["input_ids"] if is_table else (row["input_ids"] for row in dataset))]
+    columns = columns_of(dataset)
+    if column in columns and is_table:
+        return [int(length) for length in (dataset.with_format(None) if is_made else dataset)[column][:]]
+    if is_table and not is_made:
+        return [len(ids) for ids in dataset["input_ids"]] if "input_ids" in columns else None
+    if is_made and not read:
+        return None
+    rows = (dataset[row] for row in range(len(dataset)))  # not iter(dataset), which may have no end
+    if column in columns:
+        return [int(row[column]) for row in rows]
+    return [len(row["input_ids"]) for row in rows] if "input_ids" in columns else None
 
 
 def columns_of(dataset: Any) -> set[str]:

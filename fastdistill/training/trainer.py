@@ -5,6 +5,7 @@ from __future__ import annotations
 import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,8 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from fastdistill.files import writing
 from fastdistill.models.architectures import ARCHITECTURES, encoder_layers
+from fastdistill.models.heads import LABELS, head_of, used_states
+from fastdistill.models.inputs import inputs_of, taken_by
 from fastdistill.models.sharing import CONFIG_KEY
 from fastdistill.objectives.base import LossFunction, Objective, as_needed, as_objective
 from fastdistill.objectives.logits import TaskLoss
@@ -32,6 +35,8 @@ from fastdistill.training.checks import (
     TeacherModel,
     argument_of,
     by_name,
+    check_evaluation,
+    check_head,
     check_objective,
     check_teacher,
     config_of,
@@ -40,6 +45,7 @@ from fastdistill.training.checks import (
     nan_told,
     own_columns,
 )
+from fastdistill.training.labels import CheckedLabels
 from fastdistill.training.sampling import EvenShares, LengthGroupedSampler, lengths_of
 
 OBJECTIVE_FILE = "objective.safetensors"
@@ -57,8 +63,16 @@ class DistillationConfig(TrainingArguments):
         default="group_by_length",
         metadata={
             "help": "Order of the training examples. 'group_by_length' batches examples of similar length, "
-            "in an order that depends on seed and epoch alone; without known lengths the order is 'random'.",
+            "in an order that depends on seed and epoch alone; without known lengths the order is 'random' "
+            "(see read_lengths).",
             "choices": ["random", "sequential", "group_by_length", "batch_rebalance"],
+        },
+    )
+    read_lengths: bool = field(
+        default=False,
+        metadata={
+            "help": "Read every example before training to know its length, where the dataset is no table or list of "
+            "them, and has no column of lengths."
         },
     )
 
@@ -78,10 +92,10 @@ class DistillationTrainer(Trainer):
             token's, of embeddings and layers.) Several teachers are given by name,
             {"teacher": ..., "assistant": ...}; the columns of each begin with its name.
         objective: an `Objective` or a function of (student outputs, teacher outputs, labels). By default
-            `LogitsKD`, or `MSE` for a student with one output. An objective that `needs` them lazily has the teacher's
-            outputs as `TeacherOutputs`, which runs when it is asked; for several teachers, a dictionary of them. What
-            an objective itself learns (its `module`) is optimised, clipped, saved and resumed with the student, and
-            averaged over processes.
+            `LogitsKD`, for a regression `MSE`, and for many labels `MultiLabelKD`. An objective that `needs` them
+            lazily has the teacher's outputs as `TeacherOutputs`, which runs when it is asked; for several teachers, a
+            dictionary of them. What an objective itself learns (its `module`) is optimised, clipped, saved and resumed
+            with the student, and averaged over processes.
         **trainer: everything else that Trainer takes, by name.
 
     Parts of the loss are logged by name beside "loss", which is their weighted sum, each averaged over the
@@ -90,10 +104,16 @@ class DistillationTrainer(Trainer):
     processes share evenly, an epoch's last and smaller one too; one without any teaches nothing, not even what the
     teacher says of it. (Dropout draws other numbers in each process: only without it are results those of one process,
     within rounding. Of a batch with fewer examples than processes some count twice.) Evaluation runs no teacher:
-    "eval_loss" is the task's own loss. `predict` keeps the dataset's order.
+    "eval_loss" is the task's own loss. Of data without labels it is that of an objective that does without.
+    `predict` keeps the dataset's order.
+
+    What labels mean follows the student's head: `fastdistill.models.heads.Head` tells of each kind which logits they
+    are of, and that padding never counts. Each model is given what its own forward takes of a batch, which has the
+    columns that any of them takes.
 
     Raises ValueError or TypeError, naming the argument, where objective, models and data do not go together. A teacher
-    that gives NaN is an error, too, when it is next logged or saved; for stored outputs it names the row.
+    that gives NaN is an error, too, when it is next logged or saved; for stored outputs it names the row. So is a label
+    that the head does not know, before its batch is learned from.
     """
 
     def __init__(
@@ -121,15 +141,20 @@ class DistillationTrainer(Trainer):
         self._nan: dict[str, Tensor] = {}
 
         student = self.accelerator.unwrap_model(self.model)
+        self.head = head_of(student)
+        self._loss_shifts_labels = False  # by Trainer: the head's labels are where its logits are
+        self._evaluating = False
         if self.is_fsdp_enabled:
             _shard_by_layer(self.accelerator.state.fsdp_plugin, student)
         given = by_name(teacher_model)
         named = tuple(given) if isinstance(teacher_model, Mapping) else ()
         self.objective: Objective = default_objective(student) if objective is None else as_objective(objective, named)
+        check_head(self.objective, student, self.head, self.train_dataset)
         check_objective(self.objective, student, given, self.train_dataset)
+        check_evaluation(self.args, self.objective, self.eval_dataset, self.head)
         self.teachers = {name: load_teacher(argument_of(name), model, student) for name, model in given.items()}
         for name, teacher in self.teachers.items():
-            check_teacher(argument_of(name), student, teacher, self.processing_class)
+            check_teacher(argument_of(name), student, teacher, self.processing_class, self.objective.needs.vocab)
             teacher.requires_grad_(False).eval()
             if getattr(teacher, "hf_device_map", None) is None:
                 teacher.to(self.args.device)
@@ -157,28 +182,36 @@ class DistillationTrainer(Trainer):
         num_items_in_batch: Tensor | int | None = None,
     ) -> Any:
         """The objective's loss in training, the task's own in evaluation."""
-        labels = inputs.get("labels")
-        own = ("labels", *own_columns(self.objective))
-        features = {name: value for name, value in inputs.items() if name not in own}
-        if not model.training:
+        labels, own = self.head.labels(inputs), own_columns(self.objective)
+        batch = {name: value for name, value in inputs.items() if name not in own}
+        own_model: Any = self.model  # which `model` may wrap
+        features = inputs_of(own_model, batch, others=self.teachers.values())
+        if not model.training and (labels is not None or self.objective.needs.labels is not False):
             student = model(**features)
-            new = slice(self._not_repeated(len(student.logits)))
-            counted = SequenceClassifierOutput(logits=student.logits[new])
+            logits = self.head.aligned(student, batch).logits
+            new = slice(self._not_repeated(len(logits)))
+            counted = SequenceClassifierOutput(logits=logits[new])
             loss = TaskLoss()(counted, None, None if labels is None else labels[new])
-            return (loss, student) if return_outputs else loss
+            return (loss, self.head.told(student, logits)) if return_outputs else loss
 
         needs = self.objective.needs
-        if needs.hidden_states:
-            features["output_hidden_states"] = True
-        teacher = self.teacher_outputs(features, inputs)
-        student = model(**features)
+        asked = {"output_hidden_states": True} if needs.hidden_states else {}
+        teacher = self.teacher_outputs(batch | asked, inputs)
+        student = model(**features, **asked)
+        seen = self._seen(own_model, student, batch)
+        counts = self.head.counted(inputs)
+        if labels is None and counts is not None:
+            seen.counted = counts
         columns = {name: inputs[name] for name in needs.columns}
-        loss, parts = self.objective.parts(student, as_needed(self.objective, teacher), labels, **columns)
+        loss, parts = self.objective.parts(seen, as_needed(self.objective, teacher), labels, **columns)
+        if not model.training:
+            told = {name: value for name, value in student.items() if name != "hidden_states"}
+            return (loss, told) if return_outputs else loss
         self._watch(teacher, loss)
-        if labels is not None and num_items_in_batch is not None:
-            # The sum over micro-batches is then the mean of the step's labelled examples; processes are averaged.
+        if counts is not None and num_items_in_batch is not None:
+            # The sum over micro-batches is then the mean of what counts in the step; processes are averaged.
             processes = self.accelerator.num_processes if self.args.average_tokens_across_devices else 1
-            share = labels.ne(-100).sum() * processes / torch.as_tensor(num_items_in_batch).clamp(min=1)
+            share = counts.ne(-100).sum() * processes / torch.as_tensor(num_items_in_batch).clamp(min=1)
             loss = _weighted(loss, share)
         else:  # Trainer divides the loss by the number of micro-batches
             share = torch.full_like(loss.detach(), 1 / self.current_gradient_accumulation_steps)
@@ -193,6 +226,18 @@ class DistillationTrainer(Trainer):
         own = min(number, state.remainder - place * number)
         return own if own > 0 else number  # of none, Trainer drops the loss
 
+    def _seen(self, model: nn.Module, outputs: Any, batch: Mapping[str, Any]) -> Any:
+        """A model's outputs as objectives see them."""
+        if self.objective.needs.hidden_states and not self.objective.needs.all_tokens:
+            outputs = used_states(model, outputs, batch)
+        return self.head.aligned(outputs, batch)
+
+    def _get_num_items_in_batch(self, batch_samples: list[Any], device: torch.device) -> Tensor | int | None:
+        """How many examples, or tokens, count in so many batches; None where nothing says it."""
+        counts = [self.head.counted(batch) for batch in batch_samples]
+        counted: list[Any] = [{"labels": one} for one in counts if one is not None]
+        return super()._get_num_items_in_batch(counted, device) if len(counted) == len(counts) else None
+
     def teacher_outputs(self, features: dict[str, Any], inputs: Mapping[str, Any]) -> Any:
         """What the teachers say to a batch of these features: what its columns hold of it, else the models' outputs.
 
@@ -206,7 +251,11 @@ class DistillationTrainer(Trainer):
             if model is None and stored is None:
                 missing = f"{argument_of(name)} is None and a batch has no {name + LOGITS!r}"
                 raise ValueError(f"{missing}; expected one of them")
-            outputs[name] = TeacherOutputs(model, features, stored=stored, autocast=self.accelerator.autocast)
+            given = features if model is None else inputs_of(model, features)
+            aligned = None if model is None else partial(self._seen, model)
+            outputs[name] = TeacherOutputs(
+                model, given, stored=stored, autocast=self.accelerator.autocast, aligned=aligned
+            )
         return outputs if names else outputs[TEACHER]
 
     # Checkpoints, which count when they are whole
@@ -338,18 +387,49 @@ class DistillationTrainer(Trainer):
         inputs: dict[str, Any],
         prediction_loss_only: bool,
         ignore_keys: list[str] | None = None,
-    ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-        own = own_columns(self.objective)
-        inputs = {name: value for name, value in inputs.items() if name not in own}
-        return super().prediction_step(model, inputs, prediction_loss_only, ignore_keys)
+        **options: Any,
+    ) -> tuple[Any, Tensor | None, Tensor | None]:
+        if self._evaluating and self.objective.needs.labels is False and self.head.labels(inputs) is None:
+            before = self.label_names, self.can_return_loss
+            self.label_names, self.can_return_loss = [], True  # else Trainer asks for no loss
+            try:
+                loss, logits, _ = super().prediction_step(model, inputs, prediction_loss_only, ignore_keys, **options)
+            finally:
+                self.label_names, self.can_return_loss = before
+            return loss, logits, None
+        others = set(own_columns(self.objective)) | self._of_teachers_alone()
+        inputs = {name: value for name, value in inputs.items() if name not in others}
+        return super().prediction_step(model, inputs, prediction_loss_only, ignore_keys, **options)
+
+    def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
+        self._evaluating = True
+        try:
+            return super().evaluate(*args, **kwargs)
+        finally:
+            self._evaluating = False
+
+    def _of_teachers_alone(self) -> set[str]:
+        """The inputs that teachers name and the student does not."""
+        student: Any = self.model
+        ours = taken_by(student)
+        theirs = [taken_by(teacher) for teacher in self.teachers.values()]
+        return set() if ours is None else {name for names in theirs for name in names or ()} - ours - set(LABELS)
 
     def _set_signature_columns_if_needed(self) -> None:
         super()._set_signature_columns_if_needed()
         columns: Any = self._signature_columns
-        columns.extend(name for name in own_columns(self.objective) if name not in columns)
+        more = (*own_columns(self.objective), *sorted(self._of_teachers_alone()))
+        columns.extend(name for name in more if name not in columns)
 
     def _get_dataloader(self, *args: Any, **kwargs: Any) -> DataLoader[Any]:
-        loader = super()._get_dataloader(*args, **kwargs)
+        collator = self.data_collator
+        if not kwargs.get("is_training") or self.objective.needs.labels is not None:
+            dataset = kwargs["dataset"] if "dataset" in kwargs else args[0]
+            self.data_collator = CheckedLabels(collator, self.head, dataset)
+        try:
+            loader = super()._get_dataloader(*args, **kwargs)
+        finally:
+            self.data_collator = collator
         shard: Any = getattr(loader, "batch_sampler", None)
         is_sharded = isinstance(shard, BatchSamplerShard) and shard.num_processes > 1 and not shard.split_batches
         if kwargs.get("is_training") and is_sharded and type(shard.batch_sampler) is BatchSampler:
@@ -362,7 +442,7 @@ class DistillationTrainer(Trainer):
         dataset: Any = self.train_dataset if train_dataset is None else train_dataset
         if self.args.train_sampling_strategy != "group_by_length" or not hasattr(dataset, "__len__"):
             return super()._get_train_sampler(dataset)
-        lengths = lengths_of(dataset, self.args.length_column_name)
+        lengths = lengths_of(dataset, self.args.length_column_name, read=getattr(self.args, "read_lengths", False))
         if lengths is None:
             return RandomSampler(dataset)
         # Trainer's own length-grouped order comes from the global generator: a run resumed within an epoch

@@ -21,6 +21,7 @@ def command(task: Path, output: Path, *more: str) -> list[str]:
     ]  # fmt: skip
 
 
+@pytest.mark.slow
 def test_a_team_of_networks(tmp_path: Path) -> None:
     task, output = tiny.image_folder(tmp_path / "squares"), tmp_path / "run"
     more = ("--student", "wrn-10-1", "--team", "wrn-10-1,wrn-16-1,resnet-8", "--baselines", "--random-candidates", "1")

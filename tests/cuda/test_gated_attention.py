@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -43,6 +44,15 @@ def test_never_waits_for_the_device(gate_grad: bool, dropout_p: float, request: 
     request.getfixturevalue("no_synchronisation")
     for _ in range(3):
         everything(inputs, gate, dropout_p=dropout_p)
+
+
+def test_first_call_of_a_thread() -> None:
+    """A thread that has not called CUDA's runtime has no context, and finds the memory and the kernel ready."""
+    inputs, gate = make(2, 3, 40, 32), torch.ones(3, device="cuda", requires_grad=True)
+    expected = everything(inputs, gate)
+    with ThreadPoolExecutor(1) as pool:
+        for ours, answer in zip(pool.submit(everything, inputs, gate).result(), expected, strict=True):
+            torch.testing.assert_close(ours, answer)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])

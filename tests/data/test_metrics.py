@@ -6,6 +6,7 @@ import scipy.stats
 import sklearn.metrics
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from sklearn.metrics import f1_score
 from transformers import EvalPrediction
 
 from fastdistill.data.metrics import compute_metrics, scores
@@ -173,3 +174,23 @@ def test_unusable_classes_are_refused(metric, predictions, labels, message):
 def test_unusable_scores_are_refused(predictions, labels, message):
     with pytest.raises(ValueError, match=message):
         evaluate("spearman", predictions, labels)
+
+
+def test_f1_of_several_labels_is_sklearns():
+    draw = np.random.RandomState(0)
+    labels, logits = draw.randint(0, 2, (20, 4)).astype(np.float32), draw.randn(20, 4)
+    of_several = Task("t", ("sentence1",), ("a", "b", "c", "d"), "f1_macro", 8, multi_label=True)
+    found = compute_metrics(of_several)(EvalPrediction(logits, labels))
+    expected = {
+        f"f1_{mean}": f1_score(labels, logits > 0, average=mean, zero_division=0.0) for mean in ("micro", "macro")
+    }
+    assert found == pytest.approx(expected)
+    labels[3, 1] = np.nan  # what is not known counts neither way
+    logits[3, 1] = 9.0
+    either = compute_metrics(of_several)(EvalPrediction(logits, labels))
+    logits[3, 1] = -9.0
+    assert compute_metrics(of_several)(EvalPrediction(logits, labels)) == either
+    with pytest.raises(ValueError, match="labels for 't' has 2.0; expected 0 or 1"):
+        compute_metrics(of_several)(EvalPrediction(logits, np.full((20, 4), 2.0)))
+    with pytest.raises(ValueError, match=r"predictions for 't' has shape \[20, 3\]; expected \[20, 4\]"):
+        compute_metrics(of_several)(EvalPrediction(logits[:, :3], labels))

@@ -1,8 +1,9 @@
 """Compiles, with no GPU, every kernel that an op's launcher would launch, and prints what each needs.
 
-``python -m tests.kernels.compiled OP ARCH`` makes the calls of `tests.kernels.compiled_OP` and prints one JSON object a
-kernel: its name, what it was compiled for, warps, registers a thread, bytes of stack and of local memory (where a
-compiler puts what does not fit in registers), of shared memory, and how many parameters are float64.
+``python -m tests.kernels.compiled OP ARCH`` makes the calls of `tests.kernels.compiled_OP`, for sm_90 all of them and
+for others a few that launch every kernel, and prints one JSON object a kernel: its name, what it was compiled for,
+warps, registers a thread, bytes of stack and of local memory (where a compiler puts what does not fit in registers), of
+shared memory, and how many parameters are float64.
 A process of its own: Triton compiles only where it does not interpret, and one process does one of the two.
 """
 
@@ -69,7 +70,7 @@ def main(op: str, arch: int) -> None:
     compiled: list[Any] = []
     for name in [n for n in vars(module) if n.endswith("_kernel")]:
         setattr(module, name, Recorder(getattr(module, name), compiled))
-    for case in calls.launches():
+    for case in calls.launches(calls.CASES if arch == 90 else calls.FEW):
         for kernel in compiled:
             print(json.dumps({
                 "kernel": kernel.metadata.name, "case": case, "warps": kernel.metadata.num_warps,

@@ -6,7 +6,6 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
-import triton
 
 from tests.kernels import by_triton
 
@@ -16,11 +15,12 @@ ROWS = {"attn_mask": torch.ones(2, 1, 2048, 2048, dtype=torch.bool)}  # as trans
 UNEVEN_ROWS = {"attn_mask": torch.ones(2, 1, 1999, 1999, dtype=torch.bool)}
 SHORT_PADDING = {"attn_mask": torch.ones(2, 1, 1, 128, dtype=torch.bool)}
 SHORT_ROWS = {"attn_mask": torch.ones(2, 1, 128, 128, dtype=torch.bool)}
-BIAS = {"attn_mask": torch.zeros(1, 2, 2000, 2000)}
+BIAS = {"attn_mask": torch.zeros(1, 4, 2000, 2000)}
 HALF_BIAS = {"attn_mask": BIAS["attn_mask"].bfloat16()}
 DROPOUT = {"seed": torch.tensor(1), "dropout_p": 0.1}
 CAUSAL = {"is_causal": True}
-PLAIN: dict[str, Any] = {"attn_mask": None, "seed": None, "dropout_p": 0.0, "is_causal": False}
+PLAIN: dict[str, Any] = {"attn_mask": None, "seed": None, "dropout_p": 0.0, "is_causal": False, "groups": 4}
+GROUPS = {"groups": 2}
 # Size of a head, length, dtype, whether the gate needs a gradient (None: no gate), options. Among them each kind of
 # mask, dtype, gate, dropout and tile, in the combinations that need the most registers.
 CASES: list[tuple[int, int, torch.dtype, bool | None, dict[str, Any]]] = [
@@ -32,6 +32,8 @@ CASES: list[tuple[int, int, torch.dtype, bool | None, dict[str, Any]]] = [
     (128, 32, BF16, True, CAUSAL),
     (128, 64, BF16, True, DROPOUT),
     (64, 128, BF16, True, SHORT_PADDING),
+    (64, 128, BF16, True, SHORT_ROWS | GROUPS),
+    (128, 2048, BF16, True, CAUSAL | GROUPS),
     (64, 128, FP16, True, SHORT_ROWS | DROPOUT),
     (32, 100, BF16, False, CAUSAL | DROPOUT),
     (32, 1999, BF16, None, UNEVEN_ROWS),
@@ -43,18 +45,18 @@ CASES: list[tuple[int, int, torch.dtype, bool | None, dict[str, Any]]] = [
     (64, 1999, FP32, None, CAUSAL | DROPOUT),
     (64, 2048, FP32, True, ROWS | DROPOUT),
     (128, 1999, FP32, True, UNEVEN_ROWS | DROPOUT),
-    (128, 2048, FP32, False, PADDING),
+    (128, 2048, FP32, False, PADDING | GROUPS),
     (80, 2000, FP32, True, BIAS | DROPOUT),
 ]
+FEW = CASES[1::4]
 
 
-def launches() -> Iterator[str]:
-    few = triton.runtime.driver.active.get_current_target().arch >= 100
-    for size, length, dtype, gate_grad, changes in CASES[1::4] if few else CASES:
-        x = torch.zeros(2, length, 2, size, dtype=dtype).transpose(1, 2)
-        mask, seed, *numbers = {**PLAIN, **changes}.values()
-        gate = None if gate_grad is None else torch.zeros(2)
+def launches(cases: list[Any]) -> Iterator[str]:
+    for size, length, dtype, gate_grad, changes in cases:
+        mask, seed, *numbers, groups = {**PLAIN, **changes}.values()
+        x, kv = (torch.zeros(2, length, heads, size, dtype=dtype).transpose(1, 2) for heads in (4, groups))
+        gate = None if gate_grad is None else torch.zeros(4)
         options = (gate, mask, seed, *numbers, 0.1, gate_grad is True)
-        output, _, logsumexp = by_triton.gated_attention(x, x, x, *options)
-        by_triton.gated_attention_backward(x, x, x, x, *options[:3], output, logsumexp, *options[3:])
+        output, _, logsumexp = by_triton.gated_attention(x, kv, kv, *options)
+        by_triton.gated_attention_backward(x, x, kv, kv, *options[:3], output, logsumexp, *options[3:])
         yield f"{size} {length} {dtype} gate_grad={gate_grad} {[name for name in changes if name != 'dropout_p']}"

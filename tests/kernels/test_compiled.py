@@ -42,6 +42,7 @@ def compilers() -> Iterator[dict[tuple[str, int], Future[Compiled]]]:
         pool.shutdown(cancel_futures=True)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("op, arch", COMPILED)
 def test_compiles_without_spills(compilers: dict[tuple[str, int], Future[Compiled]], op: str, arch: int) -> None:
     kernels = compilers[op, arch].result()

@@ -90,6 +90,7 @@ def masks() -> dict[str, Tensor | None]:
             "half bias": torch.randn(37, generator=g).bfloat16()}  # fmt: skip
 
 
+@pytest.mark.slow
 @interpreted
 @pytest.mark.parametrize("name", GATES)
 @pytest.mark.parametrize("dtype", [torch.float32, HALF])
@@ -99,6 +100,7 @@ def test_gates(name: str, dtype: torch.dtype) -> None:
           gate_grad=gate_grad)  # fmt: skip
 
 
+@pytest.mark.slow
 @interpreted
 @pytest.mark.parametrize("name", masks())
 def test_masks(name: str) -> None:
@@ -120,10 +122,10 @@ def masks_of_rows() -> dict[str, Tensor]:
     }
 
 
+@pytest.mark.slow
 @interpreted
 @pytest.mark.parametrize("name", masks_of_rows())
-@pytest.mark.parametrize("keys", [64, 40])
-@pytest.mark.parametrize("dtype", [torch.float32, HALF])
+@pytest.mark.parametrize(("keys", "dtype"), [(64, torch.float32), (40, HALF)])
 def test_masks_of_rows(name: str, keys: int, dtype: torch.dtype) -> None:
     mask = masks_of_rows()[name].to(DEVICE)
     check(make(keys=keys, dtype=dtype), None, mask[..., : min(keys, mask.shape[-1])])
@@ -139,6 +141,7 @@ def test_what_a_mask_hides_does_not_matter(dtype: torch.dtype) -> None:
     assert torch.equal(both(inputs, None, mask)[0], expected[0])
 
 
+@pytest.mark.slow
 @interpreted
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_a_mask_of_the_least_number_is_no_mask(dtype: torch.dtype) -> None:
@@ -152,6 +155,7 @@ def test_a_mask_of_the_least_number_is_no_mask(dtype: torch.dtype) -> None:
     torch.testing.assert_close(both(inputs, None, mask)[0][:, :, 4], inputs[2].mean(2))
 
 
+@pytest.mark.slow
 @interpreted
 @pytest.mark.parametrize(("queries", "keys"), [(1, 1), (150, 70), (64, 129), (300, 20)])
 @pytest.mark.parametrize("causal", [False, True])
@@ -159,6 +163,7 @@ def test_lengths(queries: int, keys: int, causal: bool) -> None:
     check(make(1, 2, queries, keys), causal=causal)
 
 
+@pytest.mark.slow
 @interpreted
 @pytest.mark.parametrize("size", [1, 24, 35, 80, 100, 130])
 @pytest.mark.parametrize("dtype", [torch.float32, HALF])
@@ -172,6 +177,7 @@ def test_nothing(shape: tuple[int, ...]) -> None:
     check(make(*shape), torch.ones(shape[1], device=DEVICE), gate_grad=True)
 
 
+@pytest.mark.slow
 @interpreted
 def test_any_strides() -> None:
     """Channels apart, rows of one memory, rows that begin anywhere, a gradient expanded from a number."""
@@ -182,6 +188,7 @@ def test_any_strides() -> None:
     check([F.pad(x, (1, 15))[..., 1:-15] for x in make()])
 
 
+@pytest.mark.slow
 @interpreted
 @pytest.mark.parametrize("gate_grad", [False, True])
 def test_any_strides_of_what_the_forward_gave(gate_grad: bool) -> None:
@@ -220,6 +227,7 @@ def with_dropout(inputs: list[Tensor], kept: Tensor, p: float, gate: Tensor, sca
     return [output, *torch.autograd.grad(output, (query, key, value, gate), inputs[3].double())]
 
 
+@pytest.mark.slow
 @interpreted
 def test_dropout_is_the_same_forward_and_backward() -> None:
     """Values of unit vectors show which weights were kept; with those the answer is plain PyTorch's."""

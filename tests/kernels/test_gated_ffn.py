@@ -61,6 +61,7 @@ def test_every_dtype_and_activation(activation: str, dtype: torch.dtype) -> None
         check(*make(3, 5, 37, per_example=per_example, dtype=dtype), activation)
 
 
+@pytest.mark.slow
 @interpreted
 @pytest.mark.parametrize(
     "shape", [(1, 600), (5, 2, 513), (3, module.RUN, 20), (2, module.RUN + 1, 130), (150, 16), (2, 70, 2, 19)]

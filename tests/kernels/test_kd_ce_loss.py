@@ -88,6 +88,7 @@ def check(student: Tensor, teacher: Tensor, labels: Tensor | None, **changes: An
             assert error <= limit, f"{what}: error {error:.3g} > {limit:.3g} (plain PyTorch: {ordinary[i]:.3g})"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("classes", [3, SWEPT])
 @pytest.mark.parametrize("reduction", REDUCTIONS)
 @pytest.mark.parametrize("divergence", DIVERGENCES)
@@ -121,6 +122,7 @@ def test_every_number_of_rows(rows: int, reduction: str) -> None:
     check(*make(rows, 2), reduction=reduction)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("rows, classes", [(64, TILED), (6, SWEPT)])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("temperature", [0.5, 1.0, 2.0, 3.7, 4.0, 10.0, 20.0])
@@ -233,6 +235,7 @@ def test_no_rows(reduction: str, expected: float | None) -> None:
 INF = torch.inf
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("classes", [TILED, SWEPT])
 @pytest.mark.parametrize("divergence", DIVERGENCES)
 @pytest.mark.parametrize(
@@ -279,6 +282,7 @@ def test_huge_logits(classes: int, divergence: str, size: float) -> None:
     check(student * size, teacher * -size, labels, divergence=divergence)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("classes", [TILED, SWEPT])
 @pytest.mark.parametrize("divergence", DIVERGENCES)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -340,47 +344,6 @@ def test_label_smoothing_with_a_logit_of_minus_infinity() -> None:
         chosen = options(kd_weight=0.0, label_smoothing=0.1, reduction="none")
         loss = module.kd_ce_loss(student, teacher, labels, *chosen, False, False)[0]
         assert loss[0] == INF and loss[1].isfinite()
-
-
-SCALE_SHAPES = [(700, 3), (2, 3, 1500), (5, 1), (4,), (0, 3)]
-
-
-@pytest.mark.parametrize("shape", SCALE_SHAPES)
-@pytest.mark.parametrize("dtype", DTYPES)
-def test_scale_rows(shape: tuple[int, ...], dtype: torch.dtype) -> None:
-    grad = make(*shape, dtypes=dtype)[0]
-    lead = shape[:-1]
-    upstreams = [
-        torch.tensor(0.3, dtype=torch.float64),
-        torch.tensor(1.0),
-        torch.tensor(-2.0).expand(lead),
-        torch.linspace(-1, 1, math.prod(lead)).view(lead),
-        torch.linspace(-1, 1, 2 * math.prod(lead)).view(*lead, 2)[..., 0],
-        torch.ones(lead).index_fill(0, torch.tensor([0]), 2.0) if lead and lead[0] else torch.ones(lead),
-    ]
-    for upstream in (u.to(DEVICE) for u in upstreams):
-        expected = (grad.double() * upstream.double().unsqueeze(-1)).to(dtype)
-        scaled = module.scale_rows(grad, upstream)
-        assert scaled.dtype == dtype
-        torch.testing.assert_close(scaled, expected)
-        in_place = grad.clone()
-        assert module.scale_rows_(in_place, upstream) is None
-        assert torch.equal(in_place, scaled)
-        strided = torch.stack([grad, grad], -1)[..., 0]
-        module.scale_rows_(strided, upstream)
-        torch.testing.assert_close(strided, expected)
-
-
-def test_scaling_in_place_by_one_writes_nothing() -> None:
-    """Seen by giving the kernel another place to write to: only the program with a row of another scale does."""
-    grad = torch.ones(8, 4, device=DEVICE)
-    upstream = torch.ones(8, device=DEVICE)
-    upstream[5] = 3
-    out = torch.full_like(grad, -1)
-    module._scale_kernel[(4,)](grad, upstream, out, 8, 4, 1, triton.language.float32, True, 4, 2, 4)
-    expected = torch.full_like(grad, -1)
-    expected[4:6] = torch.tensor([[1.0], [3.0]])
-    assert torch.equal(out, expected)
 
 
 def test_many_losses_and_many_counts_add_up() -> None:

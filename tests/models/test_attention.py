@@ -11,10 +11,9 @@ from torch import Tensor
 
 import fastdistill
 from fastdistill.models import attention
-from fastdistill.models.architectures import ARCHITECTURES
-from tests.encoders import classifier, inputs
+from tests.encoders import CONFIGS, classifier, inputs
 
-TEXT = sorted(ARCHITECTURES.keys() - {"vit"})
+TEXT = sorted(CONFIGS.keys() - {"vit"})
 PADDING = torch.tensor([[1] * 9, [1] * 4 + [0] * 5, [1] * 8 + [0]])
 
 
@@ -61,7 +60,8 @@ def test_padding_is_a_mask_of_one_row(kind: str, run: Callable[[Any], Any], mask
     assert masks == [(3, 1, 1, 9)] * (0 if kind == "mpnet" else 4)
 
 
-@pytest.mark.parametrize("kind", ARCHITECTURES)
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", CONFIGS)
 def test_where_nothing_is_masked_there_is_no_mask(kind: str, masks: list[Any]) -> None:
     batches = [inputs(kind)] if kind == "vit" else [inputs(kind), {**inputs(kind), "attention_mask": torch.ones(2, 9)}]
     for batch in batches:
@@ -81,6 +81,7 @@ def test_other_masks_have_a_row_for_each_query(masks: list[Any]) -> None:
     assert masks == [(3, 1, 9, 9)] * 4
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("gated", [False, True])
 def test_onnx_export(gated: bool, tmp_path: Path) -> None:
     import onnxruntime

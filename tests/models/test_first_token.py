@@ -7,13 +7,13 @@ import torch
 from transformers import BertForTokenClassification
 
 from fastdistill import CKD, PKD, DeKD, LogitsKD, WeightedSum, first_token_only
-from fastdistill.models.architectures import ARCHITECTURES, architecture, encoder_layers
+from fastdistill.models.architectures import architecture, encoder_layers
 from fastdistill.objectives.base import as_objective
 from tests import tiny
-from tests.encoders import classifier, inputs
+from tests.encoders import CONFIGS, classifier, inputs
 
 
-@pytest.mark.parametrize("kind", ARCHITECTURES)
+@pytest.mark.parametrize("kind", CONFIGS)
 def test_logits_and_gradients_are_the_same(kind: str) -> None:
     model, batch = classifier(kind).double(), inputs(kind, 3)
     if kind == "vit":
@@ -56,6 +56,7 @@ def test_other_models_stay_as_they_are() -> None:
         assert not any("forward" in vars(module) for module in model.modules())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("wrapped", [True, False])
 @pytest.mark.parametrize("kind", ["bert", "vit"])
 def test_compiled_models(kind: str, wrapped: bool) -> None:

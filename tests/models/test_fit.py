@@ -9,11 +9,10 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import fastdistill
-from fastdistill.models.architectures import ARCHITECTURES
 from fastdistill.models.loading import load_classifier
 from fastdistill.training.trainer import DistillationTrainer
 from tests import tiny
-from tests.encoders import classifier
+from tests.encoders import CONFIGS, classifier
 
 UNFIT = [
     ({"hidden_size": 32}, r"other sizes: .*LayerNorm.bias, \[32\] by the config but \[16\] in the file"),
@@ -52,7 +51,7 @@ def test_so_it_is_for_the_trainers_teacher(tmp_path: Path, config: dict[str, int
         DistillationTrainer(model=tiny.bert(1), teacher_model=source, **options)
 
 
-@pytest.mark.parametrize("kind", ARCHITECTURES)
+@pytest.mark.parametrize("kind", CONFIGS)
 def test_the_head_alone_may_be_new(kind: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     model = classifier(kind)
     if model.main_input_name != "input_ids":

@@ -10,11 +10,11 @@ import torch
 from torch import Tensor, nn
 
 import fastdistill
-from fastdistill.models.architectures import ARCHITECTURES, blocks
+from fastdistill.models.architectures import blocks
 from fastdistill.models.scores import random_scores
-from tests.encoders import classifier, inputs
+from tests.encoders import CONFIGS, classifier, inputs
 
-FASTDISTILL = sorted(ARCHITECTURES.keys() - {"mpnet"})  # MPNet has one attention of its own
+FASTDISTILL = sorted(CONFIGS.keys() - {"mpnet"})  # MPNet has one attention of its own
 
 
 def masked(model: Any, heads: list[Tensor], neurons: list[Tensor]) -> Any:
@@ -33,7 +33,7 @@ def drawn(gates: Any) -> tuple[list[Tensor], list[Tensor]]:
     return [torch.randn(len(g)) for g in gates.heads], [torch.randn(len(g)) for g in gates.neurons]
 
 
-@pytest.mark.parametrize("kind", ARCHITECTURES)
+@pytest.mark.parametrize("kind", CONFIGS)
 def test_gates_multiply_heads_and_neurons(kind: str) -> None:
     model, batch = classifier(kind), inputs(kind)
     with torch.no_grad(), fastdistill.gate(model) as gates:
@@ -148,6 +148,7 @@ def inside(model: Any, backend: str) -> Any:
     return model
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("compiled", [outside, inside])
 @pytest.mark.parametrize("implementation", ["sdpa", "fastdistill"])
 def test_compiled_models(implementation: str, compiled: Any, backend: str = "eager") -> None:
@@ -172,6 +173,7 @@ def test_compiled_models(implementation: str, compiled: Any, backend: str = "eag
         torch.testing.assert_close(model(**batch).logits, plain(**batch).logits)
 
 
+@pytest.mark.slow
 def test_a_model_compiled_by_inductor() -> None:
     test_compiled_models("fastdistill", outside, "inductor")
 
@@ -188,6 +190,7 @@ def test_an_exception_leaves_a_compiled_model_as_it_was(compiled: Any) -> None:
         assert not {"_fastdistill_hooked", "_fastdistill_head_gate"} & vars(module).keys()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("compiled", [outside, inside])
 def test_scores_of_a_compiled_model(compiled: Any) -> None:
     torch.compiler.reset()
@@ -238,10 +241,11 @@ def test_a_gated_model_is_neither_copied_nor_gated_again() -> None:
 
 
 def test_unknown_architectures() -> None:
-    with pytest.raises(ValueError, match="model is a Linear; its layers are known for bert, camembert"):
+    with pytest.raises(ValueError, match="model is a Linear; its layers are known for albert, bert"):
         fastdistill.gate(nn.Linear(1, 1)).__enter__()  # type: ignore[arg-type]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("transformers_first", [True, False])
 def test_the_attention_is_registered_whatever_is_imported_first(transformers_first: bool) -> None:
     order = ["import transformers.modeling_utils", "import fastdistill.models"]

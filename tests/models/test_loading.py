@@ -9,13 +9,12 @@ import pytest
 from transformers import PreTrainedModel
 
 import fastdistill
-from fastdistill.models.architectures import ARCHITECTURES
 from fastdistill.models.loading import check_tokenizer, load_classifier, load_tokenizer
 from tests import tiny
-from tests.encoders import classifier
+from tests.encoders import CONFIGS, classifier
 
 
-@pytest.mark.parametrize("kind", sorted(ARCHITECTURES.keys() - {"vit"}))
+@pytest.mark.parametrize("kind", sorted(CONFIGS.keys() - {"vit"}))
 def test_a_tokenizer_without_its_files_is_an_error(kind: str, tmp_path: Path) -> None:
     """transformers makes one of five tokens, to which every word is unknown."""
     classifier(kind).config.save_pretrained(tmp_path)

@@ -9,10 +9,10 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import fastdistill
-from fastdistill.models.architectures import ARCHITECTURES, blocks
+from fastdistill.models.architectures import blocks
 from fastdistill.models.scores import Scores, random_scores
 from tests import tiny
-from tests.encoders import classifier, inputs
+from tests.encoders import CONFIGS, classifier, inputs
 
 # a layer of each kind: whole, a part, no heads, no neurons
 HEADS = [torch.tensor(layer) for layer in ([1.0, 1.0], [0.0, 1.0], [0.0, 0.0], [1.0, 1.0])]
@@ -40,7 +40,7 @@ def with_masks(model: Any, scores: Scores, batch: Any) -> torch.Tensor:
         return model(**batch).logits  # type: ignore[no-any-return]
 
 
-@pytest.mark.parametrize("kind", ARCHITECTURES)
+@pytest.mark.parametrize("kind", CONFIGS)
 def test_pruning_is_masking(kind: str, tmp_path: Path) -> None:
     model, batch, scores = classifier(kind), inputs(kind, 3), masks()
     if kind != "vit":
@@ -193,6 +193,11 @@ def test_folders_that_do_not_fit_together(tmp_path: Path, pruned: bool) -> None:
 def test_a_config_that_lost_what_was_pruned(tmp_path: Path) -> None:
     cut(classifier("bert"), masks()).save_pretrained(tmp_path)
     damage_config(tmp_path, lambda pruned, config: config.pop("fastdistill_pruned"))
+    with pytest.raises(ValueError, match="'intermediate_size' is a per-layer attribute"):
+        fastdistill.from_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    del config["per_layer_config"]
+    (tmp_path / "config.json").write_text(json.dumps(config))
     with pytest.raises(ValueError, match="do not go together"):
         fastdistill.from_pretrained(tmp_path)
 
@@ -205,6 +210,7 @@ def test_scores_of_another_model() -> None:
         fastdistill.prune(tiny.bert(layers=2), scores, 0.5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("implementation", ["sdpa", "eager"])
 def test_onnx_export(implementation: str, tmp_path: Path) -> None:
     import onnxruntime

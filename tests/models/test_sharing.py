@@ -12,10 +12,10 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 import fastdistill
-from fastdistill.models.architectures import ARCHITECTURES, architecture, blocks, encoder_layers
+from fastdistill.models.architectures import architecture, blocks, encoder_layers
 from fastdistill.models.scores import random_scores
 from tests import tiny
-from tests.encoders import SHAPE, classifier, inputs
+from tests.encoders import CONFIGS, SHAPE, classifier, inputs
 
 ALL = {"output_hidden_states": True}
 
@@ -39,7 +39,7 @@ def written_out(kind: str, model: Any, *, swap: bool = True) -> Any:
     return deep
 
 
-@pytest.mark.parametrize("kind", ARCHITECTURES)
+@pytest.mark.parametrize("kind", CONFIGS)
 def test_layers_are_applied_again_with_query_and_key_swapped(kind: str) -> None:
     model, batch = classifier(kind, initializer_range=0.5), inputs(kind)
     for name, parameter in model.named_parameters():
@@ -60,7 +60,7 @@ def test_layers_are_applied_again_with_query_and_key_swapped(kind: str) -> None:
     assert model.config.num_hidden_layers == 4
 
 
-@pytest.mark.parametrize("kind", ARCHITECTURES)
+@pytest.mark.parametrize("kind", CONFIGS)
 def test_parameters_are_those_of_n_layers(kind: str, tmp_path: Path) -> None:
     model, batch = classifier(kind), inputs(kind)
     student = fastdistill.shuffled_sharing(model)
@@ -87,7 +87,7 @@ def test_gradients_are_the_sum_over_both_applications(kind: str) -> None:
     for place in range(4):
         ours = dict(encoder_layers(student)[place].named_parameters())
         low, high = (dict(encoder_layers(deep)[at].named_parameters()) for at in (place, place + 4))
-        for name in (query, key, f"{architecture(model).neuron_in}.weight"):
+        for name in (query, key, f"{architecture(model).neuron_in[0]}.weight"):
             gradients = low[name].grad, high[other.get(name, name)].grad
             torch.testing.assert_close(ours[name].grad, gradients[0] + gradients[1], rtol=1e-4, atol=1e-5)  # type: ignore[operator]
 

@@ -10,11 +10,10 @@ from torch import nn
 
 from fastdistill import first_layers, prune
 from fastdistill.data.tasks import Task
-from fastdistill.models.architectures import ARCHITECTURES
 from fastdistill.models.loading import PACKAGED, describe_head, load_classifier, load_tokenizer, pretrained
 from fastdistill.models.scores import random_scores
 from tests import tiny
-from tests.encoders import classifier, inputs
+from tests.encoders import CONFIGS, classifier, inputs
 
 
 def states(model: nn.Module, kind: str) -> Any:
@@ -22,7 +21,7 @@ def states(model: nn.Module, kind: str) -> Any:
         return model(**inputs(kind), output_hidden_states=True)
 
 
-@pytest.mark.parametrize("kind", ARCHITECTURES)
+@pytest.mark.parametrize("kind", CONFIGS)
 def test_the_first_layers_compute_what_they_did_in_the_model(kind: str, tmp_path: Path) -> None:
     model = classifier(kind)
     student = first_layers(model, 2)
@@ -94,9 +93,9 @@ def test_layers_that_there_are_not(k: Any, layers: Any, message: str) -> None:
 
 
 def test_unknown_architectures_are_told_the_known_ones() -> None:
-    config = transformers.GPT2Config(n_embd=8, n_layer=2, n_head=2, vocab_size=10, n_positions=8)
-    with pytest.raises(ValueError, match="model is a gpt2; its layers are known for bert, camembert, distilbert"):
-        first_layers(transformers.GPT2LMHeadModel(config), 1)
+    config = transformers.T5Config(d_model=8, num_layers=2, num_heads=2, d_kv=4, d_ff=8, vocab_size=10)
+    with pytest.raises(ValueError, match="model is a t5; its layers are known for albert, bert.*register_architecture"):
+        first_layers(transformers.T5ForConditionalGeneration(config), 1)
     with pytest.raises(ValueError, match="model is a Linear"):
         first_layers(nn.Linear(1, 1), 1)  # type: ignore[type-var]
 

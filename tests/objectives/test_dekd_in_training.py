@@ -115,6 +115,7 @@ def tokens(row: Tensor) -> list[int]:
     return [i for i in row.tolist() if i != tiny.tokenizer().pad_token_id]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("settings", [{}, {"da_weight": 0.0}, {"assistant": False}, {"select_per": "epoch"}])
 def test_stored_columns_stand_for_the_teachers(tmp_path: Path, settings: dict[str, Any]) -> None:
     data = numbered()
@@ -205,6 +206,7 @@ def test_shares_are_of_all_that_was_kept(tmp_path: Path) -> None:
     torch.testing.assert_close(layers, torch.where(asked, 2.0, math.nan), equal_nan=True)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("select_per", ["batch", "epoch"])
 @pytest.mark.parametrize("strategy", ["entropy", "random"])
 def test_a_resumed_run_ends_with_the_same_bits(tmp_path: Path, select_per: Any, strategy: Any) -> None:
@@ -341,6 +343,7 @@ def train(folder: Path, processes: int) -> None:
     torch.save(one, folder / f"predicted-{os.environ.get('RANK', 0)}.pt")
 
 
+@pytest.mark.slow
 def test_two_processes(tmp_path: Path) -> None:
     if not torch.distributed.is_available():
         pytest.skip("torch was built without distributed")

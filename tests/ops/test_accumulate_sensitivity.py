@@ -254,6 +254,7 @@ def test_opcheck(weights: bool, device: str) -> None:
     torch.library.opcheck(OP, ([], [], None))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dynamic", [False, True])
 def test_compiles_whole(dynamic: bool, device: str) -> None:
     @torch.compile(fullgraph=True, dynamic=dynamic)

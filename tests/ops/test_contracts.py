@@ -15,6 +15,7 @@ from fastdistill.ops import ActiveNeurons
 from fastdistill.ops.library import OPS
 from fastdistill.ops.native import NATIVE
 
+ALL_CHECKS = ("test_schema", "test_autograd_registration", "test_faketensor", "test_aot_dispatch_dynamic")
 LAYOUTS = ("contiguous", "transposed", "expanded", "sliced")
 
 
@@ -56,14 +57,14 @@ def operands(op: str, layout: str, grad: bool) -> list[tuple[Any, ...]]:
     if op in ("gated_attention", "gated_attention_backward"):
         mask = torch.arange(20) < torch.tensor([20, 7])[:, None, None, None]
         found = []
-        for gate in (None, leaf(3), leaf(2, 3)):
+        for heads, groups, gate in ((3, 3, None), (3, 3, leaf(3)), (3, 3, leaf(2, 3)), (4, 2, leaf(4))):
             gate_grad = grad and gate is not None
             options = (mask if grad else None, None, 0.0, False, 0.3, gate_grad)
-            args = (leaf(2, 3, 9, 8), leaf(2, 3, 20, 8), leaf(2, 3, 20, 8), gate, *options)
+            args = (leaf(2, heads, 9, 8), leaf(2, groups, 20, 8), leaf(2, groups, 20, 8), gate, *options)
             if op == "gated_attention_backward":
                 args = tuple(x.detach() if isinstance(x, Tensor) else x for x in args)
                 output, ungated, logsumexp = torch.ops.fastdistill.gated_attention(*args)
-                args = (plain(2, 3, 9, 8), *args[:6], ungated if gate_grad else output, logsumexp, *args[6:])
+                args = (plain(2, heads, 9, 8), *args[:6], ungated if gate_grad else output, logsumexp, *args[6:])
             found.append(args)
         return found
     if op == "bias_act_gate":
@@ -95,11 +96,14 @@ def has_gradient(op: str) -> bool:
     return not op.endswith("_") and op not in ("scale_rows", "select_uncertain")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize(("op", "grad"), [(op, grad) for op in OPS for grad in {False, has_gradient(op)}])
 def test_opcheck(op: str, grad: bool, layout: str) -> None:
+    """Autograd and compilation in one layout: test_compiles_whole has them in every one."""
+    checks = ALL_CHECKS if layout == "contiguous" else ("test_schema", "test_faketensor")
     for args in operands(op, layout, grad):
-        torch.library.opcheck(getattr(torch.ops.fastdistill, op).default, args)
+        torch.library.opcheck(getattr(torch.ops.fastdistill, op).default, args, test_utils=checks)
 
 
 # The functions --------------------------------------------------------------------------------------------------------
@@ -123,6 +127,7 @@ def accumulate(grad: Tensor) -> Tensor:
 FUNCTIONS: dict[str, tuple[Callable[..., Tensor], list[tuple[int, ...]]]] = {
     "gated_attention": (attend, [(4, 2, 9, 8), (4, 2, 11, 8), (4, 2, 11, 8), (4, 2)]),
     "gated_attention, gates of heads": (attend, [(4, 2, 9, 8), (4, 2, 11, 8), (4, 2, 11, 8), (2,)]),
+    "gated_attention, grouped heads": (attend, [(4, 4, 9, 8), (4, 2, 11, 8), (4, 2, 11, 8), (4,)]),
     "gated_ffn": (
         lambda x, gate: fastdistill.gated_ffn(x, W_IN, B_IN, W_OUT, None, gate),
         [(4, 5, 8), (4, 16)],
@@ -148,16 +153,19 @@ def with_gradients(function: Callable[..., Tensor], inputs: list[Tensor], grad: 
     return [output.detach(), *torch.autograd.grad(output, leaves, upstream)]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dynamic", [False, True])
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize(
     ("name", "grad"), [(name, grad) for name in FUNCTIONS for grad in {False, name in DIFFERENTIABLE}]
 )
 def test_compiles_whole(name: str, grad: bool, layout: str, dynamic: bool) -> None:
-    """With sizes and strides as Inductor asserts them, and nothing around the op that would take a compiler of C++."""
+    """In one layout by Inductor, which asserts sizes and strides (test_opcheck compares them in every layout); nothing
+    around the op would take a compiler of C++."""
     torch.compiler.reset()
     function, shapes = FUNCTIONS[name]
-    compiled = torch.compile(function, fullgraph=True, dynamic=dynamic, backend="aot_eager" if dynamic else "inductor")
+    backend = "inductor" if layout == "transposed" and not dynamic else "aot_eager"
+    compiled = torch.compile(function, fullgraph=True, dynamic=dynamic, backend=backend)
     inputs = [draw(*shape, layout=layout) for shape in shapes]
     for x, y in zip(with_gradients(compiled, inputs, grad), with_gradients(function, inputs, grad), strict=True):
         torch.testing.assert_close(x, y)
@@ -233,11 +241,18 @@ def test_torch_func_derivatives_are_refused(name: str, transform: str) -> None:
         "jacrev": lambda: torch.func.jacrev(scalar)(x),
         "vmap of grad": lambda: torch.vmap(torch.func.grad(scalar))(x[None]),
     }
-    said = r"cannot be differentiated by torch.func.*expected torch.autograd.grad" if NATIVE.cpu else "functorch"
-    if transform == "jvp" and not NATIVE.cpu:
-        pytest.skip("torch.library's autograd in Python takes no notice of forward mode")
+    own = NATIVE.cpu or transform == "jvp"
+    said = r"cannot be differentiated by torch.func.*expected torch.autograd.grad" if own else "functorch"
     with pytest.raises(RuntimeError, match=said):
         derive[transform]()
+
+
+@pytest.mark.parametrize("name", DIFFERENTIABLE)
+def test_forward_mode_is_refused(name: str) -> None:
+    function, shapes = FUNCTIONS[name]
+    inputs = [draw(*shape) for shape in shapes]
+    with torch.autograd.forward_ad.dual_level(), pytest.raises(RuntimeError, match="differentiated|jvp"):
+        function(torch.autograd.forward_ad.make_dual(inputs[0], inputs[0]), *inputs[1:])
 
 
 # Tensors of other kinds -----------------------------------------------------------------------------------------------
@@ -280,6 +295,10 @@ def calls() -> dict[str, Callable[[Callable[[Tensor], Any]], Any]]:
         "gated_ffn: b_in": lambda odd: fastdistill.gated_ffn(x, weight, odd(weight), weight, None),
         "gated_ffn: w_out": lambda odd: fastdistill.gated_ffn(x, weight, None, odd(weight), None),
         "gated_ffn: b_out": lambda odd: fastdistill.gated_ffn(x, weight, None, weight, odd(weight)),
+        "gated_ffn: w_gate": lambda odd: fastdistill.gated_ffn(x, weight, None, weight, None, w_gate=odd(weight)),
+        "gated_ffn: b_gate": lambda odd: fastdistill.gated_ffn(
+            x, weight, None, weight, None, w_gate=weight, b_gate=odd(weight)
+        ),
         "gated_ffn: neuron_gate": lambda odd: fastdistill.gated_ffn(x, weight, None, weight, None, odd(x)),
         "ActiveNeurons: neuron_gate": lambda odd: ActiveNeurons(odd(x)),
         "accumulate_sensitivity_: totals": lambda odd: fastdistill.accumulate_sensitivity_([odd(x)], [x]),

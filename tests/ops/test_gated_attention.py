@@ -256,6 +256,7 @@ def test_opcheck(device: str, gate: str, gate_grad: bool) -> None:
         torch.library.opcheck(torch.ops.fastdistill.gated_attention_backward.default, args)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dynamic", [False, True])
 def test_compiles_whole(device: str, dynamic: bool) -> None:
     torch.compiler.reset()
@@ -346,7 +347,10 @@ Q, K = torch.zeros(2, 4, 5, 8), torch.zeros(2, 4, 7, 8)
         ((Q.long(), K, K), {}, TypeError, "query has dtype torch.int64"),
         ((Q, K.double(), K), {}, TypeError, "key has dtype torch.float64, query torch.float32"),
         ((Q[0], K, K), {}, ValueError, r"query has shape \(4, 5, 8\); expected 4 dimensions"),
-        ((Q, K[:, :2], K[:, :2]), {}, ValueError, r"key has shape \(2, 2, 7, 8\).*grouped queries repeat"),
+        ((Q, K[:, :3], K[:, :3]), {}, ValueError, "key has 3 heads, query 4; expected 4, or .* its divisor"),
+        ((Q, K[:, :0], K[:, :0]), {}, ValueError, "key has 0 heads, query 4"),
+        ((Q, K[:, :2], K), {}, ValueError, r"value has shape \(2, 4, 7, 8\).*expected \(2, 2, 7, 8\)"),
+        ((Q, K[0, 0], K[0, 0]), {}, ValueError, r"key has shape \(7, 8\); expected 4 dimensions"),
         ((Q, K, K[:, :, :6]), {}, ValueError, r"value has shape \(2, 4, 6, 8\).*expected \(2, 4, 7, 8\)"),
         ((Q, K, K[..., :4]), {}, ValueError, "value has shape"),
         ((Q, K[:1], K), {}, ValueError, "key has shape"),

@@ -400,6 +400,7 @@ def test_opcheck(device: str, gate: str, shape: tuple[int, ...]) -> None:
     torch.library.opcheck(op, (h, None, leaves[2], "relu"))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dynamic", [False, True])
 def test_compiles_whole(device: str, dynamic: bool) -> None:
     torch.compiler.reset()
@@ -481,6 +482,7 @@ def test_nothing_to_compute(device: str, gate: str, shape: tuple[int, ...], nan_
     check(make(*shape, neurons=0, gate=gate, device=device))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dynamic", [False, True])
 def test_active_neurons_compile_whole(device: str, dynamic: bool) -> None:
     torch.compiler.reset()

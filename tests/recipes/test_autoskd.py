@@ -2,11 +2,7 @@
 
 from __future__ import annotations
 
-import os
 import shutil
-import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -17,9 +13,9 @@ import torch
 from fastdistill.autoskd.search import Found
 from fastdistill.cli import main
 from tests import commands
+from tests.processes import start
 from tests.records import record, untimed
 
-ROOT = Path(__file__).parents[2]
 TEAM = ["layers_1", "layers_2", "layers_3"]
 ENCODER = {"layers": 3}
 
@@ -37,6 +33,7 @@ def measured(output: Path) -> Any:
 EVERYTHING = ("--random-candidates", "1", "--baselines", "--seeds", "0,7", "--drop", "1", "--baseline-runs", "1")
 
 
+@pytest.mark.slow
 def test_a_run_trains_all_that_was_asked_for(finished: Path) -> None:
     found = record(finished)
     students = {"finetuned", "kd", "single", "avgkd", "mtbert", "autoskd", "random"}
@@ -52,12 +49,14 @@ def test_a_run_trains_all_that_was_asked_for(finished: Path) -> None:
         assert "<svg" in (finished / f"{plot}.svg").read_text()
 
 
+@pytest.mark.slow
 def test_teachers_say_what_they_say_once(finished: Path) -> None:
     """The strongest a second time as "teacher", for plain distillation with labels."""
     files = [path.name.partition("-")[0] for path in (finished / "stored").iterdir()]
     assert sorted(files) == [*TEAM, "teacher"]
 
 
+@pytest.mark.slow
 def test_candidates_are_of_the_search(finished: Path) -> None:
     found = record(finished)
     for place, seed in enumerate((0, 7)):
@@ -77,6 +76,7 @@ def test_candidates_are_of_the_search(finished: Path) -> None:
         assert found["searches"][place]["theta"] == dict(zip(TEAM, search.theta[-1].tolist(), strict=True))
 
 
+@pytest.mark.slow
 def test_the_best_candidate_counts(finished: Path) -> None:
     found = record(finished)
     for name in ("autoskd", "random"):
@@ -87,6 +87,7 @@ def test_the_best_candidate_counts(finished: Path) -> None:
             assert best["theta"] == result["theta"][place]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "more",
     [
@@ -102,6 +103,7 @@ def test_other_ways(sources: Path, tmp_path: Path, more: tuple[str, ...]) -> Non
     assert found["drop"] == min(max(1, weak), len(found["team"]) - 1)
 
 
+@pytest.mark.slow
 def test_equal_candidates_are_tried_once(sources: Path, tmp_path: Path) -> None:
     """Where one teacher is left, they all are."""
     assert main(command(sources, tmp_path / "run", "--drop", "2", "--candidates", "3", "--no-plots")) == 0
@@ -110,13 +112,7 @@ def test_equal_candidates_are_tried_once(sources: Path, tmp_path: Path) -> None:
     assert sorted(tried["autoskd-1"]["theta"].values()) == [0, 0, 1]
 
 
-PROGRAM = """
-import sys
-from fastdistill.cli import main
-sys.exit(main(sys.argv[1:]))
-"""
-
-
+@pytest.mark.slow
 def test_a_killed_search_goes_on(sources: Path, finished: Path, tmp_path: Path) -> None:
     """SIGKILL within it; the same command ends with the same results. Its students would be begun anew for another
     distribution, and are taken as they are."""
@@ -126,14 +122,13 @@ def test_a_killed_search_goes_on(sources: Path, finished: Path, tmp_path: Path) 
     (output / "results.json").unlink()
     for stage in (output / "seed-7").glob("*/stage.json"):
         kept[stage] = stage.read_text()
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": str(torch.get_num_threads())}
     arguments = command(sources, output, *EVERYTHING)
-    process = subprocess.Popen([sys.executable, "-c", PROGRAM, *arguments], env=environment, stderr=subprocess.DEVNULL)
+    process = start(main, arguments)
     while not (output / "seed-7" / "search" / "unfinished.safetensors").is_file():
-        assert process.poll() is None
+        assert process.is_alive()
         time.sleep(0.001)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
+    process.kill()
+    process.join()
     assert not (output / "results.json").exists()
     assert main(arguments) == 0
     assert measured(output) == measured(finished)

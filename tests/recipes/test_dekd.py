@@ -50,6 +50,7 @@ STUDENTS = (
 )
 
 
+@pytest.mark.slow
 def test_a_run_trains_all_that_was_asked_for(finished: Path) -> None:
     found = record(finished)["results"]
     assert list(found) == ["teacher", "assistant-2", "assistant-3", "assistant-3-2", *STUDENTS]
@@ -65,6 +66,7 @@ def test_a_run_trains_all_that_was_asked_for(finished: Path) -> None:
     assert not torch.equal(ends[0]["classifier.weight"], ends[1]["classifier.weight"])
 
 
+@pytest.mark.slow
 def test_each_student_has_its_objective(finished: Path) -> None:
     said = record(finished)["settings"]["objectives"]
     assert "ratio=0.5" in said["dekd"]
@@ -75,6 +77,7 @@ def test_each_student_has_its_objective(finished: Path) -> None:
     assert all(text in said["dekd-without-ta-doa"] for text in ("assistant=False", "da_weight=0.0", "ratio=0.5"))
 
 
+@pytest.mark.slow
 def test_the_table_has_spreads(sources: Path, finished: Path, capsys: pytest.CaptureFixture[str]) -> None:
     before = untimed(finished, "results")
     found = before["results"]["dekd"]
@@ -86,11 +89,13 @@ def test_the_table_has_spreads(sources: Path, finished: Path, capsys: pytest.Cap
     assert untimed(finished, "results") == before
 
 
+@pytest.mark.slow
 def test_plots_are_drawn(finished: Path) -> None:
     assert {path.name for path in finished.glob("*.svg")} == {"entropy.svg", "layers.svg"}
     assert all("<svg" in path.read_text() for path in finished.glob("*.svg"))
 
 
+@pytest.mark.slow
 def test_who_teaches_whom(sources: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """What looks at logits alone has them of a teacher that ran before."""
     begun: dict[str, Any] = {}
@@ -135,6 +140,7 @@ class Cut(BaseException):
     """As a kill would, this passes by every `except Exception`."""
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "stage, options",
     [
@@ -165,6 +171,7 @@ def test_a_run_that_was_cut_off_ends_as_one_that_was_not(
     torch.testing.assert_close(ours, theirs, rtol=0, atol=0)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "change, again",
     [
@@ -190,6 +197,7 @@ def test_a_changed_option_repeats_what_depends_on_it(
     assert {name for name in after if after[name] != markers.get(name)} == again
 
 
+@pytest.mark.slow
 def test_ratios_and_strategies(sources: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     options = ("--ratio", "0.25,0.5,1", "--strategy", "margin,random", "--baselines", "--without", "ds")
     assert main(command(sources, tmp_path, *options)) == 0
@@ -202,6 +210,7 @@ def test_ratios_and_strategies(sources: Path, tmp_path: Path, capsys: pytest.Cap
     assert "spread" not in found["results"]["dekd-1"]  # there is one seed
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("options", [("--ta-weight", "0"), ("--assistant-layers", "0", "--student-layers", "3")])
 def test_without_an_assistant_none_is_trained(sources: Path, tmp_path: Path, options: tuple[str, ...]) -> None:
     """Between three layers and four there can be none."""
@@ -227,6 +236,7 @@ def test_variants_are_called_by_exact_names() -> None:
     assert (found["dekd-without-ds-ta"].ratio, found["dekd-without-ds-ta"].assistant) == (1.0, False)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "options, columns",
     [
@@ -278,6 +288,7 @@ def test_without_matplotlib_plots_are_refused_at_once(
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.slow
 def test_matplotlib_is_imported_only_to_plot(sources: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for name in [name for name in sys.modules if name.partition(".")[0] == "matplotlib"]:
         monkeypatch.delitem(sys.modules, name)

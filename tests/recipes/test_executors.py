@@ -35,10 +35,7 @@ ray = pytest.importorskip("ray")
 def cluster() -> Iterator[None]:
     os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
     ray.init(num_cpus=2, object_store_memory=100 * 2**20, include_dashboard=False, log_to_driver=False)
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)  # as Ray's processes have, for the same rounding
     yield
-    torch.set_num_threads(threads)
     ray.shutdown()
 
 
@@ -70,6 +67,7 @@ def stages(folder: Path, name: str) -> Stages:
     return Stages(folder / name, of_text(splits, tiny.tokenizer()), batch_size=16)
 
 
+@pytest.mark.slow
 def test_ray_trains_what_local_does(tmp_path: Path) -> None:
     """Also where a process dies; and a run started again repeats nothing."""
     teacher, student = tiny.bert(layers=2), tiny.bert(1, layers=1)
@@ -105,6 +103,7 @@ def test_ray_trains_what_local_does(tmp_path: Path) -> None:
     assert sorted((tmp_path / "ray" / "logs").iterdir()) == tried
 
 
+@pytest.mark.slow
 def test_a_trial_that_fails_tells_its_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The others are trained."""
     monkeypatch.setattr(executors, "RETRIES", 0)  # a process more takes seconds
@@ -124,10 +123,11 @@ def test_a_trial_that_fails_tells_its_error(tmp_path: Path, monkeypatch: pytest.
     assert begun.load("right").result["accuracy"] > 0
 
 
+@pytest.mark.slow
 def test_stark(tmp_path: Path) -> None:
     tiny.task_folder(tmp_path / "task", train=48)
     tiny.model_folder(tmp_path / "encoder", tiny.bert(layers=3, num_attention_heads=4).bert)
-    more = ("--student-layers", "1", "--sparsity", "0.5", "--baselines", "--batch-size-grid", "8,16", "--no-plots")
+    more = ("--student-layers", "1", "--sparsity", "0.5", "--batch-size-grid", "8,16", "--no-plots")
     for executor in ("local", "ray"):
         assert main(command("stark", tmp_path, tmp_path / executor, *more, "--executor", executor)) == 0
     found, expected = (record(tmp_path / executor) for executor in ("ray", "local"))
@@ -138,6 +138,7 @@ def test_stark(tmp_path: Path) -> None:
             assert found["sparsities"]["stark"]["0.5"][kind]["accuracy"] == one["accuracy"]
 
 
+@pytest.mark.slow
 def test_ray_where_it_cannot_be(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("fastdistill.recipes.executors.importlib.util.find_spec", lambda name: None)
     with pytest.raises(ImportError, match=r"pip install 'fastdistill\[ray\]'"):

@@ -4,8 +4,6 @@ import json
 import os
 import shutil
 import signal
-import subprocess
-import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -20,8 +18,8 @@ from fastdistill.models.students import first_layers
 from fastdistill.recipes import KDSettings, fitting, folder
 from fastdistill.recipes.begin import begin
 from tests import commands, tiny
+from tests.processes import start
 
-ROOT = Path(__file__).parents[2]
 STAGES = ("teacher", "finetuned", "distilled")
 ENCODER = {"layers": 3}
 EXAMPLES = 96
@@ -136,6 +134,7 @@ class Cut(BaseException):
     """As a kill would, this passes by every `except Exception`."""
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "stage, step",
     [
@@ -185,12 +184,14 @@ def test_a_run_that_was_cut_off_ends_as_one_that_was_not(
     torch.testing.assert_close(ours, theirs, rtol=0, atol=0)
 
 
+@pytest.mark.slow
 def test_a_marker_that_was_cut_off_is_no_hindrance(sources: Path, tmp_path: Path) -> None:
     (tmp_path / "teacher").mkdir()
     (tmp_path / "teacher" / ".stage.json.4711").write_text('{"came_')
     assert main(command(sources, tmp_path)) == 0
 
 
+@pytest.mark.slow
 def test_a_removal_that_was_cut_off_is_no_hindrance(
     sources: Path, finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -211,29 +212,20 @@ def test_a_removal_that_was_cut_off_is_no_hindrance(
     assert not [path for path in output.iterdir() if path.name.startswith(".")]
 
 
-KILLED = """
-import os, signal, sys
-from fastdistill.cli import main
-from fastdistill.recipes import fitting
+def killed(arguments: list[str]) -> None:
+    def kill(self: Any, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if args.output_dir.endswith("distilled") and state.global_step == 8:
+            os.kill(os.getpid(), signal.SIGKILL)
 
-def kill(self, args, state, control, **kwargs):
-    if args.output_dir.endswith("distilled") and state.global_step == 8:
-        os.kill(os.getpid(), signal.SIGKILL)
-
-fitting._ProgressBar.on_step_end = kill
-main(sys.argv[1:])
-"""
+    fitting._ProgressBar.on_step_end = kill  # type: ignore[method-assign]
+    main(arguments)
 
 
+@pytest.mark.slow
 def test_a_killed_process_is_taken_up_again(sources: Path, finished: Path, tmp_path: Path) -> None:
-    run = subprocess.run(
-        [sys.executable, "-c", KILLED, *command(sources, tmp_path)],
-        cwd=ROOT,
-        env=os.environ | {"OMP_NUM_THREADS": str(torch.get_num_threads())},
-        capture_output=True,
-        timeout=300,
-    )
-    assert run.returncode == -signal.SIGKILL, run.stderr.decode()
+    process = start(killed, command(sources, tmp_path), said=tmp_path.with_suffix(".said"))
+    process.join(300)
+    assert process.exitcode == -signal.SIGKILL, tmp_path.with_suffix(".said").read_text()
     assert main(command(sources, tmp_path)) == 0
     assert results(tmp_path)["results"]["distilled"]["resumed"]
     assert {name: m["accuracy"] for name, m in metrics(tmp_path).items()} == {
@@ -241,6 +233,7 @@ def test_a_killed_process_is_taken_up_again(sources: Path, finished: Path, tmp_p
     }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "change, again",
     [
@@ -276,6 +269,7 @@ def test_a_changed_option_repeats_what_depends_on_it(
     assert {name for name in STAGES if (output / name / "stage.json").read_text() != markers[name]} == again
 
 
+@pytest.mark.slow
 def test_changed_data_repeat_everything(sources: Path, finished: Path, tmp_path: Path) -> None:
     output, task = tmp_path / "run", tmp_path / "task"
     shutil.copytree(finished, output)
@@ -287,6 +281,7 @@ def test_changed_data_repeat_everything(sources: Path, finished: Path, tmp_path:
     assert {name for name in STAGES if metrics(output)[name]["loss"] == before[name]["loss"]} == set()
 
 
+@pytest.mark.slow
 def test_a_classifier_of_the_task_is_not_fine_tuned(
     sources: Path, finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -317,6 +312,7 @@ def test_a_classifier_has_no_pretrained_encoder(
     assert "is a classifier already; expected teacher" in commands.refused(arguments, capsys)
 
 
+@pytest.mark.slow
 def test_regression(sources: Path, tmp_path: Path) -> None:
     assert main(command(sources, tmp_path, task="scores")) == 0
     found = results(tmp_path)
@@ -326,6 +322,7 @@ def test_regression(sources: Path, tmp_path: Path) -> None:
     assert all(-1 <= found["results"][name]["spearman"] <= 1 for name in STAGES)
 
 
+@pytest.mark.slow
 def test_tensorboard_logs_the_parts_of_the_loss(sources: Path, tmp_path: Path) -> None:
     pytest.importorskip("tensorboard")
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
@@ -377,6 +374,7 @@ def test_wide_encoders_learn_slower(sources: Path, tmp_path: Path, width: int, r
     assert asked.learning_rate is None
 
 
+@pytest.mark.slow
 def test_more_is_compared(sources: Path, tmp_path: Path) -> None:
     """Every seed in a folder of its own; plain distillation at its default is the method itself, and trained once."""
     more = ("--seeds", "0,7", "--baselines", "--chain", "3,2,1", "--epochs", "1")
@@ -391,6 +389,7 @@ def test_more_is_compared(sources: Path, tmp_path: Path) -> None:
     assert {"kd", "distilled"} < {path.name for path in (tmp_path / "hot").iterdir()}
 
 
+@pytest.mark.slow
 def test_from_python(sources: Path, finished: Path, tmp_path: Path) -> None:
     """What the command does."""
     asked = KDSettings(

@@ -85,11 +85,13 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     yield folder
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("recipe", RECIPES)
 def test_two_processes_do_as_one(runs: Path, recipe: str) -> None:
     assert_alike_runs(runs / TWO / recipe, runs / ONE / recipe, ("dekd",) if recipe == "dekd" else ())
 
 
+@pytest.mark.slow
 def test_scores(runs: Path) -> None:
     for kind in ("expressiveness", "friendliness"):
         two, one = (Scores.load(runs / name / "stark/seed-0/scores" / f"{kind}.safetensors") for name in (TWO, ONE))
@@ -97,12 +99,14 @@ def test_scores(runs: Path) -> None:
             torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-6)
 
 
+@pytest.mark.slow
 def test_a_search(runs: Path) -> None:
     two, one = (Found.load(runs / name / "autoskd/seed-0/search/theta.safetensors") for name in (TWO, ONE))
     torch.testing.assert_close(two.theta, one.theta, rtol=1e-5, atol=1e-7)
     assert one.theta[1:].diff(dim=0).abs().max() > 1e-3
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", METHODS)
 def test_processes_share_a_search(runs: Path, method: str) -> None:
     found = {
@@ -115,6 +119,7 @@ def test_processes_share_a_search(runs: Path, method: str) -> None:
         torch.testing.assert_close(theta, found[ONE, "once", 0], rtol=1e-5, atol=1e-7)
 
 
+@pytest.mark.slow
 def test_processes_share_thetas_gradient(runs: Path) -> None:
     files = [(ONE, 0), (TWO, 0), (TWO, 1)]
     one, *two = (load_file(runs / number / "searches" / f"gradients-{place}.safetensors") for number, place in files)

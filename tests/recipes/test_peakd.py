@@ -37,6 +37,7 @@ EVERYTHING = (
 STUDENTS = {"peakd": 4, "peakd-without-sps": 2, "peakd-without-swap-ptp": 4}
 
 
+@pytest.mark.slow
 def test_a_run_trains_all_that_was_asked_for(finished: Path) -> None:
     found = record(finished)
     assert list(found["results"]) == ["teacher", *STUDENTS]
@@ -54,6 +55,7 @@ def test_a_run_trains_all_that_was_asked_for(finished: Path) -> None:
     assert fastdistill.from_pretrained(finished / "seed-7" / "ptp").config.id2label == dict(enumerate(PTP_LABELS))
 
 
+@pytest.mark.slow
 def test_labels_are_what_the_teacher_says(finished: Path) -> None:
     teacher, data = fastdistill.from_pretrained(finished / "teacher"), tiny.dataset(48, 1)
     with torch.no_grad():
@@ -64,6 +66,7 @@ def test_labels_are_what_the_teacher_says(finished: Path) -> None:
     assert sum(record(finished)["ptp"]["labels"]["validation"].values()) == 24
 
 
+@pytest.mark.slow
 def test_where_students_begin(sources: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     begun: dict[str, Any] = {}
     seen: dict[str, Any] = {}
@@ -122,6 +125,7 @@ def test_labels_out_of_fold(sources: Path, tmp_path: Path) -> None:
     assert not torch.equal(own.classifier.weight, teacher.classifier.weight)
 
 
+@pytest.mark.slow
 def test_stored_hidden_states_teach_the_same(sources: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     teachers: dict[str, Any] = {}
 
@@ -145,6 +149,7 @@ class Cut(BaseException):
     """As a kill would, this passes by every `except Exception`."""
 
 
+@pytest.mark.slow
 def test_a_run_that_was_cut_off_ends_as_one_that_was_not(
     sources: Path, finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -169,6 +174,7 @@ def test_a_run_that_was_cut_off_ends_as_one_that_was_not(
     torch.testing.assert_close(ours, theirs, rtol=0, atol=0)
 
 
+@pytest.mark.slow
 def test_another_threshold_repeats_the_pretraining(sources: Path, finished: Path, tmp_path: Path) -> None:
     output = tmp_path / "run"
     shutil.copytree(finished, output)
@@ -209,6 +215,7 @@ def test_regression_has_no_classes(sources: Path, tmp_path: Path, capsys: pytest
     assert "scores is regression" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_layers_without_pairs(sources: Path, tmp_path: Path) -> None:
     """More layers than the teacher's are fine where hidden states teach nothing."""
     more = ("--student-layers", "3", "--beta", "0", "--baselines", "--epochs", "0.4")

@@ -6,10 +6,9 @@ import pytest
 import torch
 
 import fastdistill
-from fastdistill.models.architectures import ARCHITECTURES
 from fastdistill.recipes.methods.ptp import PTP_LABELS, count_ptp_labels, ptp_labels, ptp_student, with_body_of
 from tests import tiny
-from tests.encoders import classifier, inputs
+from tests.encoders import CONFIGS, classifier, inputs
 
 PROBABILITIES = torch.tensor([[0.9, 0.1], [0.4, 0.6], [0.9, 0.1], [0.4, 0.6], [0.3, 0.7], [0.3, 0.7]])
 LABELS = torch.tensor([0, 1, 1, 0, 1, 0])
@@ -74,7 +73,7 @@ OUTPUT = dict.fromkeys(("camembert", "electra", "mpnet", "roberta", "xlm-roberta
 """Where the output layer is one of a head of several."""
 
 
-@pytest.mark.parametrize("kind", ARCHITECTURES)
+@pytest.mark.parametrize("kind", CONFIGS)
 def test_the_head_is_replaced_and_comes_back(kind: str) -> None:
     student, batch = fastdistill.shuffled_sharing(classifier(kind)), inputs(kind)
     before = {name: value.clone() for name, value in student.state_dict().items()}

@@ -3,11 +3,7 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
-import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 from types import SimpleNamespace
@@ -25,10 +21,11 @@ from fastdistill.models.architectures import blocks, encoder_weights
 from fastdistill.recipes import StarkSettings, fitting
 from fastdistill.recipes.measuring import Scoring
 from fastdistill.recipes.methods.kd import logits_objective
+from fastdistill.sensitivity import units
 from tests import commands, tiny
+from tests.processes import start
 from tests.records import record, untimed
 
-ROOT = Path(__file__).parents[2]
 ENCODER = {"layers": 3, "num_attention_heads": 4}
 
 
@@ -48,6 +45,7 @@ EVERYTHING = (
 )  # fmt: skip
 
 
+@pytest.mark.slow
 def test_a_run_trains_all_that_was_asked_for(finished: Path) -> None:
     found = record(finished)
     names = ["teacher", "finetuned", "assistant-2", "takd", "trial", "kd", "stark", "stark-rand", "stark-auto"]
@@ -64,6 +62,7 @@ def test_a_run_trains_all_that_was_asked_for(finished: Path) -> None:
         assert "<svg" in (finished / f"{plot}.svg").read_text()
 
 
+@pytest.mark.slow
 def test_the_same_from_python_repeats_nothing(sources: Path, finished: Path) -> None:
     """And the report says where plots are."""
     before = measured(finished)
@@ -94,6 +93,7 @@ def test_the_same_from_python_repeats_nothing(sources: Path, finished: Path) -> 
     assert report.results["stark"]["values"] == record(finished)["results"]["stark"]["values"]
 
 
+@pytest.mark.slow
 def test_teachers_are_really_smaller(finished: Path) -> None:
     for name in ("stark", "stark-rand"):
         for sparsity in (0.25, 0.5):
@@ -104,6 +104,7 @@ def test_teachers_are_really_smaller(finished: Path) -> None:
             assert parameters == smaller.num_parameters()
 
 
+@pytest.mark.slow
 def test_teachers_lack_what_has_the_lowest_scores(finished: Path) -> None:
     seed, dense = finished / "seed-7", fastdistill.from_pretrained(finished / "teacher")
     found = [fastdistill.Scores.load(seed / "scores" / f"{k}.safetensors") for k in ("expressiveness", "friendliness")]
@@ -115,6 +116,7 @@ def test_teachers_lack_what_has_the_lowest_scores(finished: Path) -> None:
     assert auto == scores.auto_sparsity()
 
 
+@pytest.mark.slow
 def test_the_best_student_counts(finished: Path) -> None:
     """The trial student, of a dense teacher, is beside the method and no candidate of it."""
     found = record(finished)
@@ -127,6 +129,7 @@ def test_the_best_student_counts(finished: Path) -> None:
             assert tried[found["results"][name]["sparsity"][seed]] == max(tried.values())
 
 
+@pytest.mark.slow
 def test_students_begin_alike(sources: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """And see the same batches, with logits that their teacher gave once."""
     begun: dict[str, Any] = {}
@@ -154,6 +157,7 @@ def test_students_begin_alike(sources: Path, tmp_path: Path, monkeypatch: pytest
         assert torch.equal(ours["input_ids"], theirs["input_ids"])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("objective", ["pkd", "ckd"])
 def test_other_objectives(sources: Path, tmp_path: Path, objective: str) -> None:
     more = ("--objective", objective, "--sparsity", "0.5", "--student-layers", "2", "--baselines", "--no-plots")
@@ -162,6 +166,7 @@ def test_other_objectives(sources: Path, tmp_path: Path, objective: str) -> None
     assert objective.upper() in record(tmp_path / "run")["settings"]["objective"]
 
 
+@pytest.mark.slow
 def test_the_other_student(sources: Path, tmp_path: Path) -> None:
     assert main(command(sources, tmp_path / "run", "--sparsity", "0.5", "--no-plots", student="sparsity")) == 0
     student = fastdistill.from_pretrained(tmp_path / "run" / "seed-0" / "trial")
@@ -169,6 +174,7 @@ def test_the_other_student(sources: Path, tmp_path: Path) -> None:
     assert len(blocks(student)) == 3
 
 
+@pytest.mark.slow
 def test_unstructured(sources: Path, tmp_path: Path) -> None:
     more = ("--unstructured", "--sparsity", "0.3", "--selection", "knowledge,random", "--no-plots")
     assert main(command(sources, tmp_path / "run", *more)) == 0
@@ -179,6 +185,7 @@ def test_unstructured(sources: Path, tmp_path: Path) -> None:
         assert zeros == round(0.3 * total)
 
 
+@pytest.mark.slow
 def test_regression_and_the_published_codes_way(sources: Path, tmp_path: Path) -> None:
     more = ("--sparsity", "0.5", "--reduce", "batch", "--score-on", "validation", "--tradeoff", "1", "--round-to", "8")
     more = (*more, "--baselines", "--chain", "3,2,1", "--no-plots")
@@ -189,6 +196,7 @@ def test_regression_and_the_published_codes_way(sources: Path, tmp_path: Path) -
     assert {block.neurons % 8 for block in blocks(smaller)} == {0}
 
 
+@pytest.mark.slow
 def test_a_grid_keeps_the_best(sources: Path, tmp_path: Path) -> None:
     more = ["--sparsity", "0.5", "--learning-rate-grid", "0.01,0.00001", "--batch-size-grid", "8,16", "--no-plots"]
     arguments = command(sources, tmp_path / "run")
@@ -278,34 +286,38 @@ def test_unstructured_scores_are_by_example(tmp_path: Path) -> None:
         torch.testing.assert_close(found.expressiveness.matrices[name], expected, rtol=1e-4, atol=1e-8)
 
 
-PROGRAM = """
-import sys
-from fastdistill.sensitivity import units as scoring
-from fastdistill.cli import main
-scoring.SAVE_EVERY = 1
-sys.exit(main(sys.argv[1:]))
-"""
+def saving_often(arguments: list[str]) -> None:
+    units.SAVE_EVERY = 1
+    main(arguments)
 
 
-@pytest.mark.parametrize(
-    "marker", ["seed-0/trial/checkpoint-*", "seed-0/scores/unfinished.safetensors", "seed-7/stark-rand-0.25/stage.json"]
-)
-def test_a_killed_run_goes_on(sources: Path, finished: Path, tmp_path: Path, marker: str) -> None:
-    """SIGKILL in the midst of a stage; the same command ends with the same results."""
+@pytest.mark.slow
+def test_a_killed_run_goes_on(sources: Path, finished: Path, tmp_path: Path) -> None:
+    """SIGKILL in the midst of a training, of scores, and of the second seed; the same command ends with the same
+    results."""
     output = tmp_path / "run"
     shutil.copytree(finished / "teacher", output / "teacher")
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": str(torch.get_num_threads())}
     arguments = command(sources, output, *EVERYTHING)
-    process = subprocess.Popen([sys.executable, "-c", PROGRAM, *arguments], env=environment, stderr=subprocess.DEVNULL)
-    while not list(output.glob(marker)):
-        assert process.poll() is None
-        time.sleep(0.002)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
+    middles = ("seed-0/trial/checkpoint-*", "seed-0/scores/unfinished.safetensors", "seed-7/stark-rand-0.25/stage.json")
+    for middle in middles:
+        process = start(saving_often, arguments)
+        while not list(output.glob(middle)):
+            assert process.is_alive()
+            time.sleep(0.002)
+        process.kill()
+        process.join()
     assert not (output / "results.json").exists()
     assert main(arguments) == 0
     assert measured(output) == measured(finished)
     assert not list(output.rglob("unfinished*"))
+
+
+def test_a_budget_in_place_of_sparsities(sources: Path, tmp_path: Path) -> None:
+    budgets = ("7000", "8000")
+    assert main(command(sources, tmp_path / "run", "--budget", ",".join(budgets), "--no-plots")) == 0
+    found = record(tmp_path / "run")["sparsities"]["stark"]
+    for tried, budget in zip(found.values(), map(float, budgets), strict=True):
+        assert 0.97 * budget < tried["teacher"]["parameters"] <= budget
 
 
 @pytest.mark.parametrize(
@@ -324,6 +336,11 @@ def test_a_killed_run_goes_on(sources: Path, finished: Path, tmp_path: Path, mar
         (("--selection", "random", "--tradeoff", "0.2"), "--tradeoff would have no effect"),
         (("--selection", "random", "--score-on", "validation"), "--score-on would have no effect"),
         (("--selection", "auto", "--sparsity", "0.2"), "--sparsity would have no effect"),
+        (("--sparsity", "0.2", "--budget", "9e3"), "expected either --sparsity or --budget"),
+        (("--unstructured", "--budget", "9e3"), "--budget would have no effect"),
+        (("--selection", "auto", "--budget", "9e3"), "--budget would have no effect"),
+        (("--budget", "1e3"), "--budget is 1000; expected at least"),
+        (("--budget", "1e9"), "--budget is 1e+09; expected less than the teacher's"),
         (("--learning-rate-grid", "0.1"), "--learning-rate would have no effect"),
         (("--kd-temperature", "3"), "--kd-temperature would have no effect"),
         (("--student-layers", "4"), "--student-layers is 4; the teacher has 3"),

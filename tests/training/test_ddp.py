@@ -54,6 +54,7 @@ def results(folder: Path) -> tuple[dict[str, torch.Tensor], Any]:
     return load_file(folder / "model.safetensors"), json.loads((folder / "seen.json").read_text())
 
 
+@pytest.mark.slow
 def test_two_processes_train_as_one(tmp_path: Path) -> None:
     if not torch.distributed.is_available():
         pytest.skip("torch was built without distributed")

@@ -87,6 +87,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     yield folder
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("number", [TWO, RESUMED])
 def test_a_sharded_student_trains_as_a_whole_one(runs: Path, number: str) -> None:
     one, two = (json.loads((runs / name / "seen.json").read_text()) for name in (ONE, number))
@@ -96,6 +97,7 @@ def test_a_sharded_student_trains_as_a_whole_one(runs: Path, number: str) -> Non
     assert_alike_weights(runs / number, runs / ONE)
 
 
+@pytest.mark.slow
 def test_a_recipe_saves_whole_models(runs: Path) -> None:
     assert_alike_runs(runs / TWO / "kd", runs / ONE / "kd")
 

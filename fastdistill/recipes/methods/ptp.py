@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, TypeVar
 import torch
 from torch import Tensor
 
+from fastdistill.models.widths import plain_config
+
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
@@ -67,7 +69,7 @@ def ptp_student(student: Model, *, seed: int = 0) -> Model:
     model = copy.deepcopy(student, {id(student.config): config})
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        other = type(student)(config)
+        other = type(student)(plain_config(config))
     for name in {parameter.rpartition(".")[0] for parameter in output_parameters(student)}:
         head = other.get_submodule(name).to(student.device, student.dtype).train(student.training)
         model.set_submodule(name, head)
@@ -88,7 +90,7 @@ def output_parameters(model: PreTrainedModel) -> set[str]:
     """The names of those whose shape depends on the number of classes."""
     shapes = []
     for more in (0, 1):
-        config = copy.deepcopy(model.config)
+        config = plain_config(model.config)
         config.num_labels = len(model.config.id2label or ()) + more
         with torch.device("meta"):
             made = type(model)(config)

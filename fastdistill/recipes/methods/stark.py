@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from transformers import PreTrainedModel
 
 from fastdistill.data.tasks import Task
 from fastdistill.models.architectures import blocks
+from fastdistill.models.budgets import parameters_without, within
 from fastdistill.models.pruning import prune
 from fastdistill.models.scores import UNITS, Scores, random_scores
 from fastdistill.models.sharing import refuse_shared
@@ -71,6 +73,7 @@ def stark(settings: StarkSettings) -> Report:
     task = beginning.task
     objective, of_teacher = _objectives(settings, task)
     _check_depth(settings, beginning.pretrained)
+    settings = _within_budget(settings, beginning.pretrained)
     chain = chain_of(settings, beginning.depth)
     comparison = compare(beginning, divergence=DIVERGENCE, candidates=settings.candidates)
 
@@ -234,6 +237,19 @@ def _check_depth(settings: StarkSettings, teacher: PreTrainedModel) -> None:
     layers, wanted = len(blocks(teacher)), settings.student_layers
     if wanted is not None and wanted > layers:
         raise ValueError(f"--student-layers is {wanted}; the teacher has {layers}")
+
+
+def _within_budget(settings: StarkSettings, teacher: PreTrainedModel) -> StarkSettings:
+    """With sparsities in place of --budget: all heads of a teacher, and all its neurons, are of one size."""
+    if settings.budget is None:
+        return settings
+    scores = random_scores(teacher, torch.Generator().manual_seed(0))
+    found, cost = [], partial(parameters_without, teacher)
+    for budget in settings.budget:
+        found.append(within("--budget", budget, cost, partial(scores.kept, round_to=settings.round_to or 1), 10_000))
+        if not 0 < found[-1] < 1:
+            raise ValueError(f"--budget is {budget:g}; expected less than the teacher's {teacher.num_parameters()}")
+    return replace(settings, budget=None, sparsity=tuple(found))
 
 
 def _objectives(settings: StarkSettings, task: Task) -> tuple[Objective, Objective]:

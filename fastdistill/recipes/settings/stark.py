@@ -53,6 +53,13 @@ class StarkSettings(RecipeSettings, DistillationSettings, PlotSettings):
         metavar="X[,X...]",
         help="shares of the teacher's heads and neurons that are removed, each tried (default: 0.1,0.2,...,0.9)",
     )
+    budget: tuple[float, ...] | None = option(
+        None,
+        kind=Listed(POSITIVE),
+        metavar="N[,N...]",
+        help="in the place of --sparsity: parameters that sparse teachers may have, with their embeddings and head, "
+        "each tried (of grouped queries, and with --round-to, about as many)",
+    )
     selection: tuple[Selection, ...] = option(
         ("knowledge",),
         kind=Listed(Choice(get_args(Selection))),
@@ -111,7 +118,7 @@ class StarkSettings(RecipeSettings, DistillationSettings, PlotSettings):
         return self.sparsity or SPARSITIES
 
     def record(self) -> dict[str, Any]:
-        return {**super().record(), "sparsity": self.sparsities}
+        return {**super().record(), "sparsity": self.sparsities if self.budget is None else None}
 
     def check(self) -> None:
         super().check()
@@ -130,6 +137,8 @@ class StarkSettings(RecipeSettings, DistillationSettings, PlotSettings):
             raise ValueError(f"--hidden-weight is {self.hidden_weight}, but --objective kd has no hidden states")
         if self.objective == "ckd" and self.student_layers == 1:
             raise ValueError("--student-layers is 1; --objective ckd relates a token's states through 2 layers or more")
+        if self.sparsity is not None and self.budget is not None:
+            raise ValueError("expected either --sparsity or --budget, which is in its place")
         at_random = set(self.selection) == {"random"}
         distils = self.baselines or self.chain or self.assistant_sparsity
         ignored = {
@@ -139,6 +148,7 @@ class StarkSettings(RecipeSettings, DistillationSettings, PlotSettings):
             "--tradeoff": self.tradeoff != (0.5,) and at_random,
             "--score-on": self.score_on != "train" and at_random and self.student_sparsity is None,
             "--sparsity": self.sparsity is not None and set(self.selection) == {"auto"},
+            "--budget": self.budget is not None and (self.unstructured or set(self.selection) == {"auto"}),
             "--kd-temperature": self.kd_temperature is not None and not distils,
         }
         if names := [name for name, is_ignored in ignored.items() if is_ignored]:

@@ -1,0 +1,484 @@
+"""Every architecture × {gate, score, prune = mask, reload, store, attn_implementation, training, students}."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from datasets import Dataset
+from torch import Tensor
+from transformers import AutoModelForImageClassification, AutoModelForSequenceClassification
+from transformers.pytorch_utils import Conv1D
+
+import fastdistill
+from fastdistill.models.architectures import ARCHITECTURES, blocks, check_architecture, encoder_layers
+from fastdistill.models.narrowing import without
+from fastdistill.models.scores import Scores
+from tests import tiny
+
+SHAPE = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 24}
+TEXT = {
+    **SHAPE,
+    "vocab_size": 60,
+    "max_position_embeddings": 40,
+    "initializer_range": 0.3,
+    "pad_token_id": 1,
+    **dict.fromkeys(("bos_token_id", "eos_token_id", "cls_token_id", "sep_token_id", "mask_token_id"), 2),
+}
+GROUPED = {"num_key_value_heads": 2, "head_dim": 8}
+OWN: dict[str, dict[str, Any]] = {
+    "albert": {"embedding_size": 8},
+    "deberta-v2": {"relative_attention": True, "pos_att_type": ["c2p", "p2c"], "share_att_key": False},
+    "distilbert": {"hidden_dim": 24},
+    "gpt2": {"n_inner": 24},
+    "layoutlm": {"max_2d_position_embeddings": 16},
+    "modernbert": {"layer_types": ["full_attention", "sliding_attention"], "local_attention": 4},
+    "nomic_bert": {"head_dim": 8},
+    "rembert": {"input_embedding_size": 8},
+    "roc_bert": {
+        "pronunciation_vocab_size": 60,
+        "shape_vocab_size": 60,
+        "pronunciation_embed_dim": 8,
+        "shape_embed_dim": 8,
+    },
+    "markuplm": {
+        **dict.fromkeys(("max_xpath_tag_unit_embeddings", "max_xpath_subs_unit_embeddings"), 9),
+        **dict.fromkeys(("tag_pad_id", "subs_pad_id"), 1),
+    },
+    "xmod": {"languages": ["en_XX"], "default_language": "en_XX"},
+    "deit": {"architectures": ["DeiTForImageClassification"]},
+    **dict.fromkeys(("llama", "mistral", "qwen2", "qwen3", "gemma", "granite", "smollm3", "starcoder2"), GROUPED),
+    "eurobert": {**GROUPED, "num_key_value_heads": 4},
+    "gemma2": {**GROUPED, "query_pre_attn_scalar": 8, "sliding_window": 4},
+    "gemma3_text": {**GROUPED, "query_pre_attn_scalar": 8, "sliding_window": 4},
+}
+IMAGES = "deit", "vit"
+DECODERS = (
+    *("gemma", "gemma2", "gemma3_text", "gpt2", "gpt_neox", "granite", "llama", "mistral", "qwen2", "qwen3"),
+    *("smollm3", "starcoder2"),
+)
+NO_CLASSIFIER = "bert-generation", "granite"
+"""transformers has no classifier of it: the others of its kind say what `DistillationTrainer` and `store` do."""
+
+
+def model_of(kind: str, head: str = "", **changes: Any) -> Any:
+    torch.manual_seed(0)
+    settings = {**SHAPE, "image_size": 8, "patch_size": 4} if kind in IMAGES else TEXT
+    config = transformers.CONFIG_MAPPING[kind](**settings | OWN.get(kind, {}) | {"num_labels": 3} | changes)
+    if head or kind in NO_CLASSIFIER:
+        auto = getattr(transformers, head or "AutoModelForCausalLM")
+    else:
+        auto = AutoModelForImageClassification if kind in IMAGES else AutoModelForSequenceClassification
+    model = auto.from_config(config).eval()
+    for name, weight in model.named_parameters():
+        if name.endswith("bias"):
+            torch.nn.init.normal_(weight, std=0.1)
+    return model
+
+
+def batch_of(kind: str) -> dict[str, Tensor]:
+    torch.manual_seed(1)
+    if kind in IMAGES:
+        return {"pixel_values": torch.rand(3, 3, 8, 8)}
+    mask = torch.tensor([[1] * 9, [1] * 4 + [0] * 5, [1] * 8 + [0]])
+    return {"input_ids": torch.randint(5, 60, (3, 9)) * mask + (1 - mask), "attention_mask": mask}
+
+
+def logits_of(model: Any, batch: dict[str, Tensor]) -> Tensor:
+    """Of tokens that are there."""
+    with torch.no_grad():
+        logits: Tensor = model(**batch).logits
+    return logits[batch["attention_mask"].bool()] if logits.dim() == 3 else logits
+
+
+def with_gates(model: Any, heads: list[Tensor], neurons: list[Tensor], batch: dict[str, Tensor]) -> Tensor:
+    with fastdistill.gate(model) as gates:
+        gates.heads[:], gates.neurons[:] = heads, neurons
+        return logits_of(model, batch)
+
+
+def multiplied(model: Any, heads: list[Tensor], neurons: list[Tensor]) -> Any:
+    """A copy whose output projections' columns are multiplied by the gates."""
+    twin = copy.deepcopy(model)
+    with torch.no_grad():
+        for block, head_gate, neuron_gate in zip(blocks(twin), heads, neurons, strict=True):
+            for linear, own in (
+                (block.head_out, head_gate.repeat_interleave(block.head_size)),
+                (block.neuron_out, neuron_gate),
+            ):
+                linear.weight.mul_(own[:, None] if isinstance(linear, Conv1D) else own)
+    return twin
+
+
+@pytest.fixture(scope="module", params=ARCHITECTURES)
+def kind(request: pytest.FixtureRequest) -> str:
+    return str(request.param)
+
+
+@pytest.fixture(scope="module")
+def model(kind: str) -> Any:
+    return model_of(kind)
+
+
+def test_modules_are_where_the_table_says(kind: str, model: Any) -> None:
+    check_architecture(ARCHITECTURES[kind], model)
+    shape = [(block.heads, block.neurons) for block in blocks(model)]
+    assert shape == [(4, 24)] * (1 if kind == "albert" else 2)
+
+
+def test_gate(kind: str, model: Any) -> None:
+    layers, batch = blocks(model), batch_of(kind)
+    torch.manual_seed(3)
+    heads, neurons = [torch.randn(b.heads) for b in layers], [torch.randn(b.neurons) for b in layers]
+    expected = logits_of(multiplied(model, heads, neurons), batch)
+    torch.testing.assert_close(with_gates(model, heads, neurons, batch), expected)
+    assert (logits_of(model, batch) - expected).abs().max() > 1e-3
+
+
+def test_score(kind: str, model: Any) -> None:
+    batch = batch_of(kind)
+    is_causal = kind in NO_CLASSIFIER
+    labels = batch["input_ids"].masked_fill(batch["attention_mask"] == 0, -100) if is_causal else torch.arange(3)
+    found = fastdistill.score(model, [{**batch, "labels": labels}], progress=False).expressiveness
+    with fastdistill.gate(model) as gates:
+        totals = [torch.zeros_like(g) for g in gates.tensors]
+        for row in range(3):
+            one = {name: value[row : row + 1] for name, value in batch.items()}
+            own = labels[row : row + 1]
+            number = int((own[:, 1:] != -100).sum()) if is_causal else 1
+            loss = model(**one, labels=own).loss * number  # transformers' own, which shifts the labels
+            for total, gradient in zip(totals, torch.autograd.grad(loss, gates.tensors), strict=True):
+                total += gradient.abs()
+        count = int((labels[:, 1:] != -100).sum()) if is_causal else 3
+    for ours, expected in zip([*found.heads, *found.neurons], totals, strict=True):
+        torch.testing.assert_close(ours, expected / count, rtol=1e-3, atol=1e-6)
+    assert all(layer.max() > 0 for layer in [*found.heads, *found.neurons])
+
+
+OPEN = [
+    ([0, 2], [0, 1, 2, 3]),  # of groups of two: a half of each, and all
+    ([1, 2, 3], [2, 3]),  # a half of one, which is made up, and one whole
+    ([3], []),
+]
+
+
+@pytest.mark.parametrize("heads", OPEN, ids=["uneven", "made up", "none"])
+def test_pruned_is_masked_and_comes_back(
+    kind: str, model: Any, heads: tuple[list[int], list[int]], tmp_path: Path
+) -> None:
+    layers, batch = blocks(model), batch_of(kind)
+    kept_heads = [torch.tensor(own, dtype=torch.long) for own in heads[: len(layers)]]
+    kept_neurons = [torch.arange(1, 24, 2), torch.arange(0 if heads[1] == [] else 20)][: len(layers)]
+    smaller = without(model, kept_heads, kept_neurons)
+    masks = [
+        [torch.zeros(n).index_fill(0, kept, 1) for kept in group] for n, group in ((4, kept_heads), (24, kept_neurons))
+    ]
+    torch.testing.assert_close(logits_of(smaller, batch), with_gates(model, *masks, batch))
+    assert smaller.num_parameters() < model.num_parameters()
+    for block, own in zip(blocks(smaller), kept_heads, strict=True):
+        grouped = blocks(model)[0].groups == 2
+        assert block.heads == (4 if grouped and own.tolist() == [1, 2, 3] else len(own))
+        assert block.groups == (len(set((own // 2).tolist())) if grouped else block.heads)
+
+    smaller.save_pretrained(tmp_path)
+    loaded = fastdistill.from_pretrained(tmp_path)
+    torch.testing.assert_close(loaded.state_dict(), smaller.state_dict(), rtol=0, atol=0)
+    torch.testing.assert_close(logits_of(loaded, batch), logits_of(smaller, batch))
+    assert smaller.state_dict().keys() == model.state_dict().keys()
+    with pytest.raises((RuntimeError, transformers.integrations.heterogeneity.AmbiguousGlobalPerLayerAttributeError)):
+        type(model).from_pretrained(tmp_path)
+
+
+def test_store(kind: str, model: Any, tmp_path: Path) -> None:
+    batch = batch_of(kind)
+    dataset = Dataset.from_dict({name: value.tolist() for name, value in batch.items()})
+
+    def stored() -> Dataset:
+        collate = transformers.default_data_collator
+        return fastdistill.store(dataset, model, collate=collate, batch_size=3, cache_file=tmp_path / "x.arrow")
+
+    if kind in NO_CLASSIFIER:
+        with pytest.raises(ValueError, match=r"expected \[B, C\]"):
+            stored()
+    else:
+        torch.testing.assert_close(torch.tensor(stored()["teacher_logits"][:]), logits_of(model, batch))
+
+
+def test_attention_implementation(kind: str) -> None:
+    model, batch = model_of(kind), batch_of(kind)
+    model.set_attn_implementation("eager")
+    expected = logits_of(model, batch)
+    layers = blocks(model)
+    gates = [torch.rand(b.heads) for b in layers], [torch.rand(b.neurons) for b in layers]
+    gated = with_gates(model, *gates, batch)
+    model.set_attn_implementation("fastdistill")
+    if kind == "gemma2":
+        with pytest.raises(ValueError, match="softcap is 50.0, which 'fastdistill' attention cannot do"):
+            model(**batch)
+        return
+    torch.testing.assert_close(logits_of(model, batch), expected)
+    torch.testing.assert_close(with_gates(model, *gates, batch), gated)
+
+
+def test_training(kind: str, model: Any, tmp_path: Path) -> None:
+    batch = batch_of(kind)
+    rows = [{name: value[row] for name, value in batch.items()} for row in range(3)]
+    labels = [row["input_ids"] if kind in NO_CLASSIFIER else place for place, row in enumerate(rows)]
+    student = fastdistill.first_layers(model, 1)
+    before = [weight.clone() for weight in encoder_layers(student)[0].parameters()]
+    trainer = fastdistill.DistillationTrainer(
+        student,
+        tiny.config(tmp_path, max_steps=2, per_device_train_batch_size=3, train_sampling_strategy="sequential"),
+        teacher_model=copy.deepcopy(model),
+        train_dataset=[{**row, "labels": label} for row, label in zip(rows, labels, strict=True)],
+    )
+    assert trainer.train().training_loss > 0
+    assert not all(map(torch.equal, before, encoder_layers(student)[0].parameters()))
+
+
+def test_first_layers(kind: str, model: Any, tmp_path: Path) -> None:
+    batch = batch_of(kind)
+    student = fastdistill.first_layers(model, 1)
+    hidden = [m(**batch, output_hidden_states=True).hidden_states for m in (model, student)]
+    torch.testing.assert_close(hidden[1][0], hidden[0][0])
+    assert len(hidden[1]) == 2
+    student.save_pretrained(tmp_path)
+    again = type(model).from_pretrained(tmp_path)
+    torch.testing.assert_close(logits_of(again, batch), logits_of(student, batch), rtol=0, atol=0)
+
+
+def test_export_of_uniform_layers(kind: str, model: Any, tmp_path: Path) -> None:
+    layers, batch = blocks(model), batch_of(kind)
+    torch.manual_seed(2)
+    scores = Scores([torch.rand(b.heads) for b in layers], [torch.rand(b.neurons) for b in layers])
+    smaller = fastdistill.prune(model, scores, 0.5, uniform=True)
+    assert [(b.heads, b.neurons) for b in blocks(smaller)] == [(2, 12)] * len(layers)
+    fastdistill.export(smaller, tmp_path)
+    plain, told = type(model).from_pretrained(tmp_path, output_loading_info=True)
+    assert not any(told[what] for what in ("missing_keys", "unexpected_keys", "mismatched_keys"))
+    torch.testing.assert_close(logits_of(plain, batch), logits_of(smaller, batch))
+    found = blocks(plain)[0]
+    assert (found.heads, found.groups) == ((2, blocks(smaller)[0].groups) if ARCHITECTURES[kind].head_size else (4, 4))
+    assert found.neurons == 12
+
+
+def test_shared_layers(kind: str, model: Any, tmp_path: Path) -> None:
+    batch, is_grouped = batch_of(kind), blocks(model)[0].groups < 4
+    if kind == "albert":
+        with pytest.raises(ValueError, match="applies its layers again and again"):
+            fastdistill.shuffled_sharing(model)
+        return
+    swap = len(ARCHITECTURES[kind].head_in) == 3 and not is_grouped
+    if not swap:
+        with pytest.raises(ValueError, match="swap is True, but query and key are one linear map, or of different siz"):
+            fastdistill.shuffled_sharing(model)
+    if kind == "gpt2":
+        with pytest.raises(ValueError, match="of Conv1D, which transformers cannot tie"):
+            fastdistill.shuffled_sharing(model, swap=False)
+        return
+    if kind == "modernbert":  # its first layer lacks a norm
+        with pytest.raises(ValueError, match="differs by its place"):
+            fastdistill.shuffled_sharing(model, swap=False)
+    student = fastdistill.shuffled_sharing(model, 1, swap=swap).eval()
+    outputs = student(**batch, output_hidden_states=True)
+    assert len(outputs.hidden_states) == 4
+    assert (logits_of(student, batch) - logits_of(model, batch)).abs().max() > 1e-3
+    student.save_pretrained(tmp_path / "shared")
+    again = fastdistill.from_pretrained(tmp_path / "shared")
+    torch.testing.assert_close(logits_of(again, batch), logits_of(student, batch))
+    assert again.num_parameters() == student.num_parameters() == model.num_parameters()
+    with pytest.raises(KeyError, match="layers that share weights: fastdistill.from_pretrained loads them"):
+        type(model).from_pretrained(tmp_path / "shared")
+
+    fastdistill.export(student, tmp_path / "plain")
+    plain = type(model).from_pretrained(tmp_path / "plain")
+    torch.testing.assert_close(logits_of(plain, batch), logits_of(student, batch))
+    assert plain.num_parameters() > model.num_parameters()
+
+
+@pytest.mark.parametrize("kind", ["llama", "gpt2", "gpt_neox"])
+def test_causal_models_are_scored_by_tokens(kind: str) -> None:
+    """As transformers' own loss is, which compares a token's logits with the next token; of P and Q alike."""
+    teacher, student = (
+        model_of(kind, "AutoModelForCausalLM"),
+        model_of(kind, "AutoModelForCausalLM", num_hidden_layers=1),
+    )
+    batch = batch_of(kind)
+    labels = batch["input_ids"].masked_fill(batch["attention_mask"] == 0, -100)
+    found = fastdistill.score(teacher, [{**batch, "labels": labels}], student, progress=False)
+    assert found.friendliness is not None
+    expressive, friendly = [], []
+    for row in range(3):
+        one = {name: value[row : row + 1] for name, value in batch.items()}
+        number = int(one["attention_mask"].sum()) - 1
+        with fastdistill.gate(teacher) as gates:
+            logits = teacher(**one).logits[0, :number]
+            answers = student(**one).logits[0, :number].detach()
+            own = torch.nn.functional.cross_entropy(logits, labels[row, 1 : number + 1], reduction="sum")
+            kd = -((logits / 2).softmax(-1) * (answers / 2).log_softmax(-1)).sum() * 4
+            for loss, totals in ((own, expressive), (kd, friendly)):
+                gradients = torch.autograd.grad(loss, gates.tensors, retain_graph=True)
+                totals.append(torch.cat([g.abs() for g in gradients]))
+    count = int((labels[:, 1:] != -100).sum())
+    for scores, totals in ((found.expressiveness, expressive), (found.friendliness, friendly)):
+        expected = torch.stack(totals).sum(0) / count
+        torch.testing.assert_close(torch.cat([*scores.heads, *scores.neurons]), expected, rtol=1e-3, atol=1e-6)
+
+
+@pytest.mark.parametrize("kind", ["llama", "gpt2"])
+def test_tokens_of_a_decoder_are_classified(kind: str) -> None:
+    model, batch = model_of(kind, "AutoModelForTokenClassification"), batch_of(kind)
+    labels = (batch["input_ids"] % 3).masked_fill(batch["attention_mask"] == 0, -100)
+    found = fastdistill.score(model, [{**batch, "labels": labels}], reduce="batch", progress=False).expressiveness
+    with fastdistill.gate(model) as gates:
+        loss = model(**batch, labels=labels).loss  # not shifted
+        expected = torch.cat([g.abs() for g in torch.autograd.grad(loss, gates.tensors)])
+    torch.testing.assert_close(torch.cat([*found.heads, *found.neurons]), expected, rtol=1e-3, atol=1e-6)
+
+
+@pytest.mark.parametrize("kind", ["llama", "gpt2", "gpt_neox", "gemma3_text"])
+def test_generation_without_heads_in_a_layer(kind: str) -> None:
+    """Its cache counts the tokens all the same."""
+    model, ids = model_of(kind, "AutoModelForCausalLM", eos_token_id=None), torch.tensor([[5, 9, 7, 8]])
+    smaller = without(model, [torch.tensor([], dtype=torch.long), torch.tensor([1, 2])], [torch.arange(24)] * 2).eval()
+    options = {"max_new_tokens": 6, "do_sample": False, "attention_mask": torch.ones_like(ids)}
+    found = [smaller.generate(ids, use_cache=use_cache, **options) for use_cache in (True, False)]
+    assert found[0].shape == (1, 10)
+    assert torch.equal(*found)
+
+
+def test_layers_of_groups_come_back(tmp_path: Path) -> None:
+    """Of grouped queries a config that names heads of groups of different sizes is refused."""
+    smaller = without(model_of("llama"), [torch.tensor([0, 2])] * 2, [torch.arange(5)] * 2)
+    smaller.save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    config["fastdistill_pruned"]["heads"][0] = [0, 1, 2]
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ValueError, match=r"has the heads \[0, 1, 2\] at 0; expected equally many of each group"):
+        fastdistill.from_pretrained(tmp_path)
+
+
+def test_widths_in_the_form_of_transformers() -> None:
+    layers = [torch.tensor([0, 1]), torch.tensor([2])], [torch.arange(5), torch.arange(7)]
+    qwen = without(model_of("qwen3"), *layers).config.per_layer_config
+    found = [(c.num_attention_heads, c.num_key_value_heads, c.head_dim, c.intermediate_size) for c in qwen]
+    assert found == [(2, 1, 8, 5), (1, 1, 8, 7)]
+    bert = without(model_of("bert"), *layers)  # a number of heads would say another size of them
+    assert [c.intermediate_size for c in bert.config.per_layer_config] == [5, 7]
+    assert bert.config.num_attention_heads == 4
+
+
+@pytest.mark.parametrize("kind", ["qwen3", "gemma3_text", "modernbert"])
+def test_a_student_of_the_last_layers(kind: str, tmp_path: Path) -> None:
+    """Which layers attend to all tokens, and which to some, goes with them."""
+    model, batch = model_of(kind, num_hidden_layers=2), batch_of(kind)
+    if kind == "modernbert":
+        with pytest.raises(ValueError, match="layers has 1 at 0, but ModernBertEncoderLayer differs by its place"):
+            fastdistill.first_layers(model, 1, layers=[1])
+        return
+    student = fastdistill.first_layers(model, 1, layers=[1])
+    assert student.config.layer_types == model.config.layer_types[1:]
+    student.save_pretrained(tmp_path)
+    again = type(model).from_pretrained(tmp_path)
+    torch.testing.assert_close(logits_of(again, batch), logits_of(student.eval(), batch))
+
+
+def test_albert_has_no_layers_to_choose() -> None:
+    with pytest.raises(ValueError, match="model applies 1 groups of layers again and again, and layers is \\[1\\]"):
+        fastdistill.first_layers(model_of("albert"), 1, layers=[1])
+    with pytest.raises(ValueError, match="model applies 2 groups"):
+        fastdistill.first_layers(model_of("albert", num_hidden_groups=2), 1)
+
+
+# Others
+
+OPT = fastdistill.Architecture(
+    layers="decoder.layers",
+    attention="self_attn",
+    head_in=("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
+    head_out="self_attn.out_proj",
+    neuron_in=("fc1",),
+    neuron_out="fc2",
+    width="ffn_dim",
+)
+
+
+def test_an_architecture_that_a_user_registers(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    settings = {"ffn_dim": 24, "word_embed_proj_dim": 32, **TEXT}
+    model = transformers.OPTForSequenceClassification(transformers.OPTConfig(**settings, num_labels=3)).eval()
+    with pytest.raises(ValueError, match="model is a opt; .* fastdistill.register_architecture makes another known"):
+        fastdistill.first_layers(model, 1)
+    monkeypatch.setattr("fastdistill.models.architectures.ARCHITECTURES", table := dict(ARCHITECTURES))
+    fastdistill.register_architecture("opt", OPT)  # on transformers' default config
+    assert table["opt"] == OPT
+    fastdistill.register_architecture("opt", OPT, model=model)
+    batch = batch_of("opt")
+    kept = [torch.tensor([0, 3]), torch.tensor([1])], [torch.arange(3), torch.arange(24)]
+    smaller = without(model, *kept)
+    masks = [
+        [torch.zeros(number).index_fill(0, own, 1) for own in group]
+        for number, group in zip((4, 24), kept, strict=True)
+    ]
+    torch.testing.assert_close(logits_of(smaller, batch), with_gates(model, *masks, batch))
+    smaller.save_pretrained(tmp_path)
+    torch.testing.assert_close(logits_of(fastdistill.from_pretrained(tmp_path), batch), logits_of(smaller, batch))
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        ({"layers": "layers"}, "layers is 'layers', which OPTModel does not have; it has decoder"),
+        ({"layers": "decoder.embed_tokens"}, "layers is 'decoder.embed_tokens', a Embedding; expected a ModuleList"),
+        ({"attention": "attn"}, "attention is 'attn', which OPTDecoderLayer does not have; it has activation_fn, "),
+        ({"attention": ""}, "attention is ''; expected a module's name"),
+        ({"head_out": "self_attn.o_proj"}, "head_out is 'self_attn.o_proj', which OPTDecoderLayer does not have; it"),
+        ({"head_in": ("self_attn.q_proj",) * 2}, "head_in is .*; expected one name, or query, key and value"),
+        ({"head_in": ("self_attn.q_proj",)}, "head_in is .* with 32 rows and head_out is .* with 32 columns"),
+        ({"head_parts": 3}, "head_parts is 3; expected 1, or 3 where head_in is one linear map"),
+        ({"neuron_in": ()}, "neuron_in is (); expected one name or two"),
+        ({"neuron_parts": 2}, "neuron_in is 'fc1' with 24 rows and neuron_out is 'fc2' with 24 columns; expected 2 "),
+        ({"neuron_out": "final_layer_norm"}, "neuron_out is 'final_layer_norm', a LayerNorm; expected a Linear or "),
+        ({"alone": "norm"}, "alone is 'norm', which OPTDecoderLayer does not have"),
+    ],
+)
+def test_names_that_are_not_the_models(change: dict[str, Any], message: str) -> None:
+    settings = {"ffn_dim": 24, "word_embed_proj_dim": 32, **TEXT}
+    model = transformers.OPTModel(transformers.OPTConfig(**settings))
+    with pytest.raises(ValueError, match=message.replace("()", r"\(\)")):
+        fastdistill.register_architecture("opt", dataclasses.replace(OPT, **change), model=model)
+    assert "opt" not in ARCHITECTURES
+
+
+def test_types_that_cannot_be_registered() -> None:
+    for arguments, error, message in [
+        (("bert", OPT), ValueError, "model_type is 'bert', which is known with other names"),
+        (
+            ("nowhere", OPT),
+            ValueError,
+            "model_type is 'nowhere', of which AutoModel makes no model; expected one",
+        ),
+        (("", OPT), TypeError, "model_type is ''; expected a text"),
+        (("opt", {}), TypeError, "architecture is a dict; expected a fastdistill.Architecture"),
+    ]:
+        with pytest.raises(error, match=message):
+            fastdistill.register_architecture(*arguments)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="model is a bert; expected a opt, which is model_type"):
+        fastdistill.register_architecture("opt", OPT, model=tiny.bert())
+    fastdistill.register_architecture("bert", ARCHITECTURES["bert"], model=tiny.bert())  # as it is known
+
+
+@pytest.mark.parametrize("kind", ["beit", "swin", "olmo2", "t5"])
+def test_what_the_table_does_not_carry(kind: str) -> None:
+    """Biases of positions, or norms, that are of all heads; stages of different widths; a decoder beside an encoder."""
+    sizes = {"swin": {"embed_dim": 8, "depths": [1], "num_heads": [2]}, "t5": {"d_model": 8, "num_layers": 1}}
+    settings = sizes.get(kind, {**SHAPE, "image_size": 8, "patch_size": 4, "vocab_size": 10})
+    with torch.device("meta"):
+        model = transformers.AutoModel.from_config(transformers.CONFIG_MAPPING[kind](**settings))
+    with pytest.raises(ValueError, match=f"model is a {kind}; its layers are known for albert, bert"):
+        fastdistill.gate(model).__enter__()
