@@ -31,14 +31,21 @@ class Examples:
     collate: Collate
     tokenizer: PreTrainedTokenizerBase | None = None
     """Is saved beside models."""
+    mismatched: Dataset | None = None
+    """Of which the task's metric is told beside, as "mismatched_" and its name."""
 
 
 def of_text(data: Splits, tokenizer: PreTrainedTokenizerBase, max_length: int | None = None) -> Examples:
-    """`validation` and `report` are in the order of their length: there is less padding so."""
-    splits = (tokenize(split, tokenizer, data.task, max_length) for split in (data.train, data.select, data.report))
-    train, validation, report = splits
-    validation, report = (of.select(np.argsort(of["length"][:], kind="stable")) for of in (validation, report))
-    return Examples(data.task, train, validation, report, DataCollatorWithPadding(tokenizer), tokenizer)
+    """All but `train` are in the order of their length: there is less padding so."""
+
+    def by_length(split: Dataset) -> Dataset:
+        tokenized = tokenize(split, tokenizer, data.task, max_length)
+        return tokenized.select(np.argsort(tokenized["length"][:], kind="stable"))
+
+    train = tokenize(data.train, tokenizer, data.task, max_length)
+    mismatched = None if data.mismatched is None else by_length(data.mismatched)
+    evaluated = (by_length(data.select), by_length(data.report))
+    return Examples(data.task, train, *evaluated, DataCollatorWithPadding(tokenizer), tokenizer, mismatched)
 
 
 def of_images(data: Splits) -> Examples:
