@@ -40,6 +40,8 @@ def command(output: Path, *more: str) -> list[str]:
         "autoskd", "--task", TASK, "--teacher", "minilm", "--student-layers", "2", "--output", str(output),
         "--team", ",".join(map(str, LAYERS)), "--candidates", str(CANDIDATES), "--search-epochs", str(SEARCH_EPOCHS),
         "--epochs", str(EPOCHS), "--max-train-examples", EXAMPLES, "--no-plots",
+        "--select-on", "validation", "--report-on", "validation", "--student-from", "teacher",
+        "--theta-optimizer", "adam", "--no-theta-baseline",
         *(["--max-eval-examples", str(EVALUATED)] if EVALUATED else []), *more,
     ]  # fmt: skip
 

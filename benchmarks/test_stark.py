@@ -35,7 +35,8 @@ EPOCHS, RATE = 3, 3e-4
 def command(output: Path, *more: str) -> list[str]:
     return [
         "stark", "--task", TASK, "--teacher", "minilm", "--student-layers", "2", "--output", str(output),
-        "--max-train-examples", EXAMPLES, "--epochs", str(EPOCHS), "--learning-rate", str(RATE), "--no-plots", *more,
+        "--max-train-examples", EXAMPLES, "--epochs", str(EPOCHS), "--learning-rate", str(RATE), "--no-plots",
+        "--select-on", "validation", "--report-on", "validation", *more,
     ]  # fmt: skip
 
 

@@ -18,7 +18,12 @@ if TYPE_CHECKING:
     from datasets import Dataset
     from transformers import PreTrainedTokenizerBase
 
-SPLIT_FILES = {"train": ("train",), "validation": ("validation", "dev"), "test": ("test",)}
+SPLIT_FILES = {
+    "train": ("train",),
+    "validation": ("validation", "dev"),
+    "test": ("test",),
+    "mismatched": ("validation_mismatched", "dev_mismatched"),
+}
 
 
 @dataclass(frozen=True)
@@ -30,6 +35,7 @@ class TaskData:
     train: Dataset
     validation: Dataset
     test: Dataset | None
+    mismatched: Dataset | None = None
 
 
 def load_task(
@@ -46,7 +52,8 @@ def load_task(
 
     A folder whose "train" is a folder of folders is a task of images: `fastdistill.data.images.from_folder`.
 
-    Another holds `train.*`, `validation.*` (or `dev.*`) and perhaps `test.*`, each a labelled file. A single
+    Another holds `train.*`, `validation.*` (or `dev.*`) and perhaps `test.*` and
+    `validation_mismatched.*`, each a labelled file. A single
     file is divided: of each class's rows, in an order drawn from `seed`, the second and every tenth after it
     become validation. So it is with hub tasks that have no validation split.
 
@@ -88,7 +95,7 @@ def load_task(
         splits["train"], splits["validation"] = hold_out(task, splits["train"], seed)
     for split, dataset in splits.items():
         splits[split] = _subset(dataset, max_train_examples if split == "train" else max_eval_examples, seed)
-    return TaskData(task, splits["train"], splits["validation"], splits.get("test"))
+    return TaskData(task, splits["train"], splits["validation"], splits.get("test"), splits.get("mismatched"))
 
 
 def tokenize(
@@ -197,7 +204,8 @@ def _from_hub(task: Task) -> dict[str, Dataset]:
             f"({', '.join(SUFFIXES)}) with columns {', '.join((*task.text_columns, 'label'))}; or the task "
             "'docstrings', which needs none"
         ) from error
-    wanted = {"train": "train", "validation": task.hub.validation, "test": task.hub.test}
+    hub = task.hub
+    wanted = {"train": "train", "validation": hub.validation, "test": hub.test, "mismatched": hub.mismatched}
     return {split: _from_hub_split(task, found[name]) for split, name in wanted.items() if name is not None}
 
 
@@ -251,7 +259,7 @@ def _split_files(folder: Path) -> dict[str, Path]:
             raise ValueError(f"{folder} has the {split} split more than once: {', '.join(found)}")
         if found:
             files[split] = folder / found[0]
-        elif split != "test":
+        elif split in ("train", "validation"):
             there = ", ".join(sorted(file.name for file in folder.iterdir())) or "nothing"
             missing = f"{folder} has no {split} split: it holds {there}, and none of {', '.join(names)}"
             raise FileNotFoundError(missing)

@@ -78,9 +78,8 @@ def _of_several(labels: _Array, predictions: _Array, weights: _Array) -> dict[st
 
 def _confusion(labels: _Array, predictions: _Array, classes: int, weights: _Array) -> _Array:
     """How often which class was predicted as which, ``[R, C, C]``."""
-    cells = np.eye(classes * classes)[labels * classes + predictions]
-    counts: _Array = (weights @ cells).reshape(-1, classes, classes)
-    return counts
+    cells = labels * classes + predictions
+    return np.stack([np.bincount(cells, row, classes**2).reshape(classes, classes) for row in weights])
 
 
 def _f1(counts: _Array) -> _Array:

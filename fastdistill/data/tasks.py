@@ -20,7 +20,8 @@ class HubDataset:
     """A data set of the Hugging Face hub: its repository, configuration, text columns and split names.
 
     `validation` is None where the hub has no such split; a tenth of train then serves. `test` is None where
-    there is none or its labels are withheld.
+    there is none or its labels are withheld. `mismatched` is validation of other sources than train has
+    (MNLI's), which is reported beside.
     """
 
     path: str
@@ -28,6 +29,7 @@ class HubDataset:
     text_columns: tuple[str, ...]
     validation: str | None = "validation"
     test: str | None = None
+    mismatched: str | None = None
 
 
 @dataclass(frozen=True)
@@ -103,8 +105,9 @@ def _glue(
     max_length: int = 128,
     label_range: tuple[float, float] | None = None,
     validation: str = "validation",
+    mismatched: str | None = None,
 ) -> Task:
-    hub = HubDataset("nyu-mll/glue", name, hub_columns, validation)
+    hub = HubDataset("nyu-mll/glue", name, hub_columns, validation, mismatched=mismatched)
     return Task(name, _PAIR[: len(hub_columns)], label_names, metric, max_length, label_range, hub)
 
 
@@ -119,6 +122,7 @@ _GLUE = (
         ("premise", "hypothesis"),
         ("entailment", "neutral", "contradiction"),
         validation="validation_matched",
+        mismatched="validation_mismatched",
     ),
     _glue("qnli", ("question", "sentence"), ("entailment", "not_entailment")),
     _glue("rte", ("sentence1", "sentence2"), ("entailment", "not_entailment")),

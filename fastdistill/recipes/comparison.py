@@ -199,6 +199,10 @@ class Comparison:
         self.results[name] = dict(results[0]) if in_place else summary(self.metric, results)
         self._students[name] = [result["stage"] for result in results]
 
+    def name_too(self, name: str, other: str) -> None:
+        """Call a student by another name, too."""
+        self.results[other], self._students[other] = self.results[name], self._students[name]
+
     def interval(self, result: Mapping[str, Any]) -> Level:
         """A student's metric, and the interval that holds 95 % of its resamples."""
         stages = result.get("stages") or [result["stage"]]

@@ -33,22 +33,30 @@ class Examples:
     collate: Collate
     tokenizer: PreTrainedTokenizerBase | None = None
     """Is saved beside models."""
+    mismatched: Dataset | None = None
+    """Of which the task's metric is told beside, as "mismatched_" and its name."""
 
     def tokens(self) -> torch.Tensor | None:
         """The ids that models may be given, padding's among them; None for images."""
         if self.tokenizer is None:
             return None
-        columns = (split.data.column("input_ids") for split in (self.train, self.validation, self.report))
+        splits = (self.train, self.validation, self.report, self.mismatched)
+        columns = (split.data.column("input_ids") for split in splits if split is not None)
         found = [pc.unique(pc.list_flatten(column)).to_numpy() for column in columns]
         return torch.from_numpy(np.unique(np.concatenate([*found, [self.tokenizer.pad_token_id]]))).long()
 
 
 def of_text(data: Splits, tokenizer: PreTrainedTokenizerBase, max_length: int | None = None) -> Examples:
-    """`validation` and `report` are in the order of their length: there is less padding so."""
-    splits = (tokenize(split, tokenizer, data.task, max_length) for split in (data.train, data.select, data.report))
-    train, validation, report = splits
-    validation, report = (of.select(np.argsort(of["length"][:], kind="stable")) for of in (validation, report))
-    return Examples(data.task, train, validation, report, DataCollatorWithPadding(tokenizer), tokenizer)
+    """All but `train` are in the order of their length: there is less padding so."""
+
+    def by_length(split: Dataset) -> Dataset:
+        tokenized = tokenize(split, tokenizer, data.task, max_length)
+        return tokenized.select(np.argsort(tokenized["length"][:], kind="stable"))
+
+    train = tokenize(data.train, tokenizer, data.task, max_length)
+    mismatched = None if data.mismatched is None else by_length(data.mismatched)
+    evaluated = (by_length(data.select), by_length(data.report))
+    return Examples(data.task, train, *evaluated, DataCollatorWithPadding(tokenizer), tokenizer, mismatched)
 
 
 def of_images(data: Splits) -> Examples:

@@ -35,7 +35,8 @@ RUNS_APART = 1_000_003
 @dataclass(frozen=True)
 class Fitted:
     """A trained model, what it reaches on the examples that select, in which epoch, what was logged, how many examples
-    a second it was trained on, if any, and its outputs on those that are reported, with their labels and mean loss."""
+    a second it was trained on, if any, and its outputs on those that are reported, with their labels and mean loss; and
+    on the mismatched ones the metrics."""
 
     model: PreTrainedModel
     selection: float
@@ -45,6 +46,7 @@ class Fitted:
     outputs: np.ndarray[Any, np.dtype[Any]]
     labels: np.ndarray[Any, np.dtype[Any]]
     loss: float
+    mismatched: dict[str, float]
 
 
 def fit(
@@ -97,6 +99,9 @@ def fit(
         best.restore(log)
         chosen = best.best(log)
         reported: Any = trainer.predict(examples.report)
+        mismatched: dict[str, float] = {}
+        if examples.mismatched is not None:
+            mismatched = trainer.predict(examples.mismatched, metric_key_prefix="mismatched").metrics or {}
     return Fitted(
         model=_whole(trainer, training.model),
         selection=chosen[f"eval_{metric}"],
@@ -106,6 +111,7 @@ def fit(
         outputs=reported.predictions.reshape(len(examples.report), -1),
         labels=reported.label_ids,
         loss=reported.metrics["test_loss"],
+        mismatched={name: value for name, value in mismatched.items() if name == f"mismatched_{metric}"},
     )
 
 

@@ -23,7 +23,7 @@ from fastdistill.files import replacing
 Results = Mapping[str, Mapping[str, Any]]
 """By model what `Trained.result` has, and what else was found. Of several seeds these are means, "values" and "stages"
 have those of each, and "spread" is the metric's sample standard deviation. "against" has, by baseline, the difference
-from it and the interval that holds 95 % of its resamples (`paired_bootstrap`)."""
+from it and the interval that holds 95 % of its resamples (`fastdistill.recipes.bootstrap.bootstrap`)."""
 
 
 @dataclass(frozen=True, kw_only=True)

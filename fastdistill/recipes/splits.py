@@ -18,8 +18,10 @@ MOST = 2000
 
 @dataclass(frozen=True)
 class Splits:
-    """As `TaskData` has them. The best epoch, candidate or setting is that on `select`; results are of `report`. The
-    names say of which split they are: a `select_on` of "train" are training examples that are not learned."""
+    """As `TaskData` has them. The best epoch, candidate or setting is that on `select`; results are of `report`, and
+    the metric of `mismatched` is told beside.
+
+    The names say of which split they are: a `select_on` of "train" are training examples that are not learned."""
 
     task: Task
     train: Dataset
@@ -27,6 +29,7 @@ class Splits:
     report: Dataset
     select_on: str
     report_on: str
+    mismatched: Dataset | None = None
 
     @property
     def names(self) -> dict[str, str]:
@@ -44,4 +47,4 @@ def splits_of(settings: RecipeSettings, data: TaskData) -> Splits:
     train, select = data.train, data.validation
     if select_on == "train":
         train, select = hold_out(data.task, train, settings.seed, every=max(10, -(-len(train) // MOST)))
-    return Splits(data.task, train, select, report, select_on, report_on)
+    return Splits(data.task, train, select, report, select_on, report_on, data.mismatched)

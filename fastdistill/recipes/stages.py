@@ -78,7 +78,8 @@ class Stages:
         object.__setattr__(self, "data", self.data or self._data_digest())
 
     def _data_digest(self) -> str:
-        return _digest_of(self.examples.train, self.examples.validation, self.examples.report)
+        splits = (self.examples.train, self.examples.validation, self.examples.report, self.examples.mismatched)
+        return _digest_of(*(split for split in splits if split is not None))
 
     @property
     def task(self) -> Task:
@@ -103,7 +104,7 @@ class Stages:
         splits = ((self.examples.train, train), (self.examples.validation, validation))
         changed = [data.remove_columns("labels").add_column("labels", of.cpu().numpy()) for data, of in splits]
         own, others = changed
-        return self._on(replace(self.examples, task=task, train=own, validation=others, report=others))
+        return self._on(replace(self.examples, task=task, train=own, validation=others, report=others, mismatched=None))
 
     def on_training(self, rows: Tensor) -> Stages:
         """With some of the training examples alone, in the same folder."""
@@ -154,7 +155,7 @@ class Stages:
         result = {
             metric: reached[metric],
             "loss": fitted.loss,
-            "metrics": reached,
+            "metrics": reached | fitted.mismatched,
             "selection": fitted.selection,
             "epoch": fitted.epoch,
             "parameters": fitted.model.num_parameters(),

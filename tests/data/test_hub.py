@@ -40,7 +40,7 @@ def test_hub_columns_and_splits(monkeypatch):
     splits = {"train": train, "validation_matched": matched, "validation_mismatched": train}
     hub(monkeypatch, ("nyu-mll/glue", "mnli"), splits | {"test_matched": unlabelled})
     data = load_task("mnli")
-    assert data.task is TASKS["mnli"] and data.test is None
+    assert data.task is TASKS["mnli"] and data.test is None and len(data.mismatched) == 3
     assert data.validation[0] == {"sentence1": "matched", "sentence2": "h", "label": 2}
     assert data.train.features["label"] == datasets.Value("int64") and len(data.train) == 3
 

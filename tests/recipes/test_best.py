@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -62,6 +63,16 @@ def test_the_best_epoch_counts(tmp_path: Path, best: Any) -> None:
     assert kept_labels.tolist() == labels.tolist()
     torch.testing.assert_close(torch.from_numpy(outputs), logits, rtol=1e-4, atol=1e-5)
     assert not list(tmp_path.rglob("unfinished*"))
+
+
+def test_the_metric_of_mismatched_examples_is_told_beside(tmp_path: Path) -> None:
+    kept = stages(tmp_path)
+    examples = replace(kept.examples, mismatched=tiny.dataset(30, 4))
+    trained = replace(kept, examples=examples, data="").train(training(epochs=1))
+    labels = torch.tensor(examples.mismatched["labels"][:])  # type: ignore[index]
+    right = (said(trained, examples.mismatched).argmax(1) == labels).float().mean().item()
+    assert trained.result["metrics"]["mismatched_accuracy"] == pytest.approx(right)
+    assert trained.result["metrics"]["accuracy"] == trained.result["accuracy"]
 
 
 def test_a_training_without_a_better_epoch_ends(tmp_path: Path) -> None:

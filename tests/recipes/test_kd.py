@@ -403,12 +403,15 @@ def test_from_python(sources: Path, finished: Path, tmp_path: Path) -> None:
         batch_size=16,
         learning_rate=0.01,
         teacher_learning_rate=0.01,
+        select_on="validation",
     )
     report = recipes.kd(asked)
     assert metrics(tmp_path / "run") == metrics(finished)
     assert report.record["settings"] == {**results(finished)["settings"], "output": tmp_path / "run"}
     for name in STAGES:
         assert report.results[name]["accuracy"] == metrics(finished)[name]["accuracy"]
-        assert f"{100 * report.results[name]['accuracy']:.1f}" in next(r for r in str(report).split("\n") if name in r)
+        assert f"{100 * report.results[name]['accuracy']:.1f}" in next(
+            row for row in str(report).split("\n") if f"│ {name}" in row
+        )
     assert report.file == tmp_path / "run" / "results.json"
     assert report.plots == ()

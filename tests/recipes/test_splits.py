@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 
 from fastdistill.data.load import load_task
+from fastdistill.data.tasks import TASKS
 from fastdistill.recipes.settings import KDSettings
 from fastdistill.recipes.splits import Splits, splits_of
 from tests import tiny
@@ -17,6 +18,19 @@ def splits(folder: Path, test: bool, **asked: Any) -> Splits:
         (folder / "task" / "test.jsonl").write_text((folder / "task" / "validation.jsonl").read_text())
     settings = KDSettings(task=str(folder / "task"), teacher="minilm", student_layers=1, output="o", **asked)
     return splits_of(settings, load_task(settings.task))
+
+
+def test_mismatched_examples_are_read(tmp_path: Path) -> None:
+    """Of a local MNLI, and of the hub's."""
+    tiny.task_folder(tmp_path / "task", train=60, validation=24)
+    kept = (tmp_path / "task" / "train.jsonl").read_text()
+    (tmp_path / "task" / "validation_mismatched.jsonl").write_text(kept)
+    settings = KDSettings(task=str(tmp_path / "task"), teacher="minilm", student_layers=1, output="o")
+    found = splits_of(settings, load_task(settings.task)).mismatched
+    assert found is not None
+    assert len(found) == 60
+    assert TASKS["mnli"].hub is not None
+    assert TASKS["mnli"].hub.mismatched == "validation_mismatched"
 
 
 @pytest.mark.parametrize(

@@ -108,8 +108,9 @@ def _train_baselines(
         learners["takd"] = (comparison.kd, comparison.assistant(*source.chain[:-1]))
     if settings.baselines:
         learners["kd"] = (comparison.kd, strongest.model)
+    train = comparison.baseline if settings.baselines else comparison.training  # whom the weak are told by
     trained = comparison.train(
-        (stages, comparison.baseline(name, students[stages.seed], learner))
+        (stages, train(name, students[stages.seed], learner))
         for name, learner in learners.items()
         for stages in comparison.seeded
     )

@@ -36,8 +36,8 @@ def kd(settings: KDSettings) -> Report:
     if objective == comparison.kd:
         learners.pop("kd", None)  # it is the method itself
     comparison.students(comparison.baseline(name, student, learner) for name, learner in learners.items())
-    if settings.baselines:
-        comparison.results.setdefault("kd", comparison.results["distilled"])
+    if settings.baselines and "kd" not in learners:
+        comparison.name_too("distilled", "kd")
 
     record = beginning.record() | {"objective": repr(objective)}
     return comparison.finish(record)

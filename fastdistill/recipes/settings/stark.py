@@ -102,7 +102,8 @@ class StarkSettings(RecipeSettings, DistillationSettings, PlotSettings):
     score_on: Literal["train", "validation"] = option(
         "train",
         kind=Choice(("train", "validation")),
-        help="the examples that the teacher is scored on (default: %(default)s)",
+        help="the examples that the teacher is scored on: those that are learned, or those that select (validation) "
+        "(default: %(default)s)",
     )
     round_to: int | None = option(
         None, kind=Integer(1), metavar="N", help="round the neurons that a layer keeps to a multiple of N (default: 1)"
