@@ -26,7 +26,7 @@ def _taken(kind: Any) -> frozenset[str] | None:
     parameters = inspect.signature(kind.forward).parameters
     names = {name for name, one in parameters.items() if one.kind not in (one.VAR_POSITIONAL, one.VAR_KEYWORD)}
     others = [one for one in parameters.values() if one.kind == one.VAR_KEYWORD]
-    if others and len(names) == 1:  # self alone: it hands on what it is given
+    if others and not kind.forward.__module__.startswith("transformers."):  # it may hand them on to a model within
         return None
     return frozenset((names | TransformersKwargs.__annotations__.keys() if others else names) - {"self"})
 
