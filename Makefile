@@ -7,23 +7,25 @@ BIN := $(VENV)/bin
 NATIVE := $(shell find csrc -type f)
 export FASTDISTILL_ISA ?= native
 
-.PHONY: demo check test lowest bench lint gpu gpu-sanitize build clean
+.PHONY: demo check fast test lowest bench lint gpu gpu-sanitize build clean
 
 demo: $(VENV)/ready
 	$(BIN)/fastdistill stark --task docstrings --teacher minilm --student-layers 2 --sparsity 0.2,0.4,0.6 --epochs 2 --output runs/demo
 
 # Everything but the tests marked slow.
-check: lint
+check: lint fast
+
+fast: $(VENV)/ready
 	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile -m "not slow"
 
 test: $(VENV)/ready
 	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile
 
-# `make check` with the lowest versions that pyproject.toml allows, in a clone: what is compiled fits one torch only.
+# The fast tests with the lowest versions that pyproject.toml allows, in a clone: what is compiled fits one torch only.
 lowest:
 	rm -rf build/lowest
 	git clone -q . build/lowest
-	TORCH_CUDA_ARCH_LIST=9.0 $(MAKE) -C build/lowest check VENV=$(CURDIR)/.venv-lowest CONSTRAINTS=constraints-lowest.txt
+	TORCH_CUDA_ARCH_LIST=9.0 $(MAKE) -C build/lowest fast VENV=$(CURDIR)/.venv-lowest CONSTRAINTS=constraints-lowest.txt
 
 bench: $(VENV)/ready
 	mkdir -p runs
