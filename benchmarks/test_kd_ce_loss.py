@@ -150,10 +150,10 @@ def test_forward(benchmark: Any, implementation: str, rows: int, classes: int) -
 @pytest.mark.parametrize("implementation", BY_ROW)
 def test_by_row(benchmark: Any, implementation: str, rows: int, classes: int) -> None:
     loss, inputs = BY_ROW[implementation](), make(rows, classes)
-    upstream = torch.rand_like(loss(*inputs))
+    grad_output = torch.rand_like(loss(*inputs))
 
     def step() -> Any:
-        return torch.autograd.grad(loss(*inputs), inputs[0], upstream)
+        return torch.autograd.grad(loss(*inputs), inputs[0], grad_output)
 
     run(benchmark, step, inputs, 'kd_ce_loss, reduction="none"', implementation, 3)
 

@@ -71,10 +71,10 @@ def _activate(z, ACTIVATION: tl.constexpr):
 
 @triton.jit(do_not_specialize=["width", "group_rows", "runs", "gate_stride"])
 def _bias_act_gate_kernel(
-    h_ptr,  # [groups * group_rows, width], contiguous, as are upstream and out
+    h_ptr,  # [groups * group_rows, width], contiguous, as are grad_output and out
     bias_ptr,  # [width]; not read unless BIASED
     gate_ptr,  # [groups, width] with unit column stride; not read unless GATED
-    upstream_ptr,  # for the gradient; otherwise not read
+    grad_output_ptr,  # for the gradient; otherwise not read
     out_ptr,  # out: the value, or with GRADIENT the gradient of h
     bias_sums_ptr,  # out [groups, runs, width], float64 or float32, which is computed in; unless WANT_BIAS not written
     gate_sums_ptr,  # out, the same; unless WANT_GATE not written
@@ -117,13 +117,13 @@ def _bias_act_gate_kernel(
         z = tl.load(h_ptr + at, mask=inside, other=0).to(DTYPE) + bias
         value, slope = _activate(z, ACTIVATION)
         if GRADIENT:
-            upstream = tl.load(upstream_ptr + at, mask=inside, other=0).to(DTYPE)
-            grad = upstream * gate * slope
+            grad_output = tl.load(grad_output_ptr + at, mask=inside, other=0).to(DTYPE)
+            grad = grad_output * gate * slope
             tl.store(out_ptr + at, _cast(grad, out_ptr), mask=inside)
             if WANT_BIAS:
                 bias_sum += tl.where(inside, grad, 0)
             if WANT_GATE:
-                gate_sum += tl.where(inside, upstream * value, 0)
+                gate_sum += tl.where(inside, grad_output * value, 0)
         else:
             tl.store(out_ptr + at, _cast(value * gate, out_ptr), mask=inside)
     if WANT_BIAS:
@@ -137,7 +137,7 @@ def _launch(
     bias: Tensor | None,
     gate: Tensor | None,
     activation: str,
-    upstream: Tensor | None = None,
+    grad_output: Tensor | None = None,
     want_bias: bool = False,
     want_gate: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -161,9 +161,9 @@ def _launch(
         gate = None if gate is None else gate.contiguous()
         with torch.cuda.device_of(h):
             _bias_act_gate_kernel[(groups * runs * -(-width // columns),)](
-                h, h if bias is None else bias, h if gate is None else gate, h if upstream is None else upstream,
+                h, h if bias is None else bias, h if gate is None else gate, h if grad_output is None else grad_output,
                 out, bias_sums, gate_sums, width, group_rows, runs, width,
-                bias is not None, gate is not None, upstream is not None, want_bias, want_gate,
+                bias is not None, gate is not None, grad_output is not None, want_bias, want_gate,
                 activation, math.gcd(width, 16), run, rows, columns,
             )  # fmt: skip
     return out, bias_sums, gate_sums
@@ -175,7 +175,7 @@ def bias_act_gate(h: Tensor, bias: Tensor | None, gate: Tensor | None, activatio
 
 
 def bias_act_gate_backward(
-    upstream: Tensor,
+    grad_output: Tensor,
     h: Tensor,
     bias: Tensor | None,
     gate: Tensor | None,
@@ -184,7 +184,7 @@ def bias_act_gate_backward(
     want_gate: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The op of the same name, in one launch, and a sum each for bias and gate where there is more than one run."""
-    grad, bias_sums, gate_sums = _launch(h, bias, gate, activation, upstream.contiguous(), want_bias, want_gate)
+    grad, bias_sums, gate_sums = _launch(h, bias, gate, activation, grad_output.contiguous(), want_bias, want_gate)
     grad_bias = grad_gate = h.new_empty(0)
     if bias is not None and want_bias:
         grad_bias = bias_sums.sum((0, 1)).to(bias.dtype)

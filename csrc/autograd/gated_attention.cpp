@@ -47,17 +47,17 @@ class GatedAttention : public torch::autograd::Function<GatedAttention> {
     return {output, ungated, logsumexp};
   }
 
-  static variable_list backward(AutogradContext* ctx, const variable_list& upstreams) {
+  static variable_list backward(AutogradContext* ctx, const variable_list& grad_outputs) {
     static const auto op = find_op<Backward>("fastdistill::gated_attention_backward");
     TORCH_CHECK(!at::GradMode::is_enabled(), "gated_attention cannot be differentiated twice (create_graph=True)");
     variable_list grads(10);
-    if (!upstreams[0].defined())
+    if (!grad_outputs[0].defined())
       return grads;
     const variable_list saved = ctx->get_saved_variables();
     const bool gate_grad = ctx->saved_data["gate_grad"].toBool();
     auto [query, key, value, gate] = op.call(
-        upstreams[0], saved[0], saved[1], saved[2], optional(saved[3]), optional(saved[4]), optional(saved[5]), saved[6],
-        saved[7], ctx->saved_data["dropout_p"].toDouble(), ctx->saved_data["is_causal"].toBool(),
+        grad_outputs[0], saved[0], saved[1], saved[2], optional(saved[3]), optional(saved[4]), optional(saved[5]),
+        saved[6], saved[7], ctx->saved_data["dropout_p"].toDouble(), ctx->saved_data["is_causal"].toBool(),
         ctx->saved_data["scale"].toDouble(), gate_grad);
     grads[0] = query;
     grads[1] = key;

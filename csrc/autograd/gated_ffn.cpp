@@ -32,7 +32,7 @@ class BiasActGate : public torch::autograd::Function<BiasActGate> {
     return op.call(h, bias, gate, activation);
   }
 
-  static variable_list backward(AutogradContext* ctx, const variable_list& upstreams) {
+  static variable_list backward(AutogradContext* ctx, const variable_list& grad_outputs) {
     static const auto op = find_op<BackwardArgs>("fastdistill::bias_act_gate_backward");
     TORCH_CHECK(!at::GradMode::is_enabled(), "bias_act_gate cannot be differentiated twice (create_graph=True)");
     const variable_list saved = ctx->get_saved_variables();
@@ -41,7 +41,7 @@ class BiasActGate : public torch::autograd::Function<BiasActGate> {
     const bool want_bias = bias && ctx->needs_input_grad(1); // counted over the tensors that there are
     const bool want_gate = gate && ctx->needs_input_grad(bias ? 2 : 1);
     const auto [grad_h, grad_bias, grad_gate] = op.call(
-        upstreams[0], saved[0], bias, gate, ctx->saved_data["activation"].toStringRef(), want_bias, want_gate);
+        grad_outputs[0], saved[0], bias, gate, ctx->saved_data["activation"].toStringRef(), want_bias, want_gate);
     return {grad_h, want_bias ? grad_bias : Tensor(), want_gate ? grad_gate : Tensor(), Tensor()};
   }
 };

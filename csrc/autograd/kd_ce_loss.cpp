@@ -24,12 +24,12 @@ using LossArgs = std::tuple<Tensor, Tensor, Tensor>(
 
 // The saved gradient times its upstream one: in its own memory when the graph is not retained, for this is then its last
 // use, so that a backward allocates nothing; out of place under tracing, where the compiler plans memory.
-Tensor apply_upstream(const Tensor& grad, const Tensor& upstream) {
+Tensor times_grad_output(const Tensor& grad, const Tensor& grad_output) {
   static const auto scale_rows = find_op<Tensor(const Tensor&, const Tensor&)>("fastdistill::scale_rows");
   static const auto scale_rows_ = find_op<void(const Tensor&, const Tensor&)>("fastdistill::scale_rows_");
-  if (at::isTensorSubclassLike(upstream) || torch::autograd::get_current_graph_task_keep_graph())
-    return scale_rows.call(grad, upstream);
-  scale_rows_.call(grad, upstream);
+  if (at::isTensorSubclassLike(grad_output) || torch::autograd::get_current_graph_task_keep_graph())
+    return scale_rows.call(grad, grad_output);
+  scale_rows_.call(grad, grad_output);
   return grad;
 }
 
@@ -63,14 +63,14 @@ class KdCeLoss : public torch::autograd::Function<KdCeLoss> {
     return {loss, grad_student, grad_teacher};
   }
 
-  static variable_list backward(AutogradContext* ctx, const variable_list& upstreams) {
+  static variable_list backward(AutogradContext* ctx, const variable_list& grad_outputs) {
     const variable_list saved = ctx->get_saved_variables();
-    const Tensor& upstream = upstreams[0];
+    const Tensor& grad_output = grad_outputs[0];
     TORCH_CHECK(!at::GradMode::is_enabled(), "kd_ce_loss cannot be differentiated twice (create_graph=True)");
     variable_list grads(13);
     for (const auto& [i, wanted] : {std::pair{0, "student_grad"}, std::pair{1, "teacher_grad"}})
-      if (upstream.defined() && ctx->saved_data[wanted].toBool() && ctx->needs_input_grad(i))
-        grads[i] = apply_upstream(saved[i], upstream);
+      if (grad_output.defined() && ctx->saved_data[wanted].toBool() && ctx->needs_input_grad(i))
+        grads[i] = times_grad_output(saved[i], grad_output);
     return grads;
   }
 };

@@ -25,13 +25,13 @@ class Uncertainty : public torch::autograd::Function<Uncertainty> {
     return op.call(logits, kind, normalize);
   }
 
-  static variable_list backward(AutogradContext* ctx, const variable_list& upstreams) {
+  static variable_list backward(AutogradContext* ctx, const variable_list& grad_outputs) {
     static const auto op =
         find_op<Tensor(const Tensor&, const Tensor&, std::string_view, bool)>("fastdistill::uncertainty_backward");
     TORCH_CHECK(!at::GradMode::is_enabled(), "uncertainty cannot be differentiated twice (create_graph=True)");
     const Tensor logits = ctx->get_saved_variables()[0];
     const bool normalize = ctx->saved_data["normalize"].toBool();
-    return {op.call(upstreams[0], logits, ctx->saved_data["kind"].toStringRef(), normalize), Tensor(), Tensor()};
+    return {op.call(grad_outputs[0], logits, ctx->saved_data["kind"].toStringRef(), normalize), Tensor(), Tensor()};
   }
 };
 

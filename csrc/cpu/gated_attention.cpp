@@ -308,15 +308,15 @@ Three gated_attention(
 }
 
 Four gated_attention_backward(
-    const Tensor& upstream, const Tensor& query, const Tensor& key, const Tensor& value, const Optional& head_gate,
+    const Tensor& grad_output, const Tensor& query, const Tensor& key, const Tensor& value, const Optional& head_gate,
     const Optional& attn_mask, const Optional& seed, const Tensor& output, const Tensor& logsumexp, double dropout_p,
     bool is_causal, double scale, bool gate_grad) {
   if (needs_reference(query, key, seed))
     return by_reference<decltype(gated_attention_backward)>(
-        "fastdistill::gated_attention_backward", upstream, query, key, value, head_gate, attn_mask, seed, output,
+        "fastdistill::gated_attention_backward", grad_output, query, key, value, head_gate, attn_mask, seed, output,
         logsumexp, dropout_p, is_causal, scale, gate_grad);
   const int64_t batch = query.size(0), count = query.size(1);
-  const Tensor grad = with_rows(upstream);
+  const Tensor grad = with_rows(grad_output);
   Tensor grad_gate = at::empty({0}, query.options());
   if (gate_grad) {
     const Tensor dots = head_dots(grad, output);

@@ -95,7 +95,7 @@ struct Forward {
 
 template <typename T>
 struct Backward {
-  const T *h, *bias, *gate, *upstream;
+  const T *h, *bias, *gate, *grad_output;
   T *grad_h, *bias_sum, *gate_sum; // what is added to the sums; null: neither is wanted
   int64_t size;
 
@@ -107,7 +107,7 @@ struct Backward {
   template <Activation A, bool SUMS>
   void sweep() const {
     for_each_vector<T>(0, size, [&](int64_t i, int64_t count) {
-      const Vec<T> z = load(h + i, count, T(0)) + load(bias + i, count, T(0)), up = load(upstream + i, count, T(0));
+      const Vec<T> z = load(h + i, count, T(0)) + load(bias + i, count, T(0)), up = load(grad_output + i, count, T(0));
       const auto [value, slope] = activate<A>(z);
       const Vec<T> grad = up * load(gate + i, count, T(0)) * slope;
       grad.store(grad_h + i, count);
@@ -219,7 +219,7 @@ template <typename S, typename T = at::opmath_type<S>>
 void backward(
     const Shape& shape,
     const Runs& runs,
-    const Tensor& upstreams,
+    const Tensor& grad_outputs,
     const Tensor& h,
     const Tensor& biases,
     const Tensor& gates,
@@ -227,14 +227,14 @@ void backward(
     const Tensor& grad,
     T* bias_sums, // [tasks, I] or null
     T* gate_sums) { // [runs, I] or null
-  const S *const in = h.const_data_ptr<S>(), *const upstream = upstreams.const_data_ptr<S>();
+  const S *const in = h.const_data_ptr<S>(), *const grad_output = grad_outputs.const_data_ptr<S>();
   const T *const bias = biases.const_data_ptr<T>(), *const gate = gates.const_data_ptr<T>();
   S* const target = grad.mutable_data_ptr<S>();
   const bool sums = bias_sums || gate_sums;
   const int64_t task_rows = std::min(runs.group_rows * runs.of_task, kRun);
   const int64_t grain = row_grain(task_rows * std::min(shape.width, kBlock));
   at::parallel_for(0, runs.tasks * shape.blocks, grain, [&](int64_t begin, int64_t end) {
-    T in_buffer[kBlock], upstream_buffer[kBlock], out_buffer[kBlock], unwanted[kBlock] = {};
+    T in_buffer[kBlock], grad_output_buffer[kBlock], out_buffer[kBlock], unwanted[kBlock] = {};
     for (int64_t item = begin; item < end; ++item) {
       const int64_t task = item / shape.blocks, column = item % shape.blocks * kBlock;
       const int64_t size = std::min(kBlock, shape.width - column);
@@ -249,7 +249,7 @@ void backward(
               .h = OneRow<T>::read(in + at, 0, 1, size, in_buffer),
               .bias = bias + column,
               .gate = gate + row / shape.group_rows * shape.width + column,
-              .upstream = OneRow<T>::read(upstream + at, 0, 1, size, upstream_buffer),
+              .grad_output = OneRow<T>::read(grad_output + at, 0, 1, size, grad_output_buffer),
               .grad_h = OneRow<T>::writable(target + at, out_buffer),
               .bias_sum = sums ? bias_sum : nullptr,
               .gate_sum = gate_sum,
@@ -264,14 +264,14 @@ void backward(
 }
 
 std::tuple<Tensor, Tensor, Tensor> bias_act_gate_backward(
-    const Tensor& upstream,
+    const Tensor& grad_output,
     const Tensor& h,
     const std::optional<Tensor>& bias,
     const std::optional<Tensor>& gate,
     std::string_view activation,
     bool want_bias,
     bool want_gate) {
-  const Tensor grad = empty_rows_like(h), rows = h.contiguous(), upstreams = upstream.contiguous();
+  const Tensor grad = empty_rows_like(h), rows = h.contiguous(), grad_outputs = grad_output.contiguous();
   const Shape shape(h, gate);
   const Runs runs(shape);
   const Tensor biases = operand(bias, 0, shape.width, h), gates = operand(gate, 1, shape.width, h);
@@ -282,7 +282,7 @@ std::tuple<Tensor, Tensor, Tensor> bias_act_gate_backward(
     const auto run = choose<Backward<T>>(activation);
     if (h.numel() > 0)
       backward<scalar_t>(
-          shape, runs, upstreams, rows, biases, gates, run, grad,
+          shape, runs, grad_outputs, rows, biases, gates, run, grad,
           want_bias ? bias_sums.mutable_data_ptr<T>() : nullptr,
           want_gate ? gate_sums.mutable_data_ptr<T>() : nullptr);
   });

@@ -1,4 +1,4 @@
-// grad[r, :] *= upstream[r] (or one upstream for all rows), for the backward of losses that hold their gradient.
+// grad[r, :] *= grad_output[r] (or one grad_output for all rows), for the backward of losses that hold their gradient.
 #include "row.h"
 
 #include <ATen/Dispatch.h>
@@ -29,34 +29,34 @@ void scale(const Tensor& source, const Tensor& target, const Factor& factor) {
   });
 }
 
-void scale_into(const Tensor& source, const Tensor& target, const Tensor& upstream) {
+void scale_into(const Tensor& source, const Tensor& target, const Tensor& grad_output) {
   if (source.numel() == 0)
     return;
   const Tensor rows = source.contiguous().view({-1, source.size(-1)}), out = target.view(rows.sizes());
-  const Tensor factors = upstream.reshape({-1}).to(at::kDouble).contiguous();
+  const Tensor factors = grad_output.reshape({-1}).to(at::kDouble).contiguous();
   const double* factor = factors.const_data_ptr<double>();
-  const int64_t step = upstream.dim() == 0 ? 0 : 1;
+  const int64_t step = grad_output.dim() == 0 ? 0 : 1;
   AT_DISPATCH_FLOATING_TYPES_AND2(at::kHalf, at::kBFloat16, source.scalar_type(), "scale_rows", [&] {
     scale<scalar_t>(rows, out, [&](int64_t r) { return factor[r * step]; });
   });
 }
 
-void scale_rows_(const Tensor& grad, const Tensor& upstream) {
+void scale_rows_(const Tensor& grad, const Tensor& grad_output) {
   // The loss is usually differentiated as it is: nothing to do.
-  if (upstream.dim() == 0 && upstream.item().toDouble() == 1.0)
+  if (grad_output.dim() == 0 && grad_output.item().toDouble() == 1.0)
     return;
   if (grad.is_contiguous()) {
-    scale_into(grad, grad, upstream);
+    scale_into(grad, grad, grad_output);
   } else {
     const Tensor scaled = empty_rows_like(grad);
-    scale_into(grad, scaled, upstream);
+    scale_into(grad, scaled, grad_output);
     grad.copy_(scaled);
   }
 }
 
-Tensor scale_rows(const Tensor& grad, const Tensor& upstream) {
+Tensor scale_rows(const Tensor& grad, const Tensor& grad_output) {
   const Tensor scaled = empty_rows_like(grad);
-  scale_into(grad, scaled, upstream);
+  scale_into(grad, scaled, grad_output);
   return scaled;
 }
 

@@ -90,9 +90,9 @@ class Row {
     return value / Stat(at_uniform_);
   }
 
-  void gradient(const T* upstreams, int64_t rows, T* out) const {
+  void gradient(const T* grad_outputs, int64_t rows, T* out) const {
     Stat scale;
-    load_rows(scale, upstreams, rows);
+    load_rows(scale, grad_outputs, rows);
     scale = scale / (Stat(at_uniform_) * total_);
     Stat constant = scale / total_, slope(0); // the gradient is e * (constant + slope * (z - largest)) ...
     if constexpr (KIND == Kind::kEntropy) {
@@ -252,15 +252,15 @@ void write_values(const Tensor& rows, bool normalize, const Tensor& values) {
 }
 
 template <typename Form, Kind KIND>
-void write_gradient(const Tensor& rows, bool normalize, const Tensor& upstream, const Tensor& grad) {
+void write_gradient(const Tensor& rows, bool normalize, const Tensor& grad_output, const Tensor& grad) {
   using T = typename Form::T;
-  const Tensor upstreams = upstream.reshape({-1}).to(c10::CppTypeToScalarType<T>::value).contiguous();
-  const T* const row_upstream = upstreams.const_data_ptr<T>();
+  const Tensor grad_outputs = grad_output.reshape({-1}).to(c10::CppTypeToScalarType<T>::value).contiguous();
+  const T* const row_grads = grad_outputs.const_data_ptr<T>();
   const RowWriter<Form> writer(grad);
   for_each_row<Form, KIND>(rows, normalize, [&](int64_t first, int64_t count, const auto& row, T* spare) {
     constexpr bool kNoneIgnored[Form::kRows] = {};
     T* const out = writer.begin(first, spare);
-    row.gradient(row_upstream + first, count, out);
+    row.gradient(row_grads + first, count, out);
     writer.end(first, count, out, kNoneIgnored);
   });
 }
@@ -273,9 +273,11 @@ Tensor uncertainty(const Tensor& logits, std::string_view kind, bool normalize) 
   return values;
 }
 
-Tensor uncertainty_backward(const Tensor& upstream, const Tensor& logits, std::string_view kind, bool normalize) {
+Tensor uncertainty_backward(const Tensor& grad_output, const Tensor& logits, std::string_view kind, bool normalize) {
   const Tensor rows = as_rows(logits), grad = empty_rows_like(logits);
-  choose(rows, kind, [&]<typename Form, Kind KIND>() { write_gradient<Form, KIND>(rows, normalize, upstream, grad); });
+  choose(rows, kind, [&]<typename Form, Kind KIND>() {
+    write_gradient<Form, KIND>(rows, normalize, grad_output, grad);
+  });
   return grad;
 }
 

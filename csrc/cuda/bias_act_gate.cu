@@ -240,7 +240,7 @@ __device__ Point<A> activate(A z) {
 
 template <typename T>
 struct Problem {
-  const T *h, *upstream; // [groups * group_rows, width]; upstream for the gradient
+  const T *h, *grad_output; // [groups * group_rows, width]; grad_output for the gradient
   T* out; // the value, or the gradient of h
   Vector<const void*> bias, gate; // [width] and [groups, width]
   Vector<void*> bias_sums, gate_sums; // [groups * runs, width] where they are wanted
@@ -297,13 +297,13 @@ __global__ void __launch_bounds__(kThreads, kBlocks<T, kGradient>) sweep(const _
   int64_t at = (group * problem.group_rows + first_row + row) * width + column;
   const int64_t step = kWarps * width;
   for (; inside && row < rows; row += kWarps * kRows, at += kRows * step) {
-    Pack<T, kWidth> h[kRows], upstream[kRows];
+    Pack<T, kWidth> h[kRows], grad_output[kRows];
 #pragma unroll
     for (int r = 0; r < kRows; ++r) {
       if (row + r * kWarps < rows) {
         h[r] = *reinterpret_cast<const Pack<T, kWidth>*>(problem.h + at + r * step);
         if constexpr (kGradient)
-          upstream[r] = *reinterpret_cast<const Pack<T, kWidth>*>(problem.upstream + at + r * step);
+          grad_output[r] = *reinterpret_cast<const Pack<T, kWidth>*>(problem.grad_output + at + r * step);
       }
     }
 #pragma unroll
@@ -314,7 +314,7 @@ __global__ void __launch_bounds__(kThreads, kBlocks<T, kGradient>) sweep(const _
         for (int k = 0; k < kWidth; ++k) {
           const Point<A> at_z = activate<ACTIVATION, sizeof(T) == 2>(h[r][k] + bias[k]);
           if constexpr (kGradient) {
-            const A up = upstream[r][k];
+            const A up = grad_output[r][k];
             out[k] = up * gate[k] * at_z.slope;
             bias_sum[k] += out[k];
             gate_sum[k] += up * at_z.value;
@@ -411,7 +411,7 @@ Kernel<T> kernel_of(Activation activation) {
 template <typename T, bool kGradient>
 void launch(Activation activation, Problem<T> problem, int64_t runs, cudaStream_t stream) {
   constexpr int kVector = 16 / sizeof(T);
-  const auto addresses = reinterpret_cast<uintptr_t>(problem.h) | reinterpret_cast<uintptr_t>(problem.upstream) |
+  const auto addresses = reinterpret_cast<uintptr_t>(problem.h) | reinterpret_cast<uintptr_t>(problem.grad_output) |
       reinterpret_cast<uintptr_t>(problem.out);
   const bool whole = problem.width % kVector == 0 && addresses % 16 == 0;
   const int columns = kWarp * (whole ? kVector : 1);
@@ -465,19 +465,19 @@ Gradients run(
     const std::optional<Tensor>& bias,
     const std::optional<Tensor>& gate,
     Activation activation,
-    const Tensor* upstream = nullptr,
+    const Tensor* grad_output = nullptr,
     bool want_bias = false,
     bool want_gate = false) {
   using A = Wide<T>;
   constexpr ScalarType kType = std::is_same_v<A, double> ? ScalarType::Double : ScalarType::Float;
   const int64_t width = h.size(-1), groups = gate && gate->dim() == 2 ? gate->size(0) : 1;
   const int64_t group_rows = width * groups == 0 ? 0 : h.numel() / (width * groups);
-  const int64_t run_rows = upstream ? kRun<true> : kRun<false>;
+  const int64_t run_rows = grad_output ? kRun<true> : kRun<false>;
   const int64_t runs = (group_rows + run_rows - 1) / run_rows, parts = groups * runs;
   STD_TORCH_CHECK(parts <= std::numeric_limits<int>::max(), "h has too many rows");
 
   Gradients result{new_like(h)};
-  if (upstream) {
+  if (grad_output) {
     result.bias = want_bias ? new_like(*bias) : empty({0}, h.scalar_type(), h);
     result.gate = want_gate ? new_like(*gate) : empty({0}, h.scalar_type(), h);
   }
@@ -492,7 +492,7 @@ Gradients run(
   const auto biases = dense(bias), gates = dense(gate);
   Problem<T> problem; // filled so, for designated initialisers crash nvcc 13.0 here
   problem.h = static_cast<const T*>(rows.const_data_ptr());
-  problem.upstream = upstream ? static_cast<const T*>(upstream->const_data_ptr()) : nullptr;
+  problem.grad_output = grad_output ? static_cast<const T*>(grad_output->const_data_ptr()) : nullptr;
   problem.out = static_cast<T*>(result.h.mutable_data_ptr());
   problem.bias = readable(biases);
   problem.gate = readable(gates);
@@ -508,7 +508,7 @@ Gradients run(
   TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(device, &current));
   const auto stream = static_cast<cudaStream_t>(current);
   if (h.numel() > 0) {
-    if (upstream)
+    if (grad_output)
       launch<T, true>(activation, problem, parts, stream);
     else
       launch<T, false>(activation, problem, parts, stream);
@@ -555,7 +555,7 @@ Tensor bias_act_gate(
 }
 
 std::tuple<Tensor, Tensor, Tensor> bias_act_gate_backward(
-    const Tensor& upstream,
+    const Tensor& grad_output,
     const Tensor& h,
     const std::optional<Tensor>& bias,
     const std::optional<Tensor>& gate,
@@ -563,10 +563,10 @@ std::tuple<Tensor, Tensor, Tensor> bias_act_gate_backward(
     bool want_bias,
     bool want_gate) {
   const Activation kind = activation_of(activation);
-  const bool same = upstream.scalar_type() == h.scalar_type();
-  const Tensor upstreams = dense(same ? upstream : torch::stable::to(upstream, h.scalar_type()));
+  const bool same = grad_output.scalar_type() == h.scalar_type();
+  const Tensor grad_outputs = dense(same ? grad_output : torch::stable::to(grad_output, h.scalar_type()));
   Gradients of = with_type(h.scalar_type(), [&]<typename T>(T) {
-    return run<T>(h, bias, gate, kind, &upstreams, want_bias && bias, want_gate && gate);
+    return run<T>(h, bias, gate, kind, &grad_outputs, want_bias && bias, want_gate && gate);
   });
   return {std::move(of.h), std::move(of.bias), std::move(of.gate)};
 }

@@ -40,11 +40,12 @@ using Wide = std::conditional_t<std::is_same_v<T, double> || std::is_same_v<U, d
 // A block takes pieces of rows; in a row's stead, all rows that share one upstream gradient.
 template <typename T, typename U>
 __global__ void __launch_bounds__(kThreads, 1) scale_pieces(
-    const T* grad, const U* upstream, T* out, int64_t pieces, int64_t pieces_of_row, int64_t length, int64_t stride) {
+    const T* grad, const U* grad_output, T* out, int64_t pieces, int64_t pieces_of_row, int64_t length,
+    int64_t stride) {
   using W = Wide<T, U>;
   for (int64_t piece = blockIdx.x; piece < pieces; piece += gridDim.x) {
     const int64_t row = piece / pieces_of_row, first = (piece - row * pieces_of_row) * kPiece;
-    const W factor = static_cast<W>(upstream[row * stride]);
+    const W factor = static_cast<W>(grad_output[row * stride]);
     if (factor == 1 && grad == out)
       continue;
     const int64_t begin = row * length + first;
@@ -71,12 +72,12 @@ __global__ void __launch_bounds__(kThreads, 1) scale_pieces(
 
 template <typename T, typename U>
 __global__ void __launch_bounds__(kThreads)
-    scale_elements(const T* grad, const U* upstream, T* out, int64_t elements, unsigned classes, int64_t stride) {
+    scale_elements(const T* grad, const U* grad_output, T* out, int64_t elements, unsigned classes, int64_t stride) {
   using W = Wide<T, U>;
   for (int64_t at = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x; at < elements;
        at += static_cast<int64_t>(gridDim.x) * kThreads) {
     const int64_t row = at <= 0xffffffff ? static_cast<unsigned>(at) / classes : at / classes;
-    const W factor = static_cast<W>(upstream[row * stride]);
+    const W factor = static_cast<W>(grad_output[row * stride]);
     if (factor != 1 || grad != out)
       out[at] = static_cast<T>(static_cast<W>(grad[at]) * factor);
   }
@@ -99,20 +100,20 @@ void with_type(const Tensor& x, const Body& body) {
   }
 }
 
-bool is_shared(const Tensor& upstream) {
-  for (int64_t dim = 0; dim < upstream.dim(); ++dim)
-    if (upstream.stride(dim) != 0)
+bool is_shared(const Tensor& grad_output) {
+  for (int64_t dim = 0; dim < grad_output.dim(); ++dim)
+    if (grad_output.stride(dim) != 0)
       return false;
   return true;
 }
 
 // grad and out are contiguous, and may be the same.
-void scale(const Tensor& grad, const Tensor& upstream, const Tensor& out) {
+void scale(const Tensor& grad, const Tensor& grad_output, const Tensor& out) {
   const int64_t elements = grad.numel();
   if (elements == 0)
     return;
-  const bool shared = is_shared(upstream);
-  const Tensor factors = shared || upstream.is_contiguous() ? upstream : torch::stable::contiguous(upstream);
+  const bool shared = is_shared(grad_output);
+  const Tensor factors = shared || grad_output.is_contiguous() ? grad_output : torch::stable::contiguous(grad_output);
   const int64_t classes = grad.size(-1), stride = shared ? 0 : 1, length = shared ? elements : classes;
   const int64_t pieces_of_row = (length + kPiece - 1) / kPiece, pieces = elements / length * pieces_of_row;
 
@@ -138,19 +139,19 @@ void scale(const Tensor& grad, const Tensor& upstream, const Tensor& out) {
   STD_CUDA_KERNEL_LAUNCH_CHECK();
 }
 
-Tensor scale_rows(const Tensor& grad, const Tensor& upstream) {
+Tensor scale_rows(const Tensor& grad, const Tensor& grad_output) {
   const Tensor contiguous = grad.is_contiguous() ? grad : torch::stable::contiguous(grad);
   const Tensor out = torch::stable::empty_like(contiguous);
-  scale(contiguous, upstream, out);
+  scale(contiguous, grad_output, out);
   return out;
 }
 
-void scale_rows_(const Tensor& grad, const Tensor& upstream) {
+void scale_rows_(const Tensor& grad, const Tensor& grad_output) {
   if (grad.is_contiguous())
-    return scale(grad, upstream, grad);
+    return scale(grad, grad_output, grad);
   Tensor to = grad;
   const Tensor scaled = torch::stable::contiguous(grad);
-  scale(scaled, upstream, scaled);
+  scale(scaled, grad_output, scaled);
   torch::stable::copy_(to, scaled);
 }
 

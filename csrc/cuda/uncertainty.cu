@@ -433,7 +433,7 @@ struct Problem {
   int rows_of_warp; // one after the other, where a warp is a row's team
   Wide<T> at_uniform;
   Wide<T>* values; // where values are wanted,
-  const Wide<T>* upstream; // and where gradients are
+  const Wide<T>* grad_output; // and where gradients are
   T* grads;
 };
 
@@ -473,7 +473,7 @@ __device__ void write_gradient(
   const A total = total_of(sums), exp_second = exp_second_of<KIND>(sums);
   constexpr int kNowhere = std::numeric_limits<int>::max();
   const int classes = exists ? problem.classes : 0, member = threadIdx.x % kTeam;
-  const A scale = exists ? problem.upstream[row] / (problem.at_uniform * total) : A(0), mean = sums.weighted / total;
+  const A scale = exists ? problem.grad_output[row] / (problem.at_uniform * total) : A(0), mean = sums.weighted / total;
   T* const grads = problem.grads + row * problem.classes;
   int largest = kNowhere, next = kNowhere, second = kNowhere; // next to the largest, one that equals it
   const auto gradient_of_other = [&](A logit) {
@@ -571,7 +571,7 @@ void launch(const Problem<T>& problem, cudaStream_t stream) {
 }
 
 template <Kind KIND, typename T>
-void run(const Tensor& logits, bool normalize, const Tensor* value, const Tensor* upstream, const Tensor* grad) {
+void run(const Tensor& logits, bool normalize, const Tensor* value, const Tensor* grad_output, const Tensor* grad) {
   const int64_t classes = logits.size(-1), rows = logits.numel() / classes;
   STD_TORCH_CHECK(classes <= std::numeric_limits<int>::max() / 2, "logits has ", classes, " classes; that is too many");
   double at_uniform = 1;
@@ -587,7 +587,7 @@ void run(const Tensor& logits, bool normalize, const Tensor* value, const Tensor
       .rows_of_warp = rows >= kManyRows ? 4 : 1, // their values are then computed at once
       .at_uniform = static_cast<Wide<T>>(at_uniform),
       .values = value ? static_cast<Wide<T>*>(value->mutable_data_ptr()) : nullptr,
-      .upstream = upstream ? static_cast<const Wide<T>*>(upstream->const_data_ptr()) : nullptr,
+      .grad_output = grad_output ? static_cast<const Wide<T>*>(grad_output->const_data_ptr()) : nullptr,
       .grads = grad ? static_cast<T*>(grad->mutable_data_ptr()) : nullptr};
   if (rows == 0)
     return;
@@ -606,30 +606,30 @@ void run(const Tensor& logits, bool normalize, const Tensor* value, const Tensor
 }
 
 template <typename T>
-void run_kind(const std::string& kind, const Tensor& logits, bool normalize, const Tensor* value, const Tensor* upstream,
-              const Tensor* grad) {
+void run_kind(const std::string& kind, const Tensor& logits, bool normalize, const Tensor* value,
+              const Tensor* grad_output, const Tensor* grad) {
   if (kind == "entropy")
-    return run<Kind::kEntropy, T>(logits, normalize, value, upstream, grad);
+    return run<Kind::kEntropy, T>(logits, normalize, value, grad_output, grad);
   if (kind == "least_confidence")
-    return run<Kind::kLeastConfidence, T>(logits, normalize, value, upstream, grad);
+    return run<Kind::kLeastConfidence, T>(logits, normalize, value, grad_output, grad);
   STD_TORCH_CHECK(kind == "margin", "kind is '", kind, "'; expected entropy, least_confidence or margin");
-  run<Kind::kMargin, T>(logits, normalize, value, upstream, grad);
+  run<Kind::kMargin, T>(logits, normalize, value, grad_output, grad);
 }
 
 // Values, or else gradients for an upstream gradient of each row.
-void run_any(const std::string& kind, const Tensor& logits, bool normalize, const Tensor* value, const Tensor* upstream,
-             const Tensor* grad) {
+void run_any(const std::string& kind, const Tensor& logits, bool normalize, const Tensor* value,
+             const Tensor* grad_output, const Tensor* grad) {
   const bool evenly_spaced = logits.is_contiguous() || (logits.dim() == 2 && logits.stride(1) == 1);
   const Tensor rows = evenly_spaced ? logits : torch::stable::contiguous(logits);
   switch (logits.scalar_type()) {
     case ScalarType::Float:
-      return run_kind<float>(kind, rows, normalize, value, upstream, grad);
+      return run_kind<float>(kind, rows, normalize, value, grad_output, grad);
     case ScalarType::Double:
-      return run_kind<double>(kind, rows, normalize, value, upstream, grad);
+      return run_kind<double>(kind, rows, normalize, value, grad_output, grad);
     case ScalarType::BFloat16:
-      return run_kind<torch::headeronly::BFloat16>(kind, rows, normalize, value, upstream, grad);
+      return run_kind<torch::headeronly::BFloat16>(kind, rows, normalize, value, grad_output, grad);
     case ScalarType::Half:
-      return run_kind<torch::headeronly::Half>(kind, rows, normalize, value, upstream, grad);
+      return run_kind<torch::headeronly::Half>(kind, rows, normalize, value, grad_output, grad);
     default:
       STD_TORCH_CHECK(false, "uncertainty has no kernel for ", torch::headeronly::toString(logits.scalar_type()));
   }
@@ -650,10 +650,10 @@ Tensor uncertainty_cuda(const Tensor& logits, const std::string& kind, bool norm
 
 namespace {
 
-Tensor uncertainty_backward(const Tensor& upstream, const Tensor& logits, const std::string& kind, bool normalize) {
-  const Tensor upstreams = torch::stable::contiguous(torch::stable::to(upstream, wide(logits)));
+Tensor uncertainty_backward(const Tensor& grad_output, const Tensor& logits, const std::string& kind, bool normalize) {
+  const Tensor grad_outputs = torch::stable::contiguous(torch::stable::to(grad_output, wide(logits)));
   const Tensor grad = torch::stable::new_empty(logits, logits.sizes());
-  run_any(kind, logits, normalize, nullptr, &upstreams, &grad);
+  run_any(kind, logits, normalize, nullptr, &grad_outputs, &grad);
   return grad;
 }
 

@@ -33,7 +33,7 @@ bias_act_gate.__doc__ = r"""``gate * act(h + bias)`` for h ``[..., I]``, bias ``
 ``[B, ..., I]``, ``[B, I]``; bias and gate may be None. Without checks: :func:`fastdistill.gated_ffn` makes them.
 
 Computed in float64 for float64 h, else in float32, and rounded once, to h's dtype; bias and gate may have any floating
-dtype. Differentiable once, by ``bias_act_gate_backward(upstream, h, bias, gate, activation, want_bias, want_gate)``,
+dtype. Differentiable once, by ``bias_act_gate_backward(grad_output, h, bias, gate, activation, want_bias, want_gate)``,
 which returns the gradients of h, bias and gate (empty unless wanted), each in the dtype of what it is of:
 
 .. math::
@@ -45,10 +45,10 @@ The activation is computed anew from h, the only tensor of its size that is kept
 """
 
 _backward_op = define(
-    "bias_act_gate_backward(Tensor upstream, Tensor h, Tensor? bias, Tensor? gate, str activation, bool want_bias, "
+    "bias_act_gate_backward(Tensor grad_output, Tensor h, Tensor? bias, Tensor? gate, str activation, bool want_bias, "
     "bool want_gate) -> (Tensor grad_h, Tensor grad_bias, Tensor grad_gate)",
     reference.bias_act_gate_backward,
-    lambda upstream, h, bias, gate, activation, want_bias, want_gate: (
+    lambda grad_output, h, bias, gate, activation, want_bias, want_gate: (
         torch.empty_like(h, memory_format=torch.contiguous_format),
         bias.new_empty(bias.shape) if want_bias else _unwanted(h),
         gate.new_empty(gate.shape) if want_gate else _unwanted(h),
@@ -62,11 +62,11 @@ def _setup_context(ctx: Any, inputs: tuple[Tensor, Tensor | None, Tensor | None,
     ctx.save_for_backward(*tensors)
 
 
-def _backward(ctx: Any, upstream: Tensor) -> tuple[Tensor, Tensor | None, Tensor | None, None]:
+def _backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor, Tensor | None, Tensor | None, None]:
     if torch.is_grad_enabled():
         raise RuntimeError("bias_act_gate cannot be differentiated twice (create_graph=True)")
     _, want_bias, want_gate, _ = ctx.needs_input_grad
-    grad_h, grad_bias, grad_gate = _backward_op(upstream, *ctx.saved_tensors, ctx.activation, want_bias, want_gate)
+    grad_h, grad_bias, grad_gate = _backward_op(grad_output, *ctx.saved_tensors, ctx.activation, want_bias, want_gate)
     return grad_h, grad_bias if want_bias else None, grad_gate if want_gate else None, None
 
 

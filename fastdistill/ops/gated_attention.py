@@ -213,7 +213,7 @@ def _fake(
 
 
 def _fake_backward(
-    upstream: Tensor, query: Tensor, key: Tensor, value: Tensor, head_gate: Tensor | None, *args: Any
+    grad_output: Tensor, query: Tensor, key: Tensor, value: Tensor, head_gate: Tensor | None, *args: Any
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     grad_gate = query.new_empty(0)
     if args[-1] and head_gate is not None:
@@ -223,7 +223,7 @@ def _fake_backward(
 
 # `ungated` is the output without gates, where the gate needs a gradient: at a gate of 0 it cannot be had from the
 # output. The backward takes it then in the place of the output. Otherwise the gated one is enough: of the output the
-# backward needs the sums over channels of (upstream * gate) * ungated, which are those of upstream * output.
+# backward needs the sums over channels of (grad_output * gate) * ungated, which are those of grad_output * output.
 # `logsumexp` is [B, H, S], the log of each query's softmax denominator; 0 where there is nothing to attend to and, if
 # no gradient to the gate is needed, in a head whose gate is 0. `seed` is dropout's.
 _op = define(
@@ -235,7 +235,7 @@ _op = define(
     triton="gated_attention",
 )
 _backward_op = define(
-    "gated_attention_backward(Tensor upstream, Tensor query, Tensor key, Tensor value, Tensor? head_gate, "
+    "gated_attention_backward(Tensor grad_output, Tensor query, Tensor key, Tensor value, Tensor? head_gate, "
     "Tensor? attn_mask, Tensor? seed, Tensor output, Tensor logsumexp, float dropout_p, bool is_causal, float scale, "
     "bool gate_grad) -> (Tensor grad_query, Tensor grad_key, Tensor grad_value, Tensor grad_gate)",
     reference.gated_attention_backward,
@@ -257,12 +257,12 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tens
     ctx.save_for_backward(*inputs[:6], ungated if gate_grad else attention, logsumexp)
 
 
-def _backward(ctx: Any, upstream: Tensor | None, *unused: None) -> tuple[Tensor | None, ...]:
+def _backward(ctx: Any, grad_output: Tensor | None, *unused: None) -> tuple[Tensor | None, ...]:
     if torch.is_grad_enabled():
         raise RuntimeError("gated_attention cannot be differentiated twice (create_graph=True)")
-    if upstream is None:
+    if grad_output is None:
         return (None,) * 10
-    *grads, grad_gate = _backward_op(upstream, *ctx.saved_tensors, *ctx.options)
+    *grads, grad_gate = _backward_op(grad_output, *ctx.saved_tensors, *ctx.options)
     return *grads, grad_gate if ctx.options[-1] else None, *(None,) * 6
 
 

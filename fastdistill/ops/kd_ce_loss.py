@@ -238,11 +238,11 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tens
     ctx.student_grad, ctx.teacher_grad = wanted
 
 
-def _backward(ctx: Any, upstream: Tensor | None, *unused: None) -> tuple[Tensor | None, ...]:
+def _backward(ctx: Any, grad_output: Tensor | None, *unused: None) -> tuple[Tensor | None, ...]:
     if torch.is_grad_enabled():
         raise RuntimeError("kd_ce_loss cannot be differentiated twice (create_graph=True)")
     grads = (
-        scale_rows(grad, upstream) if wanted and upstream is not None else None
+        scale_rows(grad, grad_output) if wanted and grad_output is not None else None
         for grad, wanted in zip(ctx.saved_tensors, (ctx.student_grad, ctx.teacher_grad), strict=True)
     )
     return *grads, *(None,) * 11

@@ -104,13 +104,13 @@ def kd_ce_loss(
     )
 
 
-def scale_rows(grad: Tensor, upstream: Tensor) -> Tensor:
-    """``grad[..., c] * upstream[...]``; ``upstream`` has the leading shape of ``grad`` or is a scalar."""
-    return (grad * upstream.unsqueeze(-1)).to(grad.dtype).contiguous()
+def scale_rows(grad: Tensor, grad_output: Tensor) -> Tensor:
+    """``grad[..., c] * grad_output[...]``; ``grad_output`` has the leading shape of ``grad`` or is a scalar."""
+    return (grad * grad_output.unsqueeze(-1)).to(grad.dtype).contiguous()
 
 
-def scale_rows_(grad: Tensor, upstream: Tensor) -> None:
-    grad.mul_(upstream.unsqueeze(-1))
+def scale_rows_(grad: Tensor, grad_output: Tensor) -> None:
+    grad.mul_(grad_output.unsqueeze(-1))
 
 
 def accumulate_sensitivity_(totals: list[Tensor], grads: list[Tensor], weights: list[Tensor] | None) -> None:
@@ -160,8 +160,8 @@ def uncertainty(logits: Tensor, kind: str, normalize: bool) -> Tensor:
     return value.squeeze(-1) / (_at_uniform(kind, logits.shape[-1]) if normalize else 1)
 
 
-def uncertainty_backward(upstream: Tensor, logits: Tensor, kind: str, normalize: bool) -> Tensor:
-    """The gradient to the logits for an ``upstream`` gradient of the logits' leading shape."""
+def uncertainty_backward(grad_output: Tensor, logits: Tensor, kind: str, normalize: bool) -> Tensor:
+    """The gradient to the logits for an ``grad_output`` gradient of the logits' leading shape."""
     gap, exponential, held, runner_up, others, total, second = _around_the_largest(logits)
     if kind == "entropy":
         grad = exponential * ((exponential * gap).sum(-1, keepdim=True) / total - gap)
@@ -170,7 +170,7 @@ def uncertainty_backward(upstream: Tensor, logits: Tensor, kind: str, normalize:
     else:
         grad = exponential * (1 - second)
         grad = torch.where(held, -others - second, torch.where(runner_up, grad + second * total, grad)) / total
-    scale = upstream.unsqueeze(-1) / (_at_uniform(kind, logits.shape[-1]) if normalize else 1)
+    scale = grad_output.unsqueeze(-1) / (_at_uniform(kind, logits.shape[-1]) if normalize else 1)
     return (grad / total * scale).to(logits.dtype).contiguous()
 
 
@@ -257,7 +257,7 @@ def gated_attention(
 
 
 def gated_attention_backward(
-    upstream: Tensor,
+    grad_output: Tensor,
     query: Tensor,
     key: Tensor,
     value: Tensor,
@@ -273,20 +273,20 @@ def gated_attention_backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """The gradients to query, key, value and, where ``gate_grad``, the gate: ``output`` is then that without gates."""
     dtype = accumulation_dtype(query)
-    upstream, q, k, v = (_for_each_head(x.to(dtype), query.shape[1]) for x in (upstream, query, key, value))
+    grad_output, q, k, v = (_for_each_head(x.to(dtype), query.shape[1]) for x in (grad_output, query, key, value))
     weights, _ = _attention_weights(q, k, attn_mask, is_causal, scale, logsumexp)
     factors = dropout_factors(seed, weights, dropout_p)
-    mean = (upstream * output.to(dtype)).sum(-1, keepdim=True)  # under the weights, of their gradients
+    mean = (grad_output * output.to(dtype)).sum(-1, keepdim=True)  # under the weights, of their gradients
     grad_gate = query.new_empty(0)
     if head_gate is not None:
         gate = head_gate.to(dtype)[..., None, None]
-        upstream = upstream * gate
+        grad_output = grad_output * gate
         if gate_grad:
             by_example = mean.sum((-1, -2))
             grad_gate = (by_example if head_gate.dim() == 2 else by_example.sum(0)).to(head_gate.dtype)
             mean = mean * gate
-    grad_value = (weights * factors).mT @ upstream
-    grad_scores = scale * weights * (upstream @ v.mT * factors - mean)
+    grad_value = (weights * factors).mT @ grad_output
+    grad_scores = scale * weights * (grad_output @ v.mT * factors - mean)
     grad_query, grad_key = grad_scores @ k, grad_scores.mT @ q
     if head_gate is not None:
         grad_query, grad_key, grad_value = (torch.where(gate == 0, 0, x) for x in (grad_query, grad_key, grad_value))
@@ -329,7 +329,7 @@ def bias_act_gate(h: Tensor, bias: Tensor | None, gate: Tensor | None, activatio
 
 
 def bias_act_gate_backward(
-    upstream: Tensor,
+    grad_output: Tensor,
     h: Tensor,
     bias: Tensor | None,
     gate: Tensor | None,
@@ -340,11 +340,11 @@ def bias_act_gate_backward(
     """The gradients of h and, where asked for, of bias and gate."""
     z, factor = _neurons(h, bias, gate)
     value, slope = _activation(z, activation)
-    upstream = upstream.to(z.dtype)
-    grad = upstream * factor * slope
+    grad_output = grad_output.to(z.dtype)
+    grad = grad_output * factor * slope
     grad_bias, grad_gate = h.new_empty(0), h.new_empty(0)  # two, for outputs of an op may not alias
     if want_bias and bias is not None:
         grad_bias = grad[None].sum_to_size(bias.shape).to(bias.dtype)  # also of one row a new tensor
     if want_gate and gate is not None:
-        grad_gate = (upstream * value).sum_to_size(factor.shape).view(gate.shape).to(gate.dtype)
+        grad_gate = (grad_output * value).sum_to_size(factor.shape).view(gate.shape).to(gate.dtype)
     return grad.to(h.dtype).contiguous(), grad_bias, grad_gate

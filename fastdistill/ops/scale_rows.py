@@ -9,14 +9,14 @@ from fastdistill.ops.library import define
 from fastdistill.ops.native import NATIVE
 
 scale_rows = define(
-    "scale_rows(Tensor grad, Tensor upstream) -> Tensor",
+    "scale_rows(Tensor grad, Tensor grad_output) -> Tensor",
     reference.scale_rows,
-    lambda grad, upstream: torch.empty_like(grad, memory_format=torch.contiguous_format),
+    lambda grad, grad_output: torch.empty_like(grad, memory_format=torch.contiguous_format),
     triton=None if NATIVE.cuda else "kd_ce_loss",
 )
 scale_rows_ = define(
-    "scale_rows_(Tensor(a!) grad, Tensor upstream) -> ()",
+    "scale_rows_(Tensor(a!) grad, Tensor grad_output) -> ()",
     reference.scale_rows_,
-    lambda grad, upstream: None,
+    lambda grad, grad_output: None,
     triton=None if NATIVE.cuda else "kd_ce_loss",
 )

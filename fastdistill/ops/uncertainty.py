@@ -100,9 +100,9 @@ score = define(
     lambda logits, kind, normalize: logits.new_empty(logits.shape[:-1], dtype=reference.accumulation_dtype(logits)),
 )
 _backward_op = define(
-    "uncertainty_backward(Tensor upstream, Tensor logits, str kind, bool normalize) -> Tensor",
+    "uncertainty_backward(Tensor grad_output, Tensor logits, str kind, bool normalize) -> Tensor",
     reference.uncertainty_backward,
-    lambda upstream, logits, kind, normalize: torch.empty_like(logits, memory_format=torch.contiguous_format),
+    lambda grad_output, logits, kind, normalize: torch.empty_like(logits, memory_format=torch.contiguous_format),
 )
 
 
@@ -111,10 +111,10 @@ def _setup_context(ctx: Any, inputs: tuple[Tensor, str, bool], output: Tensor) -
     ctx.save_for_backward(logits)
 
 
-def _backward(ctx: Any, upstream: Tensor) -> tuple[Tensor, None, None]:
+def _backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor, None, None]:
     if torch.is_grad_enabled():
         raise RuntimeError("uncertainty cannot be differentiated twice (create_graph=True)")
-    return _backward_op(upstream, ctx.saved_tensors[0], ctx.kind, ctx.normalize), None, None
+    return _backward_op(grad_output, ctx.saved_tensors[0], ctx.kind, ctx.normalize), None, None
 
 
 define_autograd("uncertainty", _backward, _setup_context)
