@@ -78,6 +78,8 @@ def prune(
         raise ValueError(f"{', '.join(given) or 'nothing'} is given; expected one of sparsity, {', '.join(budgets)}")
     if (flops is None) != (length is None) or (latency_ms is None) != (batch is None):
         raise ValueError("expected length with flops, and batch with latency_ms, and neither with anything else")
+    if length is not None and (isinstance(length, bool) or not isinstance(length, int) or length < 1):
+        raise ValueError(f"length is {length!r}; expected a positive integer")
     layers = _check(model, scores)
 
     def kept(sparsity: float) -> Kept:
@@ -113,7 +115,7 @@ def evenly(scores: Scores, layers: Sequence[Block], sparsity: float, round_to: i
     heads, neurons = [], []
     for block, ours, theirs in zip(layers, scores.heads, scores.neurons, strict=True):
         per_group = block.heads // block.groups if block.groups > 1 else 1
-        groups = ours.view(-1, per_group).sum(1)
+        groups = ours.reshape(-1, per_group).sum(1)
         kept, own = Scores([groups], [theirs]).kept(sparsity, round_to)
         heads.append((kept[0].unsqueeze(1) * per_group + torch.arange(per_group, device="cpu")).flatten())
         neurons.append(own[0])

@@ -98,6 +98,7 @@ def test_time_is_the_median_of_passes(monkeypatch: pytest.MonkeyPatch) -> None:
         ({"sparsity": 0.5, "parameters": 9}, "sparsity, parameters is given; expected one of"),
         ({"flops": 9}, "expected length with flops, and batch with latency_ms"),
         ({"sparsity": 0.5, "length": 9}, "expected length with flops"),
+        ({"flops": 9, "length": 0}, "length is 0; expected a positive integer"),
         ({"latency_ms": 9}, "expected length with flops, and batch with latency_ms"),
         ({"parameters": 10}, r"parameters is 10; expected at least \d+, what is left without heads and neurons"),
         ({"parameters": 0}, "parameters is 0; expected"),
