@@ -154,6 +154,12 @@ def _next(values: Tensor, last: int | bool) -> Tensor:
     return nn.functional.pad(values[..., 1:], (0, 1), value=last)
 
 
+def named_task(model: nn.Module) -> str:
+    """What the name of the model's class has after its last "For": RoFormerForMaskedLM has one before; or nothing."""
+    _, found, task = type(model).__name__.rpartition("For")
+    return task if found else ""
+
+
 def head_of(model: nn.Module) -> Head:
     """By the model's class and config. A model that is none of transformers' is taken for a classifier, or with one
     label for a regression, of examples."""
@@ -161,7 +167,7 @@ def head_of(model: nn.Module) -> Head:
     name, config = type(model).__name__, getattr(model, "config", None)
     labels = getattr(config, "num_labels", None)
     own = type(model).__module__.startswith("transformers.")
-    task = name.partition("For")[2].removesuffix("Simple")
+    task = named_task(model).removesuffix("Simple")
     if name in auto.MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES.values() or (
         task == "ConditionalGeneration" and getattr(config, "is_encoder_decoder", False)
     ):

@@ -12,7 +12,7 @@ import transformers
 from torch import nn
 
 from fastdistill.models.fit import check_finite, check_fit, check_has_values
-from fastdistill.models.heads import Head, head_of, is_causal
+from fastdistill.models.heads import Head, head_of, is_causal, named_task
 from fastdistill.models.hooks import unwrapped
 from fastdistill.models.loading import from_pretrained, is_reshaped
 from fastdistill.models.reading import load_config, reading
@@ -183,7 +183,7 @@ def load_teacher(argument: str, teacher: TeacherModel, student: nn.Module) -> nn
         return teacher
     if not isinstance(teacher, str | Path):
         raise TypeError(f"{argument} is a {type(teacher).__name__}; expected a model, or its folder or name")
-    head = type(student).__name__.partition("For")[2]
+    head = named_task(student)
     auto = getattr(transformers, f"AutoModelFor{head}", None) if head else None
     if auto is None:
         raise TypeError(
