@@ -49,10 +49,10 @@ if TYPE_CHECKING:
     from fastdistill.teachers.outputs import TeacherOutputs as TeacherOutputs
     from fastdistill.teachers.store import store as store
     from fastdistill.teachers.team import TeacherTeam as TeacherTeam
+    from fastdistill.training.config import DistillationConfig as DistillationConfig
     from fastdistill.training.each_epoch import SelectEachEpoch as SelectEachEpoch
     from fastdistill.training.seq2seq import Seq2SeqDistillationConfig as Seq2SeqDistillationConfig
     from fastdistill.training.seq2seq import Seq2SeqDistillationTrainer as Seq2SeqDistillationTrainer
-    from fastdistill.training.trainer import DistillationConfig as DistillationConfig
     from fastdistill.training.trainer import DistillationTrainer as DistillationTrainer
 
 __version__ = "0.1.0"
@@ -63,7 +63,7 @@ _LAZY = {
     "AvgKD": "objectives.team",
     "CKD": "objectives.ckd",
     "DeKD": "objectives.dekd",
-    "DistillationConfig": "training.trainer",
+    "DistillationConfig": "training.config",
     "DistillationTrainer": "training.trainer",
     "LogitsKD": "objectives.logits",
     "MSE": "objectives.logits",

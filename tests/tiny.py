@@ -15,7 +15,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import BertConfig, BertForSequenceClassification, PreTrainedTokenizerFast
 
 from fastdistill.data.tasks import Task
-from fastdistill.training.trainer import DistillationConfig
+from fastdistill.training.config import DistillationConfig
 
 SPECIAL = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
 WORDS = [f"{sound}{end}" for sound in "bdfgklmnprst" for end in ("a", "e", "i", "o", "u")]

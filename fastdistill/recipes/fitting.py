@@ -23,7 +23,8 @@ from fastdistill.objectives.selection import EXAMPLE
 from fastdistill.recipes.best import BestEpoch
 from fastdistill.recipes.examples import Examples
 from fastdistill.recipes.training import Teacher, Training
-from fastdistill.training.trainer import DistillationConfig, DistillationTrainer
+from fastdistill.training.config import DistillationConfig
+from fastdistill.training.trainer import DistillationTrainer
 
 if TYPE_CHECKING:
     from datasets import Dataset

@@ -7,7 +7,8 @@ from typing import Any
 
 from transformers import Seq2SeqTrainer, Seq2SeqTrainingArguments, TrainingArguments
 
-from fastdistill.training.trainer import DistillationConfig, DistillationTrainer
+from fastdistill.training.config import DistillationConfig
+from fastdistill.training.trainer import DistillationTrainer
 
 
 @dataclass

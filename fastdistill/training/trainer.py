@@ -2,25 +2,20 @@
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Mapping
-from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
-from accelerate.data_loader import BatchSamplerShard  # type: ignore[import-untyped]
 from accelerate.utils import broadcast, gather_object  # type: ignore[import-untyped]
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from torch.utils.data import BatchSampler, DataLoader, RandomSampler, Sampler, SequentialSampler
-from transformers import Trainer, TrainingArguments
+from torch.utils.data import DataLoader
+from transformers import TrainingArguments
 from transformers.modeling_outputs import SequenceClassifierOutput
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
-from fastdistill.files import writing
 from fastdistill.models.architectures import ARCHITECTURES, encoder_layers
 from fastdistill.models.heads import LABELS, head_of, used_states
 from fastdistill.models.inputs import inputs_of, taken_by
@@ -29,7 +24,6 @@ from fastdistill.objectives.base import LossFunction, Objective, as_needed, as_o
 from fastdistill.objectives.logits import TaskLoss
 from fastdistill.processes import settle_at_exit
 from fastdistill.teachers.outputs import LOGITS, TeacherOutputs, stored_outputs
-from fastdistill.training.checkpoints import checkpoints, fault, is_sealed, last_whole, seal
 from fastdistill.training.checks import (
     TEACHER,
     TeacherModel,
@@ -45,39 +39,15 @@ from fastdistill.training.checks import (
     nan_told,
     own_columns,
 )
+from fastdistill.training.config import DistillationConfig
 from fastdistill.training.labels import CheckedLabels
-from fastdistill.training.sampling import EvenShares, LengthGroupedSampler, lengths_of
+from fastdistill.training.resumable import ResumableTrainer
 
 OBJECTIVE_FILE = "objective.safetensors"
 """Holds, within a checkpoint, what the objective itself has learned."""
 
 
-@dataclass
-class DistillationConfig(TrainingArguments):
-    """TrainingArguments whose batches hold examples of similar length, so that little of a batch is padding.
-
-    `DistillationTrainer` takes a plain TrainingArguments too. Nothing here is about the loss: that is its `objective`.
-    """
-
-    train_sampling_strategy: str = field(
-        default="group_by_length",
-        metadata={
-            "help": "Order of the training examples. 'group_by_length' batches examples of similar length, "
-            "in an order that depends on seed and epoch alone; without known lengths the order is 'random' "
-            "(see read_lengths).",
-            "choices": ["random", "sequential", "group_by_length", "batch_rebalance"],
-        },
-    )
-    read_lengths: bool = field(
-        default=False,
-        metadata={
-            "help": "Read every example before training to know its length, where the dataset is no table or list of "
-            "them, and has no column of lengths."
-        },
-    )
-
-
-class DistillationTrainer(Trainer):
+class DistillationTrainer(ResumableTrainer):
     """A Trainer whose loss is an `Objective` of the student's and a frozen teacher's outputs.
 
     Args:
@@ -258,37 +228,9 @@ class DistillationTrainer(Trainer):
             )
         return outputs if names else outputs[TEACHER]
 
-    # Checkpoints, which count when they are whole
-
-    def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
-        """As Trainer's. Of the checkpoints, True takes the latest that is as it was written; a line tells of each that
-        is not. Raises ValueError for a damaged one that is named, and where all are."""
-        folder = Path(self.args.output_dir or "")
-        if resume_from_checkpoint is True and any(map(is_sealed, checkpoints(folder))):
-            resume_from_checkpoint = last_whole(folder)
-            if resume_from_checkpoint is None:
-                raise ValueError(f"all checkpoints in {folder} are damaged; expected one that is whole")
-        elif isinstance(resume_from_checkpoint, str):
-            checkpoint = Path(resume_from_checkpoint)
-            if is_sealed(checkpoint) and (wrong := fault(checkpoint)):
-                raise ValueError(f"resume_from_checkpoint is {checkpoint}, which is damaged: {wrong}")
-        return super().train(resume_from_checkpoint, *args, **kwargs)
-
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         self._refuse_nan()
-        checkpoint = Path(self._get_output_dir(trial=trial)) / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
-        if self.args.should_save:  # what is left of one that was cut off or damaged would be taken for this one's
-            shutil.rmtree(checkpoint, ignore_errors=True)
-        self.accelerator.wait_for_everyone()
-        try:
-            with writing(checkpoint):
-                super()._save_checkpoint(model, trial)
-                self.accelerator.wait_for_everyone()
-                if self.args.should_save:
-                    seal(checkpoint)
-        except OSError:
-            shutil.rmtree(checkpoint, ignore_errors=True)  # a full disk needs the room
-            raise
+        super()._save_checkpoint(model, trial)
 
     # NaN from a teacher: noted on the device, and looked at when Trainer logs or saves
 
@@ -427,35 +369,9 @@ class DistillationTrainer(Trainer):
             dataset = kwargs["dataset"] if "dataset" in kwargs else args[0]
             self.data_collator = CheckedLabels(collator, self.head, dataset)
         try:
-            loader = super()._get_dataloader(*args, **kwargs)
+            return super()._get_dataloader(*args, **kwargs)
         finally:
             self.data_collator = collator
-        shard: Any = getattr(loader, "batch_sampler", None)
-        is_sharded = isinstance(shard, BatchSamplerShard) and shard.num_processes > 1 and not shard.split_batches
-        if kwargs.get("is_training") and is_sharded and type(shard.batch_sampler) is BatchSampler:
-            # else accelerate would fill the last batch up with examples of the first
-            shard.batch_sampler = EvenShares(shard.batch_sampler, shard.num_processes)
-            shard.even_batches = False
-        return loader
-
-    def _get_train_sampler(self, train_dataset: Any = None) -> Sampler[int] | None:
-        dataset: Any = self.train_dataset if train_dataset is None else train_dataset
-        if self.args.train_sampling_strategy != "group_by_length" or not hasattr(dataset, "__len__"):
-            return super()._get_train_sampler(dataset)
-        lengths = lengths_of(dataset, self.args.length_column_name, read=getattr(self.args, "read_lengths", False))
-        if lengths is None:
-            return RandomSampler(dataset)
-        # Trainer's own length-grouped order comes from the global generator: a run resumed within an epoch
-        # would see another one, and so would each process, once dropout has drawn differently in it.
-        step = self.args.train_batch_size * self.args.gradient_accumulation_steps * self.args.world_size
-        seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
-        return LengthGroupedSampler(lengths, step, seed, epoch=lambda: int(self.state.epoch or 0))
-
-    def _get_eval_sampler(self, eval_dataset: Any) -> Sampler[int] | None:
-        # Trainer's follows train_sampling_strategy, and would hand predictions back in another order.
-        if self.args.world_size > 1 or not hasattr(eval_dataset, "__len__"):
-            return None
-        return SequentialSampler(eval_dataset)
 
 
 def _weighted(value: Tensor, share: Tensor) -> Tensor:

@@ -1,0 +1,32 @@
+"""What `DistillationTrainer` is asked beside the loss."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from transformers import TrainingArguments
+
+
+@dataclass
+class DistillationConfig(TrainingArguments):
+    """TrainingArguments whose batches hold examples of similar length, so that little of a batch is padding.
+
+    `DistillationTrainer` takes a plain TrainingArguments too. Nothing here is about the loss: that is its `objective`.
+    """
+
+    train_sampling_strategy: str = field(
+        default="group_by_length",
+        metadata={
+            "help": "Order of the training examples. 'group_by_length' batches examples of similar length, "
+            "in an order that depends on seed and epoch alone; without known lengths the order is 'random' "
+            "(see read_lengths).",
+            "choices": ["random", "sequential", "group_by_length", "batch_rebalance"],
+        },
+    )
+    read_lengths: bool = field(
+        default=False,
+        metadata={
+            "help": "Read every example before training to know its length, where the dataset is no table or list of "
+            "them, and has no column of lengths."
+        },
+    )
