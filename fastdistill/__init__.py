@@ -13,12 +13,12 @@ if TYPE_CHECKING:
     from fastdistill.data.load import load_task as load_task
     from fastdistill.data.load import tokenize as tokenize
     from fastdistill.models.architectures import Architecture as Architecture
-    from fastdistill.models.architectures import register_architecture as register_architecture
     from fastdistill.models.export import export as export
     from fastdistill.models.first_token import first_token_only as first_token_only
     from fastdistill.models.gates import gate as gate
     from fastdistill.models.loading import from_pretrained as from_pretrained
     from fastdistill.models.pruning import prune as prune
+    from fastdistill.models.registering import register_architecture as register_architecture
     from fastdistill.models.scores import Scores as Scores
     from fastdistill.models.students import first_layers as first_layers
     from fastdistill.models.students import parameter_pruned as parameter_pruned
@@ -94,7 +94,7 @@ _LAZY = {
     "mask_weights": "sensitivity.weights",
     "parameter_pruned": "models.students",
     "prune": "models.pruning",
-    "register_architecture": "models.architectures",
+    "register_architecture": "models.registering",
     "score": "sensitivity.units",
     "score_weights": "sensitivity.weights",
     "select_uncertain": "ops.select_uncertain",

@@ -9,7 +9,8 @@ import torch
 from transformers import DataCollatorWithPadding
 
 from fastdistill.autoskd import search as autoskd
-from fastdistill.autoskd.search import Found, Settings
+from fastdistill.autoskd.search import Found
+from fastdistill.autoskd.settings import Settings
 from fastdistill.autoskd.theta import Batch
 from tests import tiny
 

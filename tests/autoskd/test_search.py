@@ -22,14 +22,15 @@ from transformers import (
 from transformers.modeling_outputs import SequenceClassifierOutput
 
 from fastdistill.autoskd import search as autoskd
-from fastdistill.autoskd.search import Found, Settings
+from fastdistill.autoskd.search import Found
+from fastdistill.autoskd.settings import METHODS, Settings
 from tests import tiny
 from tests.searches import NAMES, SETTINGS, N, data, search
 
 EXACT = {"rtol": 0.0, "atol": 0.0}
 
 
-@pytest.mark.parametrize("method, order", [*itertools.product(autoskd.METHODS, (1, 2))])
+@pytest.mark.parametrize("method, order", [*itertools.product(METHODS, (1, 2))])
 def test_a_search(method: Any, order: int) -> None:
     student = tiny.bert(layers=1)
     before = torch.get_rng_state()

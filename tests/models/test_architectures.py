@@ -17,8 +17,9 @@ from transformers import AutoModelForImageClassification, AutoModelForSequenceCl
 from transformers.pytorch_utils import Conv1D
 
 import fastdistill
-from fastdistill.models.architectures import ARCHITECTURES, blocks, check_architecture, encoder_layers
+from fastdistill.models.architectures import ARCHITECTURES, blocks, encoder_layers
 from fastdistill.models.narrowing import without
+from fastdistill.models.registering import check_architecture
 from fastdistill.models.scores import Scores
 from tests import tiny
 

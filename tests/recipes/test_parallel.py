@@ -20,7 +20,8 @@ from torch import Tensor
 from torch.func import functional_call
 from torch.utils.data import BatchSampler
 
-from fastdistill.autoskd.search import METHODS, Found
+from fastdistill.autoskd.search import Found
+from fastdistill.autoskd.settings import METHODS
 from fastdistill.autoskd.theta import Batch, theta_gradient
 from fastdistill.models.scores import Scores
 from fastdistill.processes import rank_and_number, sums_over_processes

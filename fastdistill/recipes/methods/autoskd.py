@@ -14,7 +14,8 @@ from rich.table import Table
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from fastdistill.autoskd.search import Found, Settings, search
+from fastdistill.autoskd.search import Found, search
+from fastdistill.autoskd.settings import Settings
 from fastdistill.autoskd.theta import random_distributions
 from fastdistill.data.tasks import Task
 from fastdistill.digest import model_digest
