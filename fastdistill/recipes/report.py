@@ -14,7 +14,7 @@ import torch
 import transformers
 from accelerate import PartialState  # type: ignore[import-untyped]
 from rich.console import Console
-from rich.table import Table
+from rich.table import Column, Table
 
 import fastdistill
 from fastdistill.data.tasks import Task
@@ -148,12 +148,12 @@ def results_table(task: Task, results: Results, told: Told) -> Table:
     """One row a model: its metrics in percent, with the spread over seeds, if there were several, its difference from
     each baseline with an interval, its parameters, and how many examples a second it evaluates."""
     has_no_teacher = f"; {told.no_teacher}" if "finetuned" in results else ""
-    table = Table("model", title=task.name, caption=f"{told}{has_no_teacher}")
+    table = Table(Column("model", no_wrap=True), title=task.name, caption=f"{told}{has_no_teacher}")
     others = [name for name in next(iter(results.values()))["metrics"] if name != task.metric]
     references = [name for name in ("kd", "finetuned") if any(name in of.get("against", {}) for of in results.values())]
     columns = [task.metric, *others]
     for column in (*(f"{c} %" for c in columns), *(f"against {r}" for r in references), "parameters", "examples/s"):
-        table.add_column(column, justify="right")
+        table.add_column(column, justify="right", overflow="fold")
     for name, result in results.items():
         table.add_row(
             name,
