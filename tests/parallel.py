@@ -20,7 +20,7 @@ from tests.records import record, without_times
 
 ONE, TWO = "one", "two"
 RECIPES = {
-    "kd": ["--student-layers", "1"],
+    "kd": ["--student-layers", "1", "--epochs", "2"],
     "stark": [
         "--student-layers", "1", "--sparsity", "0.25", "--selection", "knowledge", "--objective", "pkd",
         "--no-plots",

@@ -102,7 +102,7 @@ def finish(
     plots: Sequence[Path] = (),
     **more: Any,
 ) -> Report:
-    """Write `output`/results.json, with `more`; the models' table is the last."""
+    """Write `output`/results.json, with `more`; the models' table is the last, and before it that of differences."""
     record = {
         "task": task.name,
         "metric": task.metric,
@@ -116,7 +116,8 @@ def finish(
     file = output / "results.json"
     if PartialState().is_main_process:
         write_json(file, record)
-    return Report(record, file, (*tables, results_table(task, results, told)), tuple(plots))
+    ending = (differences_table(task, results), results_table(task, results, told))
+    return Report(record, file, (*tables, *(table for table in ending if table is not None)), tuple(plots))
 
 
 def summary(metric: str, results: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
@@ -147,22 +148,33 @@ def against(result: Mapping[str, Any], reference: str) -> str:
     return f"{difference:+.1f} [{low:.1f}, {high:.1f}]{verdict}"
 
 
+def differences_table(task: Task, results: Results) -> Table | None:
+    """One row a student: its differences from the baselines, where there are any."""
+    references = [name for name in ("kd", "finetuned") if any(name in of.get("against", {}) for of in results.values())]
+    if not references:
+        return None
+    table = Table("student", title=f"{task.name}: differences in points, with 95 % intervals")
+    for reference in references:
+        table.add_column(f"from {reference}", justify="right")
+    for name, result in results.items():
+        if "against" in result:
+            table.add_row(name, *(against(result, reference) for reference in references))
+    return table
+
+
 def results_table(task: Task, results: Results, told: Told) -> Table:
-    """One row a model: its metrics in percent, with the spread over seeds, if there were several, its difference from
-    each baseline with an interval, its parameters, and how many examples a second it evaluates."""
+    """One row a model: its metrics in percent, with the spread over seeds, if there were several, its parameters,
+    and how many examples a second it evaluates."""
     has_no_teacher = f"; {told.no_teacher}" if "finetuned" in results else ""
     table = Table("model", title=task.name, caption=f"{told}{has_no_teacher}")
     others = [name for name in next(iter(results.values()))["metrics"] if name != task.metric]
-    references = [name for name in ("kd", "finetuned") if any(name in of.get("against", {}) for of in results.values())]
-    columns = [task.metric, *others]
-    for column in (*(f"{c} %" for c in columns), *(f"against {r}" for r in references), "parameters", "examples/s"):
+    for column in (*(f"{metric} %" for metric in (task.metric, *others)), "parameters", "examples/s"):
         table.add_column(column, justify="right")
     for name, result in results.items():
         table.add_row(
             name,
             percent(result, task.metric),
             *(f"{100 * result['metrics'][other]:.1f}" for other in others),
-            *(against(result, reference) for reference in references),
             f"{result['parameters'] / 1e6:.2f} M",
             f"{result['examples_per_second']:,.0f}",
         )

@@ -17,6 +17,7 @@ from fastdistill.cli import main
 from fastdistill.models.students import first_layers
 from fastdistill.recipes import fitting, stages
 from fastdistill.recipes.methods.dekd import variants_of
+from fastdistill.recipes.report import against
 from fastdistill.recipes.settings import DeKDSettings
 from fastdistill.recipes.settings.arguments import add_arguments, from_arguments
 from tests import commands
@@ -83,8 +84,9 @@ def test_the_table_has_spreads(sources: Path, finished: Path, capsys: pytest.Cap
     found = before["results"]["dekd"]
     assert main(command(sources, finished, *EVERYTHING)) == 0
     said = capsys.readouterr()
-    row = next(line for line in said.out.splitlines() if " dekd " in line)
+    differences, row = [line for line in said.out.splitlines() if " dekd " in line]
     assert f"{100 * found['accuracy']:.1f} ± {100 * found['spread']:.1f}" in row
+    assert all(against(found, reference) in differences for reference in ("kd", "finetuned"))
     assert "dekd: done earlier" in said.err.replace("\n", "")
     assert untimed(finished, "results") == before
 

@@ -19,6 +19,7 @@ from torch.distributed.fsdp import FSDPModule
 
 from fastdistill import DistillationTrainer, LogitsKD
 from fastdistill.models.first_token import first_token_only
+from fastdistill.recipes.best import BestEpoch
 from tests import tiny
 from tests.parallel import ONE, TWO, assert_alike_runs, assert_alike_weights, launched, make_sources, run
 
@@ -76,6 +77,13 @@ def train(folder: Path, processes: int, checkpoint: Path | None = None) -> None:
         (folder / "seen.json").write_text(json.dumps({"logs": seen, "losses": losses}))
 
 
+def run_kd(folder: Path, output: Path) -> None:
+    """Of two epochs the first counts: its weights are given back."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(BestEpoch, "_rank", lambda self, evaluation: (-evaluation["step"],))
+        run(folder, output, ["kd"])
+
+
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     if not torch.distributed.is_available():
@@ -83,7 +91,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     folder = make_sources(tmp_path_factory.mktemp("fsdp"))
     with launched("tests.training.test_fsdp", str(folder)):
         train(folder / ONE, 1)
-        run(folder, folder / ONE, ["kd"])
+        run_kd(folder, folder / ONE)
     yield folder
 
 
@@ -99,6 +107,8 @@ def test_a_sharded_student_trains_as_a_whole_one(runs: Path, number: str) -> Non
 
 @pytest.mark.slow
 def test_a_recipe_saves_whole_models(runs: Path) -> None:
+    marker = json.loads((runs / TWO / "kd" / "distilled" / "stage.json").read_text())
+    assert marker["result"]["epoch"] == 1
     assert_alike_runs(runs / TWO / "kd", runs / ONE / "kd")
 
 
@@ -118,4 +128,4 @@ if __name__ == "__main__":
     train(folder / TWO, 2)
     train(folder / RESUMED, 2, checkpoint=folder / TWO / "checkpoint-2")
     os.environ |= LAUNCHED
-    run(folder, folder / TWO, ["kd"])
+    run_kd(folder, folder / TWO)
