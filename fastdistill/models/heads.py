@@ -89,12 +89,11 @@ class Head:
         return labels if counts is None else labels.masked_fill(~counts, IGNORED)
 
     def counted(self, inputs: Mapping[str, Any]) -> Tensor | None:
-        """For each row of a batch's logits 0 where it counts and -100 where it does not (int64); None where nothing is
-        known that does not: there are no labels and no padding."""
+        """For each row of a batch's logits an integer, -100 where it does not count: its class where there is one, else
+        0. None where nothing is known that does not: there are no labels and no padding."""
         labels = self.labels(inputs)
         if labels is not None:
-            there = labels == labels if labels.is_floating_point() else labels != IGNORED
-            return torch.where(there, 0, IGNORED)
+            return torch.where(labels == labels, 0, IGNORED) if labels.is_floating_point() else labels
         if not self.per_token:
             return None
         places = inputs.get("decoder_input_ids" if self.kind == "seq2seq_lm" else "input_ids")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 import os
 import secrets
@@ -210,8 +211,8 @@ class _Teacher:
     def columns(self, dataset: Dataset) -> list[str]:
         """Those that the model takes."""
         labels = {"label", *find_labels(type(self.model))}  # type: ignore[no-untyped-call]
-        taken = taken_by(self.model)
-        columns = sorted(set(dataset.column_names if taken is None else taken) & set(dataset.column_names) - labels)
+        taken = taken_by(self.model) or inspect.signature(self.model.forward).parameters.keys()
+        columns = sorted(taken & set(dataset.column_names) - labels)
         if self.model.main_input_name not in columns:
             raise ValueError(
                 f"dataset has columns {dataset.column_names}; expected {self.model.main_input_name!r} among them, "

@@ -360,8 +360,14 @@ def test_without_labels_the_objective_is_evaluated(tmp_path: Path) -> None:
     batch = DataCollatorWithPadding(tiny.tokenizer())(list(unseen.remove_columns("length")))
     with torch.no_grad():
         p, q = ((m.eval()(**batch).logits.double() / 2).softmax(-1) for m in (teacher, t.model))
-    assert t.evaluate()["eval_loss"] == pytest.approx(4 * (p * (p / q).log()).sum(-1).mean().item(), rel=1e-4)
+    expected = 4 * (p * (p / q).log()).sum(-1).mean().item()
+    assert t.evaluate()["eval_loss"] == pytest.approx(expected, rel=1e-4)
     assert t.state.best_metric is not None
+    stored = fastdistill.store(
+        unseen, teacher, collate=DataCollatorWithPadding(tiny.tokenizer()), cache_file=tmp_path / "x.arrow"
+    )
+    teacher.forward = None
+    assert t.evaluate(stored)["eval_loss"] == pytest.approx(expected, rel=1e-4)
     assert t.predict(unseen).metrics.keys().isdisjoint({"test_loss"})  # which runs no teacher
     with pytest.raises(ValueError, match="metric_for_best_model is 'eval_loss', but eval_dataset has no labels"):
         DistillationTrainer(
