@@ -14,13 +14,19 @@ from PIL import Image
 from fastdistill import load_task, store, tokenize
 from fastdistill.data.images import ImageCollator, pixels, size_of
 from fastdistill.models.image_classifiers import image_classifier
-from fastdistill.recipes.examples import of_images
+from fastdistill.recipes.examples import Examples, of_images
+from fastdistill.recipes.splits import Splits
 from tests import tiny
 
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
     return tiny.image_folder(tmp_path / "squares")
+
+
+def examples_of(folder: Path) -> Examples:
+    data = load_task(folder)
+    return of_images(Splits(data.task, data.train, data.validation, data.validation, "validation", "validation"))
 
 
 def test_a_folder_of_folders_is_a_task(folder: Path) -> None:
@@ -62,7 +68,7 @@ def test_what_a_teacher_says_is_of_the_pixels(folder: Path, tmp_path: Path) -> N
     teacher = image_classifier("wrn-10-1", load_task(folder).task)
 
     def said() -> torch.Tensor:
-        examples = of_images(load_task(folder))
+        examples = examples_of(folder)
         stored = store(examples.train, teacher, collate=examples.collate, batch_size=4, cache_file=tmp_path / "x.arrow")
         return torch.tensor(stored["teacher_logits"][:])
 
@@ -74,7 +80,7 @@ def test_what_a_teacher_says_is_of_the_pixels(folder: Path, tmp_path: Path) -> N
 def test_images_of_another_size_or_mode_become_the_same(folder: Path) -> None:
     file = sorted((folder / "train" / "low").iterdir())[0]
     Image.new("L", (5, 20), 51).save(file)
-    examples = of_images(load_task(folder))
+    examples = examples_of(folder)
     batch = examples.collate(list(examples.train))
     assert batch["pixel_values"].shape == (24, 3, 8, 8)
     torch.testing.assert_close(batch["pixel_values"][12], torch.full((3, 8, 8), (0.2 - 0.5) / 0.25))

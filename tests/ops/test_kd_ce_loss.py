@@ -264,7 +264,6 @@ def logits(*shape: int, **options: Any) -> Tensor:
         ((logits(4, 3), logits(4, 3)), dict(scale_by_temperature=1), TypeError, "scale_by_temperature is 1; exp"),
         ((logits(4, 3), logits(4, 3)), dict(ignore_index=10**30), ValueError, "ignore_index is 1000.*int of 64 bits"),
         ((logits(4, 3), logits(4, 3)), dict(ignore_index=True), TypeError, "ignore_index is True; expected an int"),
-        ((logits(4, 3), None), {}, TypeError, "teacher_logits is a NoneType; expected a torch.Tensor"),
         ((logits(4, 3), [[1.0, 2.0], [1.0]]), {}, TypeError, "teacher_logits is a list; expected a torch.Tensor"),
         ((logits(4, 3), "text"), {}, TypeError, "teacher_logits is a str; expected a torch.Tensor"),
         ((logits(4, 3), logits(4, 3)), dict(kd_weight=-0.1), ValueError, "kd_weight is -0.1; expected.*>= 0"),
