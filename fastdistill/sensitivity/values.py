@@ -63,7 +63,8 @@ def _by_unit(values: Tensor, grad: Tensor, units: int) -> Tensor:
 
 @contextmanager
 def unit_values(model: PreTrainedModel) -> Iterator[UnitValues]:
-    """Within it what the model's heads and neurons give to the output projections is kept, a forward pass long.
+    """Within it what the model's heads and neurons give to the output projections is kept, a forward pass long. Compiled
+    models run uncompiled: between two outputs of a graph that was compiled there is no gradient.
 
     Raises ValueError for an unknown architecture, and for a model within `fastdistill.gate`.
     """
@@ -72,6 +73,7 @@ def unit_values(model: PreTrainedModel) -> Iterator[UnitValues]:
     modules = [*(block.head_out for block in layers), *(block.neuron_out for block in layers)]
     values = UnitValues([*(block.heads for block in layers), *(block.neurons for block in layers)])
     with ExitStack() as leave:
+        leave.enter_context(torch.compiler.set_stance("force_eager"))
         leave.enter_context(hooked(model, "gate"))  # whose multiplications it stands for
         for place, module in enumerate(modules):
             if values.units[place]:
