@@ -165,7 +165,8 @@ def config_of(
 
 
 class _ProgressBar(ProgressCallback):
-    """Trainer's progress bar with the stage's name before and the loss behind, in place of a printed line a log."""
+    """Trainer's progress bar with the stage's name before and the loss behind, in place of a printed line a log; none
+    for evaluations, which come after each epoch."""
 
     def __init__(self, name: str) -> None:
         super().__init__()
@@ -175,6 +176,9 @@ class _ProgressBar(ProgressCallback):
         super().on_train_begin(args, state, control, **kwargs)  # type: ignore[no-untyped-call]
         if self.training_bar is not None:
             self.training_bar.set_description(self.name)
+
+    def on_prediction_step(self, *args: Any, **kwargs: Any) -> None:
+        pass
 
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
         if self.training_bar is not None and "loss" in logs:

@@ -63,8 +63,8 @@ def _by_unit(values: Tensor, grad: Tensor, units: int) -> Tensor:
 
 @contextmanager
 def unit_values(model: PreTrainedModel) -> Iterator[UnitValues]:
-    """Within it what the model's heads and neurons give to the output projections is kept, a forward pass long. Compiled
-    models run uncompiled: between two outputs of a graph that was compiled there is no gradient.
+    """Within it what the model's heads and neurons give to the output projections is kept, a forward pass long.
+    Compiled models run uncompiled: between two outputs of a graph that was compiled there is no gradient.
 
     Raises ValueError for an unknown architecture, and for a model within `fastdistill.gate`.
     """
