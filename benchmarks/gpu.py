@@ -59,8 +59,9 @@ def missing() -> list[str]:
 
 def run(command: Sequence[str], seconds: float, said: IO[str] | None = None, **environment: str) -> int:
     """Its exit status; 124 where it was stopped for the time it took."""
+    inherited = {name: value for name, value in os.environ.items() if name != "PYTEST_XDIST_WORKER"}  # which it is not
     process = subprocess.Popen(
-        command, cwd=ROOT, env={**os.environ, **environment}, start_new_session=True, stdout=said, stderr=said
+        command, cwd=ROOT, env={**inherited, **environment}, start_new_session=True, stdout=said, stderr=said
     )
     try:
         return process.wait(seconds)

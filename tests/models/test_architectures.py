@@ -463,7 +463,9 @@ def test_an_architecture_that_a_user_registers(monkeypatch: pytest.MonkeyPatch, 
     model = transformers.OPTForSequenceClassification(transformers.OPTConfig(**settings, num_labels=3)).eval()
     with pytest.raises(ValueError, match="model is a opt; .* fastdistill.register_architecture makes another known"):
         fastdistill.first_layers(model, 1)
-    monkeypatch.setattr("fastdistill.models.architectures.ARCHITECTURES", table := dict(ARCHITECTURES))
+    table = dict(ARCHITECTURES)
+    for module in ("architectures", "registering"):
+        monkeypatch.setattr(f"fastdistill.models.{module}.ARCHITECTURES", table)
     fastdistill.register_architecture("opt", OPT)  # on transformers' default config
     assert table["opt"] == OPT
     fastdistill.register_architecture("opt", OPT, model=model)

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from fastdistill.training import trainer as training
+from fastdistill.training import resumable
 from fastdistill.training.checkpoints import SEAL, last_whole
 from fastdistill.training.trainer import DistillationTrainer
 from tests import tiny
@@ -92,9 +92,9 @@ def test_one_that_was_cut_off_is_none_yet(
             raise Cut
         seal(checkpoint)
 
-    seal = training.seal
+    seal = resumable.seal
     with monkeypatch.context() as patch:
-        patch.setattr(training, "seal", interrupt)
+        patch.setattr(resumable, "seal", interrupt)
         with pytest.raises(Cut):
             trainer(tmp_path).train()
     assert (tmp_path / "checkpoint-4" / "trainer_state.json").exists()
