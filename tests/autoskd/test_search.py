@@ -102,6 +102,7 @@ def correlations(**options: Any) -> Tensor:
     return torch.tensor(found).nanmean(0)
 
 
+@pytest.mark.slow
 def test_theta_follows_the_teachers_and_not_the_draws() -> None:
     """By default; in so few steps the paper's way, which is there by its name, does not tell them apart as well."""
     draws, accuracy = correlations()

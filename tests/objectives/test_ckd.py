@@ -108,6 +108,7 @@ def test_gradients_are_the_formulas_for_student_and_teacher() -> None:
             torch.testing.assert_close(found, expected)
 
 
+@pytest.mark.slow
 def test_gradcheck() -> None:
     three = outputs(4, 3, 2, tokens=5)
     states = [

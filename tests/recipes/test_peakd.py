@@ -109,6 +109,7 @@ def test_pretraining_keeps_the_weights_of_the_lowest_loss(finished: Path) -> Non
         assert stage["came_from"]["best"] == best
 
 
+@pytest.mark.slow
 def test_labels_out_of_fold(sources: Path, tmp_path: Path) -> None:
     """Each training example is labelled by a teacher that has not learned it."""
     output = tmp_path / "run"

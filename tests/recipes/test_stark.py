@@ -208,6 +208,7 @@ def test_a_grid_keeps_the_best(sources: Path, tmp_path: Path) -> None:
     assert record(tmp_path / "run")["results"]["trial"]["accuracy"] == max(values)
 
 
+@pytest.mark.slow
 def test_baselines_are_the_best_of_as_many(sources: Path, tmp_path: Path) -> None:
     """As many runs as there are sparsities, with other batches; and what differs from them has an interval."""
     output = tmp_path / "run"
@@ -228,6 +229,7 @@ def test_baselines_are_the_best_of_as_many(sources: Path, tmp_path: Path) -> Non
             assert (against["verdict"] in ("better", "worse")) == excludes
 
 
+@pytest.mark.slow
 def test_tradeoffs_and_a_pruned_assistant(sources: Path, tmp_path: Path) -> None:
     output, more = tmp_path / "run", ("--tradeoff", "0,0.5,1", "--selection", "knowledge,random", "--sparsity", "0.5")
     arguments = command(sources, output, *more, "--assistant-sparsity", "0.3", "--no-plots", student="sparsity")

@@ -253,6 +253,7 @@ def keep_until_killed(folder: Path) -> None:
     keep(folder)
 
 
+@pytest.mark.slow
 def test_one_that_is_killed_leaves_nothing_for_long(tmp_path: Path) -> None:
     process = start(keep_until_killed, tmp_path)
     process.join(300)
