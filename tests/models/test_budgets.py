@@ -13,7 +13,7 @@ from fastdistill.models.architectures import blocks
 from fastdistill.models.budgets import flops_without, latency, parameters_without
 from fastdistill.models.scores import Scores, random_scores
 from tests import tiny
-from tests.models.test_architectures import batch_of, model_of
+from tests.models.known import batch_of, model_of
 
 KINDS = ["bert", "llama", "gpt2", "gpt_neox", "modernbert", "albert", "deberta-v2", "qwen2"]
 

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 
 from fastdistill import LogitsKD, shared_tokens
 from tests import heads, tiny
-from tests.training.test_heads import log, trainer
+from tests.training.trained import log, trainer
 
 LABELS = torch.tensor([0, 5, -100, 6])
 

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from fastdistill import gated_attention
 from fastdistill.ops import reference
-from tests.ops.test_gated_attention import DTYPES, check, with_gradients
+from tests.ops.attention import DTYPES, check, with_gradients
 
 FOUR = torch.tensor([1.0, 0.0, -0.5, 2.0])
 GATES = {

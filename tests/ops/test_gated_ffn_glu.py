@@ -13,7 +13,7 @@ from fastdistill import gated_ffn
 from fastdistill.ops import ActiveNeurons
 from tests import eager
 from tests.accuracy import assert_accurate
-from tests.ops.test_gated_ffn import ACTIVATIONS, DTYPES, GATES, make
+from tests.ops.ffn import ACTIVATIONS, DTYPES, GATES, make
 
 NAMES = ("x", "w_in", "b_in", "w_out", "b_out", "neuron_gate", "w_gate", "b_gate")
 WEIGHTS = ("w_in", "b_in", "w_gate", "b_gate")  # a row of each is a neuron's

@@ -32,6 +32,7 @@ from fastdistill.models.heads import head_of
 from fastdistill.models.inputs import inputs_of
 from fastdistill.objectives.logits import TaskLoss
 from tests import heads, tiny
+from tests.training.trained import log, trainer
 
 PER_TOKEN = ("BertForTokenClassification", "BertForMaskedLM", "LlamaForCausalLM", "GPT2LMHeadModel")
 GENERATORS = ("T5ForConditionalGeneration", "BartForConditionalGeneration")
@@ -39,25 +40,8 @@ ALL = (*PER_TOKEN, *GENERATORS, "BertForQuestionAnswering", "BertForSequenceClas
 KD = LogitsKD(ce_weight=0.0)
 
 
-def trainer(folder: Path, name: str, objective: Any = None, **options: Any) -> DistillationTrainer:
-    args = {"max_steps": 2, "logging_steps": 1, "learning_rate": 1e-3} | options.pop("args", {})
-    settings = {
-        "model": heads.model(name, 1),
-        "teacher_model": heads.model(name, 2),
-        "train_dataset": heads.rows(name),
-        "data_collator": heads.collate,
-        "args": tiny.config(folder, **args),
-    }
-    return DistillationTrainer(objective=objective, **settings | options)
-
-
 def without_labels(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     return [{k: v for k, v in row.items() if k not in ("labels", "start_positions", "end_positions")} for row in rows]
-
-
-def log(t: DistillationTrainer, name: str = "loss") -> list[float]:
-    t.train()
-    return [entry[name] for entry in t.state.log_history if name in entry]
 
 
 # The task's own loss
