@@ -214,8 +214,8 @@ class Whole {
   Tensor all_;
 };
 
-// Key or value with a head for each of the query's. Flash attention itself takes fewer, where one call is for all heads as
-// they are.
+// Key or value with a head for each of the query's. Flash attention itself takes fewer, where one call is for all heads
+// as they are.
 Tensor repeated(const Tensor& x, int64_t heads, const std::vector<Heads>& parts, bool gated) {
   if (x.size(1) == heads || (parts.size() == 1 && parts[0].is_whole(gated)))
     return x;

@@ -51,7 +51,7 @@ class RowLoss {
       : options_(options),
         classes_(classes),
         size_(classes * Form::kRows),
-        temperature_(options.temperature),
+        inv_temperature_(1 / options.temperature),
         kd_grad_(options.kd_weight / options.temperature * options.grad_scale),
         ce_grad_(options.ce_weight * options.grad_scale),
         exp_s_(scratch.kd_student),
@@ -73,7 +73,7 @@ class RowLoss {
         const V s = student_centred(i, count);
         V exp_s;
         if constexpr (KD) {
-          const V scaled_s = s / V(temperature_), scaled_t = teacher_scaled(i, count);
+          const V scaled_s = s * V(inv_temperature_), scaled_t = teacher_scaled(i, count);
           const V exp_t = exp_nonpositive(scaled_t);
           exp_s = exp_nonpositive(scaled_s);
           exp_s.store(exp_s_ + i, count);
@@ -155,7 +155,7 @@ class RowLoss {
   }
 
   V teacher_scaled(int64_t i, int64_t count) const {
-    return (load(teacher_ + i, count, -kInf<T>) - Form::spread(teacher_max_)) / V(temperature_);
+    return (load(teacher_ + i, count, -kInf<T>) - Form::spread(teacher_max_)) * V(inv_temperature_);
   }
 
   // log p_target - log p_other (without the first term for soft cross-entropy), up to a constant of the row.
@@ -166,7 +166,7 @@ class RowLoss {
   // The gradient to the target side: p_target * (log p_target - log p_other - divergence), of which the row's constant
   // has gone.
   V target_grad(const T* exps, const V& weight, int64_t i, int64_t count) const {
-    const V d = difference(student_centred(i, count) / V(temperature_), teacher_scaled(i, count));
+    const V d = difference(student_centred(i, count) * V(inv_temperature_), teacher_scaled(i, count));
     return weighted(load(exps + i, count, T(0)) * weight, d - Form::spread(mean_));
   }
 
@@ -182,7 +182,7 @@ class RowLoss {
 
   const Options& options_;
   const int64_t classes_, size_;
-  const T temperature_, kd_grad_, ce_grad_;
+  const T inv_temperature_, kd_grad_, ce_grad_;
   T *exp_s_, *exp_t_, *exp_ce_;
   const T* student_ = nullptr;
   const T* teacher_ = nullptr;

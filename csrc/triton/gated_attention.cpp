@@ -106,7 +106,8 @@ struct Call {
   Call(const Tensor& query, const Tensor& key, const Optional& head_gate, const Optional& attn_mask,
        const Optional& seed_, double dropout_p_, bool is_causal, double scale_, bool gate_grad)
       : batch(query.size(0)), heads(query.size(1)), queries(query.size(2)), keys(key.size(2)), size(query.size(3)),
-        group(heads / key.size(1)), gate(query), mask(query), seed(seed_.value_or(query)), scale(scale_), dropout_p(seed_ ? dropout_p_ : 0) {
+        group(heads / key.size(1)), gate(query), mask(query), seed(seed_.value_or(query)), scale(scale_),
+        dropout_p(seed_ ? dropout_p_ : 0) {
     if (head_gate) {
       gate = head_gate->expand({batch, heads});
       gate_strides = gate.strides().vec();
@@ -183,7 +184,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> gated_attention_backward(
   const auto numbers = query.options().dtype(at::kFloat);
   // those to key and value of each of a group's heads, which are then added
   const auto empty_members = [&](const Tensor& x) {
-    return call.group == 1 ? empty_heads(x) : at::empty({call.batch, call.keys, call.heads, call.size}, numbers).transpose(1, 2);
+    return call.group == 1
+        ? empty_heads(x)
+        : at::empty({call.batch, call.keys, call.heads, call.size}, numbers).transpose(1, 2);
   };
   const Tensor grad_query = empty_heads(query), grad_key = empty_members(key), grad_value = empty_members(value);
   const Tensor q = aligned(query), k = aligned(key), v = aligned(value), o = aligned(output), g = aligned(grad_output),

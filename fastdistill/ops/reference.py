@@ -161,7 +161,7 @@ def uncertainty(logits: Tensor, kind: str, normalize: bool) -> Tensor:
 
 
 def uncertainty_backward(grad_output: Tensor, logits: Tensor, kind: str, normalize: bool) -> Tensor:
-    """The gradient to the logits for an ``grad_output`` gradient of the logits' leading shape."""
+    """The gradient to the logits for a ``grad_output`` of the logits' leading shape."""
     gap, exponential, held, runner_up, others, total, second = _around_the_largest(logits)
     if kind == "entropy":
         grad = exponential * ((exponential * gap).sum(-1, keepdim=True) / total - gap)
