@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from fastdistill.data.tasks import Task
+from fastdistill.models.heads import IGNORED
 
 if TYPE_CHECKING:
     from transformers import EvalPrediction
@@ -157,7 +158,7 @@ def _checked_several(task: Task, labels: Any, predictions: Any) -> tuple[_Array,
         raise ValueError(f"predictions for {task.name!r} has shape {list(logits.shape)}; expected {list(labels.shape)}")
     if missing := int(np.isnan(logits).sum()):
         raise ValueError(f"predictions has {missing} NaN of {logits.size}; expected numbers")
-    labels = np.where(labels == -100, np.nan, labels)
+    labels = np.where(labels == IGNORED, np.nan, labels)
     if odd := [value for value in labels[~np.isnan(labels)] if value not in (0, 1)]:
         raise ValueError(f"labels for {task.name!r} has {odd[0]}; expected 0 or 1, or NaN where it is not known")
     return labels, logits > 0

@@ -9,12 +9,12 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from fastdistill.models.heads import IGNORED
+
 if TYPE_CHECKING:
     from transformers import EvalPrediction, PreTrainedTokenizerBase
 
 Compute = Callable[["EvalPrediction"], dict[str, float]]
-
-IGNORED = -100
 
 
 def entity_metrics(label_names: Sequence[str]) -> Compute:

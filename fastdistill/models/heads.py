@@ -88,10 +88,9 @@ class Head:
         counts = self._attended(inputs, labels)
         return labels if counts is None else labels.masked_fill(~counts, IGNORED)
 
-    def counted(self, inputs: Mapping[str, Any]) -> Tensor | None:
+    def counted(self, labels: Tensor | None, inputs: Mapping[str, Any]) -> Tensor | None:
         """For each row of a batch's logits an integer, -100 where it does not count: its class where there is one, else
-        0. None where nothing is known that does not: there are no labels and no padding."""
-        labels = self.labels(inputs)
+        0. None where nothing is known that does not: there are no labels and no padding. `labels` are the batch's."""
         if labels is not None:
             return torch.where(labels == labels, 0, IGNORED) if labels.is_floating_point() else labels
         if not self.per_token:

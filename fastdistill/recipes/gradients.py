@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import inspect
 from collections.abc import Mapping
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
@@ -14,6 +13,7 @@ from accelerate.utils import send_to_device  # type: ignore[import-untyped]
 from rich.table import Table
 
 from fastdistill.models.first_token import first_token_only
+from fastdistill.models.inputs import inputs_of
 from fastdistill.objectives.base import as_needed
 from fastdistill.objectives.dekd import DeKD
 from fastdistill.recipes.training import Training
@@ -38,18 +38,17 @@ def gradient_norms(training: Training, data: Dataset, collate: Collate) -> Norms
     if isinstance(objective, DeKD) and objective.select_per == "epoch":
         objective = replace(objective, select_per="batch")  # there is no choice yet
     teachers = training.teacher if isinstance(training.teacher, Mapping) else {TEACHER: training.teacher}
-    own = ("labels", *own_columns(objective))
-    wanted = {*inspect.signature(student.forward).parameters, *own, *objective.needs.columns} & {*data.column_names}
-    rows = data.select(range(min(len(data), training.batch_size))).select_columns(sorted(wanted))
+    rows = data.select(range(min(len(data), training.batch_size)))
+    rows = rows.select_columns([name for name in rows.column_names if name != "length"])
     batch = send_to_device(dict(collate(list(rows))), device)
-    features = {name: value for name, value in batch.items() if name not in own}
-    if objective.needs.hidden_states:
-        features["output_hidden_states"] = True
+    features = {name: value for name, value in batch.items() if name not in own_columns(objective)}
+    asked_too = {"output_hidden_states": True} if objective.needs.hidden_states else {}
 
     def said(name: str) -> TeacherOutputs:
         teacher: Any = teachers.get(name)
-        stored = stored_outputs(name, batch) if teacher is None else None
-        return TeacherOutputs(None if teacher is None else teacher.to(device).eval(), features, stored=stored)
+        if teacher is None:
+            return TeacherOutputs(None, features, stored=stored_outputs(name, batch))
+        return TeacherOutputs(teacher.to(device).eval(), inputs_of(teacher, features) | asked_too)
 
     asked = {name: said(name) for name in objective.needs.teachers or (TEACHER,)} if objective.needs.teacher else {}
     outputs: Any = asked if objective.needs.teachers else asked.get(TEACHER)
@@ -57,7 +56,8 @@ def gradient_norms(training: Training, data: Dataset, collate: Collate) -> Norms
     weights = list(student.parameters())
     narrowed = () if objective.needs.all_tokens else (student, *filter(None, teachers.values()))
     with evaluating(student, trained=weights), first_token_only(*narrowed):
-        found = objective.summands(student(**features), as_needed(objective, outputs), batch["labels"], **columns)
+        ours = student(**inputs_of(student, features), **asked_too)
+        found = objective.summands(ours, as_needed(objective, outputs), batch["labels"], **columns)
         norms = {}
         for name, loss in found.items():
             given = torch.autograd.grad(loss, weights, retain_graph=True, allow_unused=True)

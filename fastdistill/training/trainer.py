@@ -169,7 +169,7 @@ class DistillationTrainer(ResumableTrainer):
         teacher = self.teacher_outputs(batch | asked, inputs)
         student = model(**features, **asked)
         seen = self._seen(own_model, student, batch)
-        counts = self.head.counted(inputs)
+        counts = self.head.counted(labels, inputs)
         if labels is None and counts is not None:
             seen.counted = counts
         columns = {name: inputs[name] for name in needs.columns}
@@ -204,7 +204,7 @@ class DistillationTrainer(ResumableTrainer):
 
     def _get_num_items_in_batch(self, batch_samples: list[Any], device: torch.device) -> Tensor | int | None:
         """How many examples, or tokens, count in so many batches; None where nothing says it."""
-        counts = [self.head.counted(batch) for batch in batch_samples]
+        counts = [self.head.counted(self.head.labels(batch), batch) for batch in batch_samples]
         counted: list[Any] = [{"labels": one} for one in counts if one is not None]
         return super()._get_num_items_in_batch(counted, device) if len(counted) == len(counts) else None
 

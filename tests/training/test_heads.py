@@ -119,7 +119,7 @@ def test_padding_on_the_left_counts_nowhere(name: str) -> None:
     for left in (False, True):
         batch = heads.collate(rows, more=3, left=left)
         batch["labels"] = batch["labels"].where(batch["labels"] != -100, 7)  # labels of padding count no more
-        labels, counted = head.labels(batch), head.counted({k: v for k, v in batch.items() if k != "labels"})
+        labels, counted = head.labels(batch), head.counted(None, batch)
         assert labels is not None and counted is not None
         assert (labels != -100).sum(1).tolist() == [len(r["input_ids"]) - (name == "LlamaForCausalLM") for r in rows]
         assert ((labels != -100) == (counted == 0)).all()
