@@ -162,9 +162,7 @@ def _cast_label(dataset: Dataset, task: Task) -> Dataset:
     return dataset if dataset.features["label"] == wanted else dataset.cast_column("label", wanted)
 
 
-def _dataset(
-    task: Task, texts: dict[str, list[str]], labels: list[Any], starts: list[int] | None = None
-) -> Dataset:
+def _dataset(task: Task, texts: dict[str, list[str]], labels: list[Any], starts: list[int] | None = None) -> Dataset:
     from datasets import Dataset, Features, Value
 
     columns: dict[str, list[Any]] = {**texts, "label": labels}
