@@ -45,6 +45,8 @@ def measured(dataset: Dataset, tokenizer: PreTrainedTokenizerFast, parser: Parse
     words that it has a character of.
     """
 
+    from datasets import Dataset
+
     def measure(row: Mapping[str, Any]) -> dict[str, Any]:
         text, start, end = row["sentence1"], row["start"], row["start"] + len(row["sentence2"])
         encoded = tokenizer(text, return_offsets_mapping=True, add_special_tokens=False)
@@ -53,15 +55,14 @@ def measured(dataset: Dataset, tokenizer: PreTrainedTokenizerFast, parser: Parse
         found: dict[str, Any] = {
             "input_ids": encoded["input_ids"],
             "position_distance": [float(max(aspect[0] - i, 0, i - aspect[-1])) for i in range(len(offsets))],
+            "labels": row["label"],
             "length": len(offsets),
         }
         if parser is not None:
             found["dependency_distance"] = tree_distances(parser(text, offsets), aspect)
         return found
 
-    dropped = [column for column in dataset.column_names if column != "label"]
-    mapped = dataset.map(measure, remove_columns=dropped, load_from_cache_file=False, desc="Dividing into words")
-    return mapped.rename_column("label", "labels")
+    return Dataset.from_list([measure(row) for row in dataset])  # `map` would hash the parser
 
 
 def tree_distances(heads: Sequence[int], aspect: Sequence[int]) -> list[float]:

@@ -25,7 +25,9 @@ class Parser:
         import spacy
 
         try:
-            self.pipeline: Any = spacy.load(name, exclude=["ner", "lemmatizer"])  # which say nothing of heads
+            self.pipeline: Any = spacy.load(
+                name, exclude=["ner", "lemmatizer", "attribute_ruler"]
+            )  # which it needs not
         except (OSError, ValueError) as error:
             told = " ".join(str(error).split())
             raise ValueError(f"--parser is {name}, which spaCy does not load: {told}") from error

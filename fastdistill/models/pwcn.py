@@ -117,7 +117,10 @@ class PWCNForSequenceClassification(PreTrainedModel):
         self, input_ids: Tensor, mask: Tensor, position_distance: Tensor | None, dependency_distance: Tensor | None
     ) -> Tensor:
         variant = self.config.variant
-        vectors = self.dropout(self.embeddings(input_ids))
+        vectors = self.embeddings(input_ids)
+        if not self.config.trains_vectors:
+            vectors = vectors.detach()  # from_pretrained forgets that they need no gradient
+        vectors = self.dropout(vectors)
         if variant == "lstm":
             last = mask.sum(1) - 1
             states: Tensor = self.forwards(vectors)[0]

@@ -7,7 +7,6 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -65,7 +64,7 @@ def from_encoder(name_or_path: str, words: Sequence[str]) -> tuple[Tensor, int]:
     direction, which its own first layer norm undoes.
     """
     source = pretrained(name_or_path)
-    tokenizer, model = load_tokenizer(name_or_path), from_pretrained(source)
+    model, tokenizer = from_pretrained(source), load_tokenizer(name_or_path)
     check_finite(source, model)
     check_tokenizer(source, tokenizer, model)
     with torch.no_grad():
@@ -80,7 +79,8 @@ def from_encoder(name_or_path: str, words: Sequence[str]) -> tuple[Tensor, int]:
         if not found:
             raise ValueError(f"{source} has a tokenizer that knows none of the task's {len(words)} words")
         known = vectors[found]
-        vectors[found] = (known - known.mean(0)) / known.std().clamp(min=1e-6)
+        known = known - known.mean(0)
+        vectors[found] = known / known.std(correction=0).clamp(min=1e-6)
     return vectors, len(found)
 
 
@@ -101,7 +101,7 @@ def _lines(path: Path) -> Iterator[tuple[int, bytes]]:
 
 def _numbers(path: str | Path, line: int, values: Sequence[bytes]) -> Tensor:
     try:
-        found = torch.from_numpy(np.array([float(value) for value in values]).astype(np.float32))
+        found = torch.tensor([float(value) for value in values], dtype=torch.float64).float()
     except ValueError as error:
         raise ValueError(f"{path}, line {line}: {error}") from None
     if not found.isfinite().all():

@@ -43,6 +43,7 @@ class PWCNSettings(RecipeSettings, PlotSettings):
         "baseline_runs",
         "chain",
         "kd_temperature",
+        "bf16",  # which oneDNN's LSTM does not take everywhere
     )
 
     task: str = option(
