@@ -55,7 +55,7 @@ def from_file(path: str | Path, words: Sequence[str]) -> tuple[Tensor, int]:
 
 def from_encoder(name_or_path: str, words: Sequence[str]) -> tuple[Tensor, int]:
     """The words' vectors ``[V, E]``, and how many of them there are: each the mean of the input embeddings of its
-    tokens, 0 for a word that has none, or none but what is unknown.
+    tokens, 0 for a word that has none, or none but what is unknown or special.
 
     Args:
         name_or_path: folder or hub name of a transformers encoder in safetensors, or a name in `PACKAGED`.
@@ -73,7 +73,7 @@ def from_encoder(name_or_path: str, words: Sequence[str]) -> tuple[Tensor, int]:
         vectors, found = torch.zeros(len(words), table.shape[1]), []
         for place, word in enumerate(words):
             ids = tokenizer(word, add_special_tokens=False)["input_ids"]
-            if set(ids) - {tokenizer.unk_token_id}:
+            if set(ids) - set(tokenizer.all_special_ids):
                 vectors[place] = table[ids].mean(0)
                 found.append(place)
         if not found:
