@@ -46,7 +46,9 @@ def sources(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for split, number, seed in (("train", 200, 1), ("test", 60, 2)):
         lines = (json.dumps(row) + "\n" for row in rows(number, seed))
         (folder / "task" / f"{split}.jsonl").write_text("".join(lines))
-    tiny.model_folder(folder / "encoder", tiny.bert().bert)
+    words = [*GOOD, *BAD, *PLAIN, "food", "service"]
+    tiny.model_folder(folder / "encoder", tiny.bert(vocab_size=len(tiny.SPECIAL) + len(words)).bert)
+    tiny.tokenizer(words).save_pretrained(folder / "encoder")
     return folder
 
 
@@ -181,8 +183,10 @@ def test_other_ways(sources: Path, tmp_path: Path) -> None:
     assert main(command(sources, tmp_path / "learned", *shared, *more)) == 0
     learned = fastdistill.from_pretrained(tmp_path / "learned" / "point-pwcn-pos")
     assert learned.get_input_embeddings().weight[vocabulary["good"]].tolist() != [1, 0, 2]
-    with pytest.raises(ValueError, match="knows none of the task's 22 words"):
-        recipes.pwcn(PWCNSettings(task=str(sources / "task"), output=tmp_path / "o", vectors=str(sources / "encoder")))
+    assert main(command(sources, tmp_path / "encoder", *shared, "--vectors", str(sources / "encoder"))) == 0
+    assert record(tmp_path / "encoder")["words"]["with_vectors"] == 11
+    of_encoder = fastdistill.from_pretrained(tmp_path / "encoder" / "point-pwcn-pos").get_input_embeddings().weight
+    assert of_encoder.shape == (22, 16) and sum(row.any() for row in of_encoder) == 11
 
 
 def test_from_python(sources: Path, finished: Path, tmp_path: Path) -> None:
