@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Any, ClassVar, Literal, get_args
 
 from fastdistill.recipes.settings.fields import Choice, Integer, Listed, Number, Text, flag, option
-from fastdistill.recipes.settings.shared import POSITIVE, PlotSettings, RecipeSettings
+from fastdistill.recipes.settings.shared import POSITIVE, TEACHER, PlotSettings, RecipeSettings
 
 Form = Literal["paper", "released"]
 Variant = Literal[
@@ -51,7 +51,7 @@ class PWCNSettings(RecipeSettings, PlotSettings):
         help="a folder or file of jsonl[.gz], csv, tsv or parquet with columns sentence1, sentence2 (an aspect term in "
         "it), start (the character where that begins, from 0) and label",
     )
-    teacher: str | None = option(None, kind=Text(), help="")
+    teacher: str | None = option(None, kind=Text(), help=TEACHER)
     epochs: float = option(20.0, kind=POSITIVE, metavar="N", help="epochs of a model (default: %(default)g)")
     batch_size: int = option(
         64,
