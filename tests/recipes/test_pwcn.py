@@ -120,6 +120,7 @@ class Cut(BaseException):
     """As a kill would, this passes by every `except Exception`."""
 
 
+@pytest.mark.slow
 def test_a_run_that_was_cut_off_ends_as_one_that_was_not(
     sources: Path, finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
