@@ -131,13 +131,12 @@ class PWCNForSequenceClassification(PreTrainedModel):
         if distance is None or position_distance is None:
             missing = "position_distance" if position_distance is None else "dependency_distance"
             raise ValueError(f"{missing} is None; expected the words' distances from the aspect, for {variant}")
-        attention = self._attention(states, mask, position_distance == 0) if variant.startswith("att-") else None
+        aspect = position_distance == 0
         if variant == "att-lstm":
-            assert attention is not None
-            return (states * attention.unsqueeze(2)).sum(1)
-        weights = proximity(distance, mask, position_distance == 0, self.config.form).to(states.dtype)
-        if attention is not None:
-            weights = weights * attention
+            return (states * self._attention(states, mask, aspect).unsqueeze(2)).sum(1)
+        weights = proximity(distance, mask, aspect, self.config.form).to(states.dtype)
+        if variant.startswith("att-"):
+            weights = weights * self._attention(states, mask, aspect)
         weight, bias = self.convolution.weight, self.convolution.bias
         return F.relu(proximity_conv(states, weights, weight, bias, attention_mask=mask))
 

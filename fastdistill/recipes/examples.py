@@ -63,9 +63,15 @@ def of_text(data: Splits, tokenizer: PreTrainedTokenizerBase, max_length: int | 
 
 def of_aspects(data: Splits, tokenizer: PreTrainedTokenizerFast, parser: Parser | None) -> Examples:
     """Words and their distances from the aspect; all but `train` are in the order of their length."""
-    train, *evaluated = (measured(split, tokenizer, parser) for split in (data.train, data.select, data.report))
-    select, report = (split.select(np.argsort(split["length"][:], kind="stable")) for split in evaluated)
-    return Examples(data.task, train, select, report, AspectCollator(), tokenizer)
+
+    def by_length(split: Dataset) -> Dataset:
+        found = measured(split, tokenizer, parser)
+        return found.select(np.argsort(found["length"][:], kind="stable"))
+
+    train = measured(data.train, tokenizer, parser)
+    mismatched = None if data.mismatched is None else by_length(data.mismatched)
+    evaluated = (by_length(data.select), by_length(data.report))
+    return Examples(data.task, train, *evaluated, AspectCollator(), tokenizer, mismatched)
 
 
 def of_images(data: Splits) -> Examples:

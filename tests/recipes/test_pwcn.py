@@ -43,7 +43,7 @@ def rows(number: int, seed: int) -> list[dict[str, Any]]:
 def sources(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("sources")
     (folder / "task").mkdir()
-    for split, number, seed in (("train", 200, 1), ("test", 60, 2)):
+    for split, number, seed in (("train", 200, 1), ("test", 60, 2), ("validation_mismatched", 20, 3)):
         lines = (json.dumps(row) + "\n" for row in rows(number, seed))
         (folder / "task" / f"{split}.jsonl").write_text("".join(lines))
     words = [*GOOD, *BAD, *PLAIN, "food", "service"]
@@ -75,7 +75,7 @@ def test_a_run_leaves_models_and_results(finished: Path) -> None:
     assert "teacher" not in settings and "kd_temperature" not in settings
     for name in BY_POSITION:
         result = found["results"][name]
-        assert set(result["metrics"]) == {"accuracy", "f1"}
+        assert set(result["metrics"]) == {"accuracy", "f1", "mismatched_accuracy"}
         model = fastdistill.from_pretrained(finished / name)
         assert model.config.variant == name and model.num_parameters() == result["parameters"]
         assert model.config.id2label == {0: "0", 1: "1", 2: "2"}

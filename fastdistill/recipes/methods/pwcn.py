@@ -88,8 +88,8 @@ def pwcn(settings: PWCNSettings) -> Report:
 
 def _tokenizer(data: Splits) -> PreTrainedTokenizerFast:
     """Of the words of all splits: the vectors of those that train lacks are known from elsewhere."""
-    splits = (split["sentence1"][:] for split in (data.train, data.select, data.report))
-    return word_tokenizer(chain.from_iterable(splits))
+    splits = (data.train, data.select, data.report, data.mismatched)
+    return word_tokenizer(chain.from_iterable(split["sentence1"][:] for split in splits if split is not None))
 
 
 def _vectors(settings: PWCNSettings, tokenizer: PreTrainedTokenizerFast) -> tuple[Tensor, int]:
