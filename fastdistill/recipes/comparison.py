@@ -56,6 +56,7 @@ class Comparison:
         student_from: whose first layers students and assistants begin as: "teacher" for the teacher's, "pretrained" for
             `source`'s; None where they are no cuts.
         candidates: of the method, for each seed; baselines are trained as often, with other batches.
+        references: students from which the others' differences are told.
     """
 
     def __init__(
@@ -70,9 +71,11 @@ class Comparison:
         source: PreTrainedModel | None = None,
         candidates: int = 1,
         in_place: bool = False,
+        references: Sequence[str] = ("kd", "finetuned"),
     ) -> None:
         self.started = time.perf_counter()
         self.settings, self.stages, self.kd, self.own_source = settings, stages, kd, source
+        self.references = references
         self.told = Told(
             seeds=len(settings.seeds or (settings.seed,)),
             select_on=splits.select_on,
@@ -225,8 +228,8 @@ class Comparison:
         return kept[0][0], [outputs for _, outputs in kept]
 
     def _compare_with_baselines(self) -> None:
-        """Into each student's result, how it differs from plain distillation and from no teacher."""
-        for reference in (name for name in ("kd", "finetuned") if name in self._students):
+        """Into each student's result, how it differs from those that are referred to."""
+        for reference in (name for name in self.references if name in self._students):
             labels, theirs = self._outputs(self._students[reference])
             for name, kept in self._students.items():
                 if kept == self._students[reference]:
