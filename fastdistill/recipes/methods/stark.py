@@ -19,13 +19,14 @@ from fastdistill.models.budgets import parameters_without, within
 from fastdistill.models.pruning import prune
 from fastdistill.models.scores import UNITS, Scores, random_scores
 from fastdistill.models.sharing import refuse_shared
-from fastdistill.models.students import first_layers, parameter_pruned
+from fastdistill.models.students import first_layers
 from fastdistill.objectives.base import Objective, WeightedSum
 from fastdistill.objectives.ckd import CKD
 from fastdistill.objectives.logits import TaskLoss
 from fastdistill.objectives.pkd import PKD
 from fastdistill.ops.kd_ce_loss import Divergence
 from fastdistill.recipes import plots
+from fastdistill.recipes.baselines import baselines, without_the_least_expressive
 from fastdistill.recipes.begin import begin
 from fastdistill.recipes.comparison import Comparison, Learner, chain_of, compare
 from fastdistill.recipes.measuring import Scoring
@@ -78,10 +79,10 @@ def stark(settings: StarkSettings) -> Report:
     comparison = compare(beginning, divergence=DIVERGENCE, candidates=settings.candidates)
 
     teacher = comparison.teach(beginning.teacher())
-    student = _student(settings, comparison, teacher)
-    baselines = comparison.baselines(chain) | _pruned_assistant(settings, comparison, teacher)
+    student = _student(settings, comparison)
+    others = baselines(comparison, chain)
     runs = [_Run(settings, comparison, stages, student, teacher, objective) for stages in comparison.seeded]
-    _try(comparison, runs, baselines, of_teacher)
+    _try(comparison, runs, others, of_teacher)
     variants = variants_of(settings)
     trained = comparison.train(trial for run in runs for trial in run.students_to_train(variants))
     for run in runs:
@@ -106,13 +107,13 @@ def variants_of(settings: StarkSettings) -> list[Variant]:
     return variants
 
 
-def _try(comparison: Comparison, runs: list[_Run], baselines: Mapping[str, Learner], of_teacher: Objective) -> None:
+def _try(comparison: Comparison, runs: list[_Run], others: Mapping[str, Learner], of_teacher: Objective) -> None:
     """The baselines and, with them, trial distillation; what its students think of the teacher."""
     own, student = runs[0].learner, runs[0].student
     is_kd = own[0] == comparison.kd and comparison.runs == 1  # the trial is then the baseline
     trainings = [
         replace(comparison.baseline(name, student, learner), store_hidden_states=True)
-        for name, learner in baselines.items()
+        for name, learner in others.items()
         if name != "kd" or not is_kd
     ]
     comparison.students(trainings)
@@ -120,7 +121,7 @@ def _try(comparison: Comparison, runs: list[_Run], baselines: Mapping[str, Learn
     for run in runs:
         run.score(next(trained), of_teacher)
     comparison.summarize("trial", [run.trial for run in runs])
-    if "kd" in baselines and is_kd:
+    if "kd" in others and is_kd:
         comparison.summarize("kd", [run.trial for run in runs])
 
 
@@ -265,30 +266,12 @@ def _objectives(settings: StarkSettings, task: Task) -> tuple[Objective, Objecti
     return WeightedSum({"logits": (1.0, logits), **hidden}), WeightedSum({"logits": (1.0, of_teacher), **hidden})
 
 
-def _student(settings: StarkSettings, comparison: Comparison, teacher: Trained) -> PreTrainedModel:
+def _student(settings: StarkSettings, comparison: Comparison) -> PreTrainedModel:
     """Where every student begins."""
     if settings.student_layers is not None:
         return first_layers(comparison.source, settings.student_layers)
     assert settings.student_sparsity is not None
-    return _without_the_least_expressive(settings, comparison.stages, teacher, settings.student_sparsity)
-
-
-def _pruned_assistant(settings: StarkSettings, comparison: Comparison, teacher: Trained) -> dict[str, Learner]:
-    """TAKD for a student that is a pruned teacher."""
-    if settings.assistant_sparsity is None:
-        return {}
-    model = _without_the_least_expressive(settings, comparison.stages, teacher, settings.assistant_sparsity)
-    assistant = comparison.assist(f"assistant-{settings.assistant_sparsity:g}", model, teacher.model)
-    return {"takd": (comparison.kd, assistant.model)}
-
-
-def _without_the_least_expressive(
-    settings: StarkSettings, stages: Stages, teacher: Trained, sparsity: float
-) -> PreTrainedModel:
-    scoring = Scoring(name="expressiveness", teacher=teacher.model, reduce=settings.reduce, on=settings.score_on)
-    found = stages.score(scoring)
-    assert isinstance(found, Sensitivities)
-    return parameter_pruned(teacher.model, found.expressiveness, sparsity)
+    return without_the_least_expressive(comparison, settings.student_sparsity)
 
 
 def _table(task: Task, name: str, found: Mapping[str, Mapping[str, Any]], dense: Trained) -> Table:

@@ -45,7 +45,7 @@ class StarkSettings(RecipeSettings, DistillationSettings, PlotSettings):
         metavar="X",
         help="a student by plain distillation from an assistant, the teacher without that share of its least "
         "expressive heads and neurons, distilled from it (TAKD: what --chain is for --student-layers, this is for "
-        "--student-sparsity)",
+        "--student-sparsity, of which --baselines takd takes half)",
     )
     sparsity: tuple[float, ...] | None = option(
         None,
@@ -140,8 +140,10 @@ class StarkSettings(RecipeSettings, DistillationSettings, PlotSettings):
             raise ValueError("--student-layers is 1; --objective ckd relates a token's states through 2 layers or more")
         if self.sparsity is not None and self.budget is not None:
             raise ValueError("expected either --sparsity or --budget, which is in its place")
+        if self.student_sparsity is not None and self.compares_with("takd-pruned"):
+            raise ValueError("--baselines has takd-pruned, which is takd itself where --student-sparsity is given")
         at_random = set(self.selection) == {"random"}
-        distils = self.baselines or self.chain or self.assistant_sparsity
+        distils = self.distils or self.assistant_sparsity
         ignored = {
             "--pkd-over": self.pkd_over != "mean" and self.objective != "pkd",
             "--reduce": self.reduce != "example" and at_random and self.student_sparsity is None,

@@ -1,0 +1,99 @@
+"""What methods are compared with, by name: how each baseline learns, and from whom."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from transformers import PreTrainedModel
+
+from fastdistill.models.architectures import blocks
+from fastdistill.models.students import parameter_pruned
+from fastdistill.objectives.base import Objective, WeightedSum
+from fastdistill.objectives.ckd import CKD
+from fastdistill.objectives.logits import TaskLoss
+from fastdistill.objectives.pkd import PKD
+from fastdistill.recipes.comparison import Comparison, Learner
+from fastdistill.recipes.measuring import Scoring
+from fastdistill.recipes.settings import StarkSettings
+from fastdistill.recipes.settings.shared import Baseline
+from fastdistill.recipes.training import Teacher
+from fastdistill.sensitivity.units import Sensitivities
+
+
+@dataclass(frozen=True)
+class Asked:
+    """What baselines are made of: plain distillation's objective, which the comparison has, TAKD's chain, and the
+    teacher of those that learn from one that is no assistant."""
+
+    comparison: Comparison
+    chain: tuple[int, ...]
+    teacher: PreTrainedModel
+
+    @property
+    def kd(self) -> Objective:
+        return self.comparison.kd
+
+    def assistant(self) -> PreTrainedModel:
+        return self.comparison.assistant(*self.chain[:-1]) if self.chain else self.pruned_assistant()
+
+    def pruned_assistant(self) -> PreTrainedModel:
+        """The teacher without its least expressive heads and neurons, distilled from it: midway to the student."""
+        teacher, settings = self.comparison.assistant(), self.comparison.settings
+        sparsity = settings.assistant_sparsity if isinstance(settings, StarkSettings) else None
+        if sparsity is None and isinstance(settings, StarkSettings) and settings.student_sparsity is not None:
+            sparsity = settings.student_sparsity / 2
+        if sparsity is None:
+            assert settings.student_layers is not None
+            sparsity = (1 - settings.student_layers / len(blocks(teacher))) / 2
+        model = without_the_least_expressive(self.comparison, sparsity)
+        return self.comparison.assist(f"assistant-{sparsity:g}", model, teacher).model
+
+
+Rule = tuple[Callable[[Asked], Objective], Callable[[Asked], Teacher]]
+
+BASELINES: dict[Baseline, Rule] = {
+    "none": (lambda asked: TaskLoss(asked.comparison.settings.smoothing), lambda asked: None),
+    "kd": (lambda asked: asked.kd, lambda asked: asked.teacher),
+    "pkd": (lambda asked: _beside(asked, "pkd", 100.0, PKD()), lambda asked: asked.teacher),
+    "ckd": (lambda asked: _beside(asked, "ckd", 1.0, CKD()), lambda asked: asked.teacher),
+    "takd-pruned": (lambda asked: asked.kd, Asked.pruned_assistant),
+    "takd": (lambda asked: asked.kd, Asked.assistant),
+}
+"""In the order of the results. To add one, name it in `Baseline`, which the command line takes, and here."""
+
+RESULTS: dict[str, str] = {"none": "finetuned"}
+"""What students are called where it is not the baseline's name."""
+
+
+def baselines(
+    comparison: Comparison, chain: tuple[int, ...] = (), teacher: PreTrainedModel | None = None
+) -> dict[str, Learner]:
+    """Those that are asked for, by what their students are called; assistants are trained. Without a `teacher`, which
+    those have that learn from no assistant, it is the comparison's."""
+    settings = comparison.settings
+    wanted = set(settings.baselines or ())
+    if chain or (isinstance(settings, StarkSettings) and settings.assistant_sparsity is not None):
+        wanted.add("takd")
+    asked = Asked(comparison, chain, comparison.assistant() if teacher is None else teacher)
+    return {
+        RESULTS.get(name, name): (objective(asked), of(asked))
+        for name, (objective, of) in BASELINES.items()
+        if name in wanted
+    }
+
+
+def without_the_least_expressive(comparison: Comparison, sparsity: float) -> PreTrainedModel:
+    """The teacher without that share of its heads and neurons."""
+    teacher, settings = comparison.assistant(), comparison.settings
+    scoring = Scoring(name="expressiveness", teacher=teacher)
+    if isinstance(settings, StarkSettings):
+        scoring = Scoring(name="expressiveness", teacher=teacher, reduce=settings.reduce, on=settings.score_on)
+    found = comparison.stages.score(scoring)
+    assert isinstance(found, Sensitivities)
+    return parameter_pruned(teacher, found.expressiveness, sparsity)
+
+
+def _beside(asked: Asked, name: str, weight: float, hidden: Objective) -> Objective:
+    """Plain distillation, and a term of hidden states."""
+    return WeightedSum({"logits": (1.0, asked.kd), name: (weight, hidden)})
