@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from fastdistill.objectives.base import WeightedSum as WeightedSum
     from fastdistill.objectives.ckd import CKD as CKD
     from fastdistill.objectives.dekd import DeKD as DeKD
+    from fastdistill.objectives.distilbert import DistilBERT as DistilBERT
     from fastdistill.objectives.logits import MSE as MSE
     from fastdistill.objectives.logits import LogitsKD as LogitsKD
     from fastdistill.objectives.logits import MultiLabelKD as MultiLabelKD
@@ -63,6 +64,7 @@ _LAZY = {
     "AvgKD": "objectives.team",
     "CKD": "objectives.ckd",
     "DeKD": "objectives.dekd",
+    "DistilBERT": "objectives.distilbert",
     "DistillationConfig": "training.config",
     "DistillationTrainer": "training.trainer",
     "LogitsKD": "objectives.logits",

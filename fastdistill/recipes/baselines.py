@@ -11,6 +11,7 @@ from fastdistill.models.architectures import blocks
 from fastdistill.models.students import parameter_pruned
 from fastdistill.objectives.base import Objective, WeightedSum
 from fastdistill.objectives.ckd import CKD
+from fastdistill.objectives.distilbert import DistilBERT, OneLabel
 from fastdistill.objectives.logits import TaskLoss
 from fastdistill.objectives.pkd import PKD
 from fastdistill.recipes.comparison import Comparison, Learner
@@ -34,6 +35,17 @@ class Asked:
     def kd(self) -> Objective:
         return self.comparison.kd
 
+    @property
+    def smoothing(self) -> float:
+        return self.comparison.settings.smoothing
+
+    @property
+    def problem(self) -> OneLabel:
+        return "regression" if self.comparison.stages.task.is_regression else "classification"
+
+    def taught_by(self) -> PreTrainedModel:
+        return self.teacher
+
     def assistant(self) -> PreTrainedModel:
         return self.comparison.assistant(*self.chain[:-1]) if self.chain else self.pruned_assistant()
 
@@ -53,10 +65,11 @@ class Asked:
 Rule = tuple[Callable[[Asked], Objective], Callable[[Asked], Teacher]]
 
 BASELINES: dict[Baseline, Rule] = {
-    "none": (lambda asked: TaskLoss(asked.comparison.settings.smoothing), lambda asked: None),
-    "kd": (lambda asked: asked.kd, lambda asked: asked.teacher),
-    "pkd": (lambda asked: _beside(asked, "pkd", 100.0, PKD()), lambda asked: asked.teacher),
-    "ckd": (lambda asked: _beside(asked, "ckd", 1.0, CKD()), lambda asked: asked.teacher),
+    "none": (lambda asked: TaskLoss(asked.smoothing), lambda asked: None),
+    "kd": (lambda asked: asked.kd, Asked.taught_by),
+    "pkd": (lambda asked: _beside(asked, "pkd", 100.0, PKD()), Asked.taught_by),
+    "ckd": (lambda asked: _beside(asked, "ckd", 1.0, CKD()), Asked.taught_by),
+    "distilbert": (lambda asked: DistilBERT(label_smoothing=asked.smoothing, problem=asked.problem), Asked.taught_by),
     "takd-pruned": (lambda asked: asked.kd, Asked.pruned_assistant),
     "takd": (lambda asked: asked.kd, Asked.assistant),
 }

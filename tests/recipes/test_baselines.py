@@ -39,12 +39,13 @@ def test_each_learns_by_its_objective_and_from_its_teacher(sources: Path, tmp_pa
     assert main(arguments) == 0
     found = results(tmp_path)
     assert list(found) == [
-        "teacher", "assistant-0.25", "assistant-3", "finetuned", "kd", "pkd", "ckd", "takd-pruned", "takd", "distilled",
+        "teacher", "assistant-0.25", "assistant-3", "finetuned", "kd", "pkd", "ckd", "distilbert", "takd-pruned", "takd",
+        "distilled",
     ]  # fmt: skip
     assert all({"kd", "finetuned"} - {name} <= found[name]["against"].keys() for name in ("pkd", "ckd", "takd"))
     teacher = learned_by(tmp_path, "kd")["teacher"]
     assert learned_by(tmp_path, "finetuned")["teacher"] is None
-    for name in ("pkd", "ckd", "assistant-3", "assistant-0.25"):
+    for name in ("pkd", "ckd", "distilbert", "assistant-3", "assistant-0.25"):
         assert learned_by(tmp_path, name)["teacher"] == teacher
     assert len({learned_by(tmp_path, name)["teacher"] for name in ("kd", "takd", "takd-pruned")}) == 3
     plain = learned_by(tmp_path, "kd")["objective"]
@@ -52,6 +53,7 @@ def test_each_learns_by_its_objective_and_from_its_teacher(sources: Path, tmp_pa
     assert learned_by(tmp_path, "pkd")["objective"].count(plain) == 1
     assert "'pkd': (100.0, PKD(pairs='skip'" in learned_by(tmp_path, "pkd")["objective"]
     assert "'ckd': (1.0, CKD(" in learned_by(tmp_path, "ckd")["objective"]
+    assert "'kd': (5.0, LogitsKD(" in learned_by(tmp_path, "distilbert")["objective"]
     pruned = fastdistill.from_pretrained(tmp_path / "assistant-0.25")
     assert sum(block.neurons for block in blocks(pruned)) == 0.75 * 4 * 32
     assert len(blocks(fastdistill.from_pretrained(tmp_path / "assistant-3"))) == 3
@@ -66,11 +68,11 @@ def test_every_recipe_has_them(recipe: str, sources: Path, tmp_path: Path) -> No
         "autoskd": ("--team", "3,4", "--candidates", "1", "--search-epochs", "1", "--no-plots"),
     }
     arguments = commands.command(
-        recipe, sources, tmp_path, *STUDENT, *more[recipe], "--baselines", "pkd,takd-pruned,takd"
+        recipe, sources, tmp_path, *STUDENT, *more[recipe], "--baselines", "pkd,distilbert,takd-pruned,takd"
     )
     assert main(arguments) == 0
     found = results(tmp_path)
-    assert {"pkd", "takd-pruned", "takd", recipe} < found.keys()
+    assert {"pkd", "distilbert", "takd-pruned", "takd", recipe} < found.keys()
     assert not {"kd", "single", "kd-longer"} & found.keys()
 
 
@@ -79,6 +81,14 @@ def test_of_a_pruned_student_the_assistant_is_pruned_half_as_far(sources: Path, 
     more = ("--student-sparsity", "0.7", "--sparsity", "0.5", "--baselines", "kd,takd", "--no-plots")
     assert main(commands.command("stark", sources, tmp_path, *more)) == 0
     assert {"assistant-0.35", "takd", "kd", "trial", "stark"} < results(tmp_path).keys()
+
+
+@pytest.mark.slow
+def test_of_a_regression_too(sources: Path, tmp_path: Path) -> None:
+    names = "none,pkd,distilbert,takd"
+    assert main(commands.command("kd", sources, tmp_path, *STUDENT, "--baselines", names, task="scores")) == 0
+    assert {"finetuned", "pkd", "distilbert", "takd", "distilled"} < results(tmp_path).keys()
+    assert "'kd': (5.0, MSE(" in learned_by(tmp_path, "distilbert")["objective"]
 
 
 def test_what_cannot_be_is_said_before_anything_is_trained(

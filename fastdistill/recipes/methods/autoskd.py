@@ -130,7 +130,8 @@ def _try(
         "avgkd": AvgKD(names, settings.temperature),
         "mtbert": MTBERT(names, settings.temperature),
     }
-    mixed = {name: objective for name, objective in team.items() if name in (settings.baselines or ())}
+    wanted: set[str] = set(settings.baselines or ())
+    mixed = {name: objective for name, objective in team.items() if name in wanted}
 
     def trials() -> Iterator[tuple[Stages, Training]]:
         for name, objective in mixed.items():
