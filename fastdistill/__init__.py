@@ -36,6 +36,7 @@ if TYPE_CHECKING:
     from fastdistill.objectives.team import MTBERT as MTBERT
     from fastdistill.objectives.team import AvgKD as AvgKD
     from fastdistill.objectives.team import SampledTeacher as SampledTeacher
+    from fastdistill.objectives.tinybert import TinyBERT as TinyBERT
     from fastdistill.ops.accumulate_sensitivity import accumulate_sensitivity_ as accumulate_sensitivity_
     from fastdistill.ops.doctor import doctor as doctor
     from fastdistill.ops.gated_attention import gated_attention as gated_attention
@@ -79,6 +80,7 @@ _LAZY = {
     "Seq2SeqDistillationTrainer": "training.seq2seq",
     "TeacherOutputs": "teachers.outputs",
     "TeacherTeam": "teachers.team",
+    "TinyBERT": "objectives.tinybert",
     "WeightedSum": "objectives.base",
     "accumulate_sensitivity_": "ops.accumulate_sensitivity",
     "compact_vocabulary": "models.vocabulary",

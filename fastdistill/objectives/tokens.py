@@ -5,13 +5,13 @@ from __future__ import annotations
 from torch import Tensor
 
 
-def real_tokens(student: Tensor, teacher: Tensor, attention_mask: Tensor | None) -> Tensor:
-    """Which of ``[B, S]`` are tokens, and no padding; of states ``[B, S, d]`` of student and teacher."""
+def real_tokens(student: Tensor, teacher: Tensor, attention_mask: Tensor | None, of: str = "hidden_states") -> Tensor:
+    """Which of ``[B, S]`` are tokens, and no padding; of ``[B, S, ...]`` of student and teacher."""
     if attention_mask is None:
         raise ValueError("attention_mask is None; expected 1 for tokens and 0 for padding, [B, S]")
     if student.shape[:2] != teacher.shape[:2]:
         raise ValueError(
-            f"teacher has hidden_states of shape {tuple(teacher.shape)}, student {tuple(student.shape)}; expected the "
+            f"teacher has {of} of shape {tuple(teacher.shape)}, student {tuple(student.shape)}; expected the "
             "same [B, S, ...]: of all tokens, and not of the first alone, as stored ones are"
         )
     if attention_mask.shape != student.shape[:2]:

@@ -14,6 +14,7 @@ from fastdistill.objectives.ckd import CKD
 from fastdistill.objectives.distilbert import DistilBERT, OneLabel
 from fastdistill.objectives.logits import TaskLoss
 from fastdistill.objectives.pkd import PKD
+from fastdistill.objectives.tinybert import TinyBERT
 from fastdistill.recipes.comparison import Comparison, Learner
 from fastdistill.recipes.measuring import Scoring
 from fastdistill.recipes.settings import StarkSettings
@@ -70,6 +71,7 @@ BASELINES: dict[Baseline, Rule] = {
     "pkd": (lambda asked: _beside(asked, "pkd", 100.0, PKD()), Asked.taught_by),
     "ckd": (lambda asked: _beside(asked, "ckd", 1.0, CKD()), Asked.taught_by),
     "distilbert": (lambda asked: DistilBERT(label_smoothing=asked.smoothing, problem=asked.problem), Asked.taught_by),
+    "tinybert": (lambda asked: TinyBERT(problem=asked.problem), Asked.taught_by),
     "takd-pruned": (lambda asked: asked.kd, Asked.pruned_assistant),
     "takd": (lambda asked: asked.kd, Asked.assistant),
 }

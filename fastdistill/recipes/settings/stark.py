@@ -140,6 +140,10 @@ class StarkSettings(RecipeSettings, DistillationSettings, PlotSettings):
             raise ValueError("--student-layers is 1; --objective ckd relates a token's states through 2 layers or more")
         if self.sparsity is not None and self.budget is not None:
             raise ValueError("expected either --sparsity or --budget, which is in its place")
+        if self.student_sparsity is not None and self.compares_with("tinybert"):
+            raise ValueError(
+                "--baselines has tinybert, of all heads' attention, of which --student-sparsity lacks some"
+            )
         if self.student_sparsity is not None and self.compares_with("takd-pruned"):
             raise ValueError("--baselines has takd-pruned, which is takd itself where --student-sparsity is given")
         at_random = set(self.selection) == {"random"}
