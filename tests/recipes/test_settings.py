@@ -102,6 +102,12 @@ def test_what_is_offered_is_what_the_ops_have() -> None:
             "--kd-temperature would have no effect without --baselines",
         ),
         (KDSettings, {"seeds": 1}, "seeds is 1; expected one or more"),
+        (
+            StarkSettings,
+            {"selection": ("dynabert",), "unstructured": True},
+            "--selection dynabert is of heads and neurons",
+        ),
+        (StarkSettings, {"selection": ("dynabert",), "tradeoff": (0.1,)}, "--tradeoff would have no effect"),
         (KDSettings, {"seeds": ()}, r"seeds is \(\); expected one or more"),
         (
             StarkSettings,

@@ -34,13 +34,18 @@ from fastdistill.recipes.methods.kd import logits_objective
 from fastdistill.recipes.output import of_one_run
 from fastdistill.recipes.report import Report, percent, summary
 from fastdistill.recipes.settings import StarkSettings
-from fastdistill.recipes.settings.stark import Selection
+from fastdistill.recipes.settings.stark import KNOWLEDGEABLE, Selection
 from fastdistill.recipes.stages import Stages
 from fastdistill.recipes.training import Trained, Training
 from fastdistill.sensitivity.units import Sensitivities
 from fastdistill.sensitivity.weights import WeightScores, WeightSensitivities, mask_weights, random_weight_scores
 
-NAMES: dict[Selection, str] = {"knowledge": "stark", "random": "stark-rand", "auto": "stark-auto"}
+NAMES: dict[Selection, str] = {
+    "knowledge": "stark",
+    "random": "stark-rand",
+    "auto": "stark-auto",
+    "dynabert": "stark-dynabert",
+}
 """What students are called, by how what is pruned is selected."""
 
 DIVERGENCE: Divergence = "soft_ce"
@@ -97,10 +102,10 @@ def stark(settings: StarkSettings) -> Report:
 
 
 def variants_of(settings: StarkSettings) -> list[Variant]:
-    """Each selection, and where there are several tradeoffs each of them, but for selection at random."""
+    """Each selection, and where there are several tradeoffs each of them, if it is by the scores that they weigh."""
     variants = []
     for selection in settings.selection:
-        several = len(settings.tradeoff) > 1 and selection != "random"
+        several = len(settings.tradeoff) > 1 and selection in KNOWLEDGEABLE
         for tradeoff in settings.tradeoff if several else settings.tradeoff[:1]:
             name = NAMES[selection] + (f"-tradeoff-{tradeoff:g}" if several else "")
             variants.append(Variant(name, selection, tradeoff))
@@ -170,7 +175,7 @@ class _Run:
         return self.comparison.training(name, self.student, learner, store_hidden_states=True)
 
     def score(self, trial: Trained, of_teacher: Objective) -> None:
-        """Nothing is scored where nothing but chance selects."""
+        """Nothing is scored where nothing that selects is of a student."""
         self.trial, settings = trial.result, self.settings
         with_trial = min(settings.tradeoff) < 1
         scoring = Scoring(
@@ -182,7 +187,7 @@ class _Run:
             on=settings.score_on,
             of_weights=settings.unstructured,
         )
-        self.found = None if set(settings.selection) == {"random"} else self.stages.score(scoring)
+        self.found = self.stages.score(scoring) if set(settings.selection) & KNOWLEDGEABLE else None
 
     def students_to_train(self, variants: list[Variant]) -> Iterator[tuple[Stages, Training]]:
         """The students of all sparse teachers, each of which is made when its turn comes."""
@@ -194,7 +199,7 @@ class _Run:
                 sparse = self.stages.train(
                     Training(
                         name=f"teacher-{name}",
-                        model=self._sparse(scores, sparsity),
+                        model=self._sparse(scores, sparsity, uniform=variant.selection == "dynabert"),
                         objective=TaskLoss(),
                         epochs=0,
                         learning_rate=0,
@@ -218,7 +223,18 @@ class _Run:
         return max(found, key=lambda pair: pair[1]["selection"])
 
     def scores(self, variant: Variant) -> Scores | WeightScores:
-        """Those by which to prune, at random if that is how to select."""
+        """Those by which to prune: knowledgeable ones, DynaBERT's importance, or at random."""
+        if variant.selection == "dynabert":
+            scoring = Scoring(
+                name="importance",
+                teacher=self.teacher.model,
+                reduce="batch",
+                on=self.settings.score_on,
+                dynabert=True,
+            )
+            found = self.comparison.stages.score(scoring)
+            assert isinstance(found, Sensitivities)
+            return found.expressiveness
         if variant.selection == "random":
             generator = torch.Generator().manual_seed(self.stages.seed)
             draw: Any = random_weight_scores if self.settings.unstructured else random_scores
@@ -226,9 +242,9 @@ class _Run:
         assert self.found is not None
         return self.found.knowledgeable(variant.tradeoff)
 
-    def _sparse(self, scores: Scores | WeightScores, sparsity: float) -> PreTrainedModel:
+    def _sparse(self, scores: Scores | WeightScores, sparsity: float, *, uniform: bool) -> PreTrainedModel:
         if isinstance(scores, Scores):
-            return prune(self.teacher.model, scores, sparsity, round_to=self.settings.round_to or 1)
+            return prune(self.teacher.model, scores, sparsity, round_to=self.settings.round_to or 1, uniform=uniform)
         return mask_weights(self.teacher.model, scores, sparsity)
 
 
