@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from fastdistill.objectives.logits import MSE as MSE
     from fastdistill.objectives.logits import LogitsKD as LogitsKD
     from fastdistill.objectives.logits import MultiLabelKD as MultiLabelKD
+    from fastdistill.objectives.metakd import MetaKD as MetaKD
     from fastdistill.objectives.pkd import PKD as PKD
     from fastdistill.objectives.team import MTBERT as MTBERT
     from fastdistill.objectives.team import AvgKD as AvgKD
@@ -53,6 +54,7 @@ if TYPE_CHECKING:
     from fastdistill.teachers.team import TeacherTeam as TeacherTeam
     from fastdistill.training.config import DistillationConfig as DistillationConfig
     from fastdistill.training.each_epoch import SelectEachEpoch as SelectEachEpoch
+    from fastdistill.training.meta import MetaTrainer as MetaTrainer
     from fastdistill.training.seq2seq import Seq2SeqDistillationConfig as Seq2SeqDistillationConfig
     from fastdistill.training.seq2seq import Seq2SeqDistillationTrainer as Seq2SeqDistillationTrainer
     from fastdistill.training.trainer import DistillationTrainer as DistillationTrainer
@@ -71,6 +73,8 @@ _LAZY = {
     "LogitsKD": "objectives.logits",
     "MSE": "objectives.logits",
     "MTBERT": "objectives.team",
+    "MetaKD": "objectives.metakd",
+    "MetaTrainer": "training.meta",
     "MultiLabelKD": "objectives.logits",
     "PKD": "objectives.pkd",
     "SampledTeacher": "objectives.team",

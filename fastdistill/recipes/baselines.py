@@ -13,6 +13,7 @@ from fastdistill.objectives.base import Objective, WeightedSum
 from fastdistill.objectives.ckd import CKD
 from fastdistill.objectives.distilbert import DistilBERT, OneLabel
 from fastdistill.objectives.logits import TaskLoss
+from fastdistill.objectives.metakd import MetaKD
 from fastdistill.objectives.pkd import PKD
 from fastdistill.objectives.tinybert import TinyBERT
 from fastdistill.recipes.comparison import Comparison, Learner
@@ -72,6 +73,7 @@ BASELINES: dict[Baseline, Rule] = {
     "ckd": (lambda asked: _beside(asked, "ckd", 1.0, CKD()), Asked.taught_by),
     "distilbert": (lambda asked: DistilBERT(label_smoothing=asked.smoothing, problem=asked.problem), Asked.taught_by),
     "tinybert": (lambda asked: TinyBERT(problem=asked.problem), Asked.taught_by),
+    "metakd": (lambda asked: _meta(asked), Asked.taught_by),
     "takd-pruned": (lambda asked: asked.kd, Asked.pruned_assistant),
     "takd": (lambda asked: asked.kd, Asked.assistant),
 }
@@ -107,6 +109,11 @@ def without_the_least_expressive(comparison: Comparison, sparsity: float) -> Pre
     found = comparison.stages.score(scoring)
     assert isinstance(found, Sensitivities)
     return parameter_pruned(teacher, found.expressiveness, sparsity)
+
+
+def _meta(asked: Asked) -> Objective:
+    temperature = asked.comparison.settings.kd_temperature or 2.0
+    return MetaKD(temperature, label_smoothing=asked.smoothing, problem=asked.problem)
 
 
 def _beside(asked: Asked, name: str, weight: float, hidden: Objective) -> Objective:

@@ -68,7 +68,7 @@ def importance(model: PreTrainedModel, loader: Iterable[Mapping[str, Any]], *, p
 
 def _products(module: Any, gradient: Tensor) -> Tensor:
     """Each weight times its gradient, ``[out, in]``."""
-    product = module.weight.detach().float() * gradient.float()
+    product: Tensor = module.weight.detach().float() * gradient.float()
     return product.T if isinstance(module, Conv1D) else product
 
 

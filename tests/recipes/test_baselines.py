@@ -43,12 +43,12 @@ def test_each_learns_by_its_objective_and_from_its_teacher(sources: Path, tmp_pa
     found = results(tmp_path)
     assert list(found) == [
         "teacher", "assistant-0.25", "assistant-3", "finetuned", "kd", "pkd", "ckd", "distilbert", "tinybert",
-        "takd-pruned", "takd", "distilled",
+        "metakd", "takd-pruned", "takd", "distilled",
     ]  # fmt: skip
     assert all({"kd", "finetuned"} - {name} <= found[name]["against"].keys() for name in ("pkd", "ckd", "takd"))
     teacher = learned_by(tmp_path, "kd")["teacher"]
     assert learned_by(tmp_path, "finetuned")["teacher"] is None
-    for name in ("pkd", "ckd", "distilbert", "tinybert", "assistant-3", "assistant-0.25"):
+    for name in ("pkd", "ckd", "distilbert", "tinybert", "metakd", "assistant-3", "assistant-0.25"):
         assert learned_by(tmp_path, name)["teacher"] == teacher
     assert len({learned_by(tmp_path, name)["teacher"] for name in ("kd", "takd", "takd-pruned")}) == 3
     plain = learned_by(tmp_path, "kd")["objective"]
@@ -71,11 +71,11 @@ def test_every_recipe_has_them(recipe: str, sources: Path, tmp_path: Path) -> No
         "autoskd": ("--team", "3,4", "--candidates", "1", "--search-epochs", "1", "--no-plots"),
     }
     arguments = commands.command(
-        recipe, sources, tmp_path, *STUDENT, *more[recipe], "--baselines", "pkd,tinybert,takd-pruned,takd"
+        recipe, sources, tmp_path, *STUDENT, *more[recipe], "--baselines", "pkd,tinybert,metakd,takd-pruned,takd"
     )
     assert main(arguments) == 0
     found = results(tmp_path)
-    assert {"pkd", "tinybert", "takd-pruned", "takd", recipe} < found.keys()
+    assert {"pkd", "tinybert", "metakd", "takd-pruned", "takd", recipe} < found.keys()
     assert not {"kd", "single", "kd-longer"} & found.keys()
 
 
@@ -88,9 +88,9 @@ def test_of_a_pruned_student_the_assistant_is_pruned_half_as_far(sources: Path, 
 
 @pytest.mark.slow
 def test_of_a_regression_too(sources: Path, tmp_path: Path) -> None:
-    names = "none,pkd,distilbert,tinybert,takd"
+    names = "none,pkd,distilbert,tinybert,metakd,takd"
     assert main(commands.command("kd", sources, tmp_path, *STUDENT, "--baselines", names, task="scores")) == 0
-    assert {"finetuned", "pkd", "distilbert", "tinybert", "takd", "distilled"} < results(tmp_path).keys()
+    assert {"finetuned", "pkd", "distilbert", "tinybert", "metakd", "takd", "distilled"} < results(tmp_path).keys()
     assert "'kd': (5.0, MSE(" in learned_by(tmp_path, "distilbert")["objective"]
 
 

@@ -20,14 +20,15 @@ STUDENT_LAYERS = "the teacher's layers that the student has"
 
 Divergence = Literal["forward_kl", "soft_ce", "reverse_kl"]
 
-Baseline = Literal["none", "kd", "pkd", "ckd", "distilbert", "tinybert", "takd-pruned", "takd"]
+Baseline = Literal["none", "kd", "pkd", "ckd", "distilbert", "tinybert", "metakd", "takd-pruned", "takd"]
 """What a method can be compared with; `fastdistill.recipes.baselines` says how each learns."""
 
 BASELINES = (
     "students to compare with: without a teacher (none), by plain distillation (kd), with hidden states beside it, of "
     "the first token (pkd) or the relations of all (ckd), by the losses of DistilBERT (distilbert) or TinyBERT "
-    "(tinybert), or by plain distillation from an assistant midway between student and teacher, of first layers (takd; "
-    "as --chain says, if it does) or the teacher without its least expressive heads and neurons (takd-pruned)"
+    "(tinybert), by plain distillation from a teacher that learns from how its student does on a tenth of the training "
+    "examples (metakd), or from an assistant midway between student and teacher, of first layers (takd; as --chain "
+    "says, if it does) or the teacher without its least expressive heads and neurons (takd-pruned)"
 )
 
 
@@ -209,7 +210,7 @@ class ComparisonSettings(Settings):
     @property
     def distils(self) -> bool:
         """Whether a baseline learns by plain distillation, of which `kd_temperature` is."""
-        return self.chain is not None or self.compares_with("kd", "pkd", "ckd", "takd-pruned", "takd")
+        return self.chain is not None or self.compares_with("kd", "pkd", "ckd", "metakd", "takd-pruned", "takd")
 
 
 @dataclass(frozen=True, kw_only=True)
