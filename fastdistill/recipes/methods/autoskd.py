@@ -22,6 +22,7 @@ from fastdistill.digest import model_digest
 from fastdistill.objectives.logits import TaskLoss
 from fastdistill.objectives.team import MTBERT, AvgKD, SampledTeacher
 from fastdistill.recipes import plots
+from fastdistill.recipes.baselines import baselines
 from fastdistill.recipes.comparison import Comparison, Learner
 from fastdistill.recipes.folder import UNFINISHED
 from fastdistill.recipes.methods.teams import Team, team_of
@@ -103,12 +104,9 @@ def _train_baselines(
     students: Mapping[int, PreTrainedModel],
     strongest: Trained,
 ) -> None:
-    """Without a teacher, down the chain, and from the strongest."""
+    """Those of one teacher at most: without, from the strongest, and from an assistant."""
     learners: dict[str, Learner] = {"finetuned": (TaskLoss(settings.smoothing), None)}
-    if source.chain:
-        learners["takd"] = (comparison.kd, comparison.assistant(*source.chain[:-1]))
-    if settings.baselines:
-        learners["kd"] = (comparison.kd, strongest.model)
+    learners |= baselines(comparison, source.chain, strongest.model)
     train = comparison.baseline if settings.baselines else comparison.training  # whom the weak are told by
     trained = comparison.train(
         (stages, train(name, students[stages.seed], learner))
@@ -127,14 +125,13 @@ def _try(
     thetas = {"autoskd": [run.learned() for run in runs]}
     if settings.random_candidates:
         thetas["random"] = [run.random(settings.random_candidates) for run in runs]
-    mixed = {}
-    if settings.baselines:
-        temperature = settings.temperature
-        mixed = {
-            "single": AvgKD((strongest,), temperature),
-            "avgkd": AvgKD(names, temperature),
-            "mtbert": MTBERT(names, temperature),
-        }
+    team = {
+        "single": AvgKD((strongest,), settings.temperature),
+        "avgkd": AvgKD(names, settings.temperature),
+        "mtbert": MTBERT(names, settings.temperature),
+    }
+    wanted: set[str] = set(settings.baselines or ())
+    mixed = {name: objective for name, objective in team.items() if name in wanted}
 
     def trials() -> Iterator[tuple[Stages, Training]]:
         for name, objective in mixed.items():

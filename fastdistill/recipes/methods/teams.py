@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import Any, Protocol
+from typing import Any, Protocol, get_args
 
 from transformers import PreTrainedModel
 
@@ -15,6 +15,7 @@ from fastdistill.recipes.comparison import Comparison, Learner, chain_of, compar
 from fastdistill.recipes.examples import of_images
 from fastdistill.recipes.executors import executor_of
 from fastdistill.recipes.settings import AutoSKDSettings
+from fastdistill.recipes.settings.autoskd import TeamBaseline
 from fastdistill.recipes.splits import Splits
 from fastdistill.recipes.training import Trained
 
@@ -117,6 +118,8 @@ class _Images:
         _refuse(settings, data, (*trained, "student_layers", "student_from", "max_length", "chain"))
         if settings.team_from != "labels":
             raise ValueError("--team-from teacher is for text: of a team for images none is the teacher of the others")
+        if others := sorted(set(settings.baselines or ()) - {"none", "kd", *get_args(TeamBaseline)}):
+            raise ValueError(f"--baselines has {', '.join(others)}, of a text's tokens and layers; leave it out")
         if len(settings.team) < 2:
             raise ValueError(f"--team is {settings.team[0]}; expected two or more networks")
         self.settings, self.data = settings, data

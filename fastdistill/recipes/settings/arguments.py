@@ -36,6 +36,8 @@ def _action(option: Option, default: Any) -> dict[str, Any]:
     if option.kind is None:
         return {"action": "store_true"}
     asked: dict[str, Any] = {"type": _parser(option.kind)}
+    if option.alone is not None:
+        asked |= {"nargs": "?", "const": option.alone}
     if option.metavar is not None:
         asked["metavar"] = option.metavar
     if isinstance(option.kind, Choice):
