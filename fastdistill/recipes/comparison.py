@@ -183,7 +183,7 @@ class Comparison:
         """The same; with `debug_gradients` its terms' gradients are measured, once."""
         if self.settings.debug_gradients and training.epochs and training.name not in self.gradients:
             examples = stages.examples
-            self.gradients[training.name] = gradient_norms(training, examples.train, examples.collate)
+            self.gradients[training.name] = gradient_norms(training, examples.train, examples.collate, stages.seed)
         return training
 
     def students(self, trainings: Iterable[Training]) -> None:

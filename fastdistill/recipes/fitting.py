@@ -17,6 +17,7 @@ from transformers.integrations.fsdp import is_fsdp_enabled
 from transformers.trainer_callback import ProgressCallback
 
 from fastdistill.data.metrics import compute_metrics
+from fastdistill.models.drawing import draw_anew
 from fastdistill.models.first_token import first_token_only
 from fastdistill.models.vocabulary import can_compact, compact_vocabulary
 from fastdistill.objectives.selection import EXAMPLE
@@ -59,7 +60,8 @@ def fit(
     checkpoint: str | None,
     patience: int | None = None,
 ) -> Fitted:
-    """Train a copy of the model, from its checkpoint on, evaluate it after each epoch, and take the best.
+    """Train a copy of the model, from its checkpoint on, evaluate it after each epoch, and take the best. What of it is
+    not pretrained is drawn by the training's own seed.
 
     `train_data` has what the teacher says as columns where `teacher` is None. Processes (torchrun, accelerate launch)
     share each batch, and find what one alone would, within rounding, but for dropout, whose numbers are each process's
@@ -67,6 +69,7 @@ def fit(
     parameters are gathered.
     """
     student = copy.deepcopy(training.model)
+    draw_anew(student, config.seed)
     objective, callbacks = copy.deepcopy((training.objective, training.callbacks))  # which may learn, or remember
     if EXAMPLE in objective.needs.columns:
         train_data = train_data.add_column(EXAMPLE, np.arange(len(train_data)))

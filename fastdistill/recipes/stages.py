@@ -20,6 +20,7 @@ from transformers import EvalPrediction, PreTrainedModel
 
 from fastdistill.data.metrics import compute_metrics
 from fastdistill.digest import digest, model_digest
+from fastdistill.models.drawing import drawn_anew
 from fastdistill.models.first_token import first_token_only
 from fastdistill.recipes import memory
 from fastdistill.recipes.examples import Examples
@@ -260,6 +261,7 @@ class Stages:
             "patience": self.patience,
             "objective": training.objective.fingerprint,
             "model": model_digest(training.model),
+            "drawn": list(drawn_anew(training.model)),
             "teacher": _digests(training.teacher),
         }
         folder = Folder(self.output / training.name)
