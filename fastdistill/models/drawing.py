@@ -29,12 +29,17 @@ def drawn_anew(model: PreTrainedModel) -> tuple[str, ...]:
 
 @torch.no_grad()
 def draw_anew(model: PreTrainedModel, seed: int) -> None:
-    """Draw these parameters again, in place, as the model's own class begins with them."""
-    if not (names := drawn_anew(model)):
+    """Draw these parameters again, in place, as the model's own class begins with them; they do not depend on how many
+    layers it has."""
+    if not (names := set(drawn_anew(model))):
         return
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
         other = type(model)(plain_config(model.config))
+        torch.manual_seed(seed)
+        for place, module in other.named_modules():
+            own = {f"{place}.{name}".lstrip(".") for name, _ in module.named_parameters(recurse=False)}
+            if own & names or module is other:  # which may know better what its parts begin with
+                other._init_weights(module)  # type: ignore[no-untyped-call]
     theirs = dict(other.named_parameters())
     for name, weight in model.named_parameters():
         if name in names:

@@ -27,7 +27,7 @@ class WideResNetConfig(PreTrainedConfig):  # type: ignore[no-untyped-call]
     width: int = 1
 
 
-class _Classifier(PreTrainedModel):
+class _Classifier(PreTrainedModel):  # type: ignore[no-untyped-call]
     """``model(pixel_values, labels=None)``: pixel_values ``[B, 3, H, W]``; with labels the loss is cross-entropy."""
 
     main_input_name = "pixel_values"
