@@ -16,6 +16,7 @@ from transformers import PreTrainedModel, TrainerState
 from transformers.integrations.fsdp import is_fsdp_enabled
 from transformers.trainer_callback import ProgressCallback
 
+from fastdistill.data.images import Augmented
 from fastdistill.data.metrics import compute_metrics
 from fastdistill.models.drawing import draw_anew
 from fastdistill.models.first_token import first_token_only
@@ -23,6 +24,7 @@ from fastdistill.models.vocabulary import can_compact, compact_vocabulary
 from fastdistill.objectives.selection import EXAMPLE
 from fastdistill.recipes.best import BestEpoch
 from fastdistill.recipes.examples import Examples
+from fastdistill.recipes.optimization import Optimization
 from fastdistill.recipes.training import Teacher, Training
 from fastdistill.training.config import DistillationConfig
 from fastdistill.training.trainer import DistillationTrainer
@@ -73,18 +75,21 @@ def fit(
     objective, callbacks = copy.deepcopy((training.objective, training.callbacks))  # which may learn, or remember
     if EXAMPLE in objective.needs.columns:
         train_data = train_data.add_column(EXAMPLE, np.arange(len(train_data)))
+    shown = train_data if examples.augment is None else examples.augment(train_data, seed=config.seed)
     trainer = DistillationTrainer(
         model=student,
         teacher_model=teacher,
         objective=objective,
         args=config,
-        train_dataset=train_data,
+        train_dataset=shown,
         eval_dataset=examples.validation,
         processing_class=examples.tokenizer,
         data_collator=examples.collate,
         compute_metrics=compute_metrics(examples.task),
         callbacks=list(callbacks),
     )
+    if isinstance(shown, Augmented):
+        shown.epoch = lambda: int(trainer.state.epoch or 0)
     metric = examples.task.metric
     best = BestEpoch(trainer, Path(str(config.output_dir)), metric, training.best, patience)
     trainer.remove_callback(ProgressCallback)
@@ -142,7 +147,14 @@ def _train(trainer: DistillationTrainer, best: BestEpoch, checkpoint: str | None
 
 
 def config_of(
-    training: Training, folder: Path, *, seed: int, bf16: bool, checkpoints: int, tensorboard: bool
+    training: Training,
+    folder: Path,
+    optimization: Optimization,
+    *,
+    seed: int,
+    bf16: bool,
+    checkpoints: int,
+    tensorboard: bool,
 ) -> DistillationConfig:
     """Trainer's arguments; `checkpoints` are how often it saves its state on its way."""
     return DistillationConfig(
@@ -151,8 +163,7 @@ def config_of(
         learning_rate=training.learning_rate,
         per_device_train_batch_size=training.batch_size // PartialState().num_processes,
         per_device_eval_batch_size=max(64, training.batch_size),
-        weight_decay=0.01,
-        warmup_steps=0.1,
+        **optimization.arguments(),
         seed=(seed + training.run * RUNS_APART) % 2**32,
         bf16=bf16,
         use_cpu=not torch.accelerator.is_available(),
