@@ -123,9 +123,10 @@ class Comparison:
         """A student's to compare with: the best of as many as the method has candidates."""
         return replace(self.training(name, model, learner), runs=self.runs)
 
-    def teach(self, teacher: Training) -> Trained:
-        """The teacher, whose first layers the assistants are."""
-        self._assistants[()] = trained = self.stages.train(self.measured(self.stages, teacher))
+    def teach(self, teacher: Training, stages: Stages | None = None) -> Trained:
+        """The teacher, whose first layers the assistants are; by stages of its own if it has another tokenizer."""
+        stages = stages or self.stages
+        self._assistants[()] = trained = stages.train(self.measured(stages, teacher))
         self.results[teacher.name] = trained.result
         return trained
 
@@ -169,6 +170,10 @@ class Comparison:
         for first in trained:
             rest = islice(trained, numbers.popleft() - 1)
             yield max(chain((first,), rest), key=lambda one: one.result["selection"])
+
+    def each(self, trials: Iterable[tuple[Stages, Training]]) -> Iterator[Trained]:
+        """The same, but as they are, once: teachers, with rates of their own."""
+        return self.executor.in_turn(Trial(stages, self.measured(stages, training)) for stages, training in trials)
 
     def _several(self, training: Training) -> list[Training]:
         several = []

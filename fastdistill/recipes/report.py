@@ -50,8 +50,12 @@ class Told:
         """What a student without a teacher is."""
         if self.student_from is None:
             return "finetuned has no teacher, and begins with weights at random"
-        whose = {"teacher": "fine-tuned teacher", "pretrained": "pretrained encoder"}[self.student_from]
-        return f"finetuned learns from the labels alone; like all students it begins as a cut of the {whose}"
+        begins = {
+            "teacher": "a cut of the fine-tuned teacher",
+            "pretrained": "a cut of the pretrained encoder",
+            "another": "a pretrained encoder that is none of the teachers'",
+        }[self.student_from]
+        return f"finetuned learns from the labels alone; like all students it begins as {begins}"
 
 
 @dataclass(frozen=True)
