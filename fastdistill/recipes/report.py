@@ -37,6 +37,11 @@ class Told:
     report_examples: int
     student_from: str | None = None
 
+    @property
+    def first_seed(self) -> str:
+        """What of the first seed alone is of."""
+        return "1 seed" if self.seeds == 1 else f"the first of {self.seeds} seeds"
+
     def __str__(self) -> str:
         seeds = "1 seed" if self.seeds == 1 else f"{self.seeds} seeds"
         slice_of = "held out of " if self.select_on == "train" else ""

@@ -349,7 +349,8 @@ def _plot(output: Path, comparison: Comparison, found: Found, candidates: Tried)
     names = ("finetuned", "kd", "single", "avgkd", "mtbert")
     lines = {name: comparison.interval({"stage": results[name]["stages"][0]}) for name in names if name in results}
     told = str(replace(comparison.told, seeds=1))
+    searched = f"search on {len(comparison.stages.examples.train):,} training examples, {comparison.told.first_seed}"
     return [
-        plots.probabilities_over_steps(output / "theta.svg", found.names, found.theta, found.selected_at),
+        plots.probabilities_over_steps(output / "theta.svg", found.names, found.theta, found.selected_at, searched),
         plots.metric_by_share(output / "candidates.svg", "rank of the distribution", metric, curves, lines, told),
     ]
