@@ -126,9 +126,10 @@ class Comparison:
         """A student's to compare with: the best of as many as the method has candidates."""
         return replace(self.training(name, model, learner), runs=self.runs)
 
-    def teach(self, teacher: Training) -> Trained:
-        """The teacher, whose first layers the assistants are."""
-        self._assistants[()] = trained = self.stages.train(self.measured(self.stages, teacher))
+    def teach(self, teacher: Training, stages: Stages | None = None) -> Trained:
+        """The teacher, whose first layers the assistants are; by stages of its own if it has another tokenizer."""
+        stages = stages or self.stages
+        self._assistants[()] = trained = stages.train(self.measured(stages, teacher))
         self.results[teacher.name] = trained.result
         return trained
 
@@ -163,6 +164,10 @@ class Comparison:
             rest = islice(trained, numbers.popleft() - 1)
             yield max(chain((first,), rest), key=lambda one: one.result["selection"])
 
+    def each(self, trials: Iterable[tuple[Stages, Training]]) -> Iterator[Trained]:
+        """The same, but as they are, once: teachers, with rates of their own."""
+        return self.executor.in_turn(Trial(stages, self.measured(stages, training)) for stages, training in trials)
+
     def _several(self, training: Training) -> list[Training]:
         several = []
         for point, run in product(self.points, range(training.runs)):
@@ -176,7 +181,7 @@ class Comparison:
         """The same; with `debug_gradients` its terms' gradients are measured, once."""
         if self.settings.debug_gradients and training.epochs and training.name not in self.gradients:
             examples = stages.examples
-            self.gradients[training.name] = gradient_norms(training, examples.train, examples.collate)
+            self.gradients[training.name] = gradient_norms(training, examples.train, examples.collate, stages.seed)
         return training
 
     def students(self, trainings: Iterable[Training]) -> None:

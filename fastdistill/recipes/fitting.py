@@ -17,13 +17,16 @@ from transformers import PreTrainedModel, TrainerState
 from transformers.integrations.fsdp import is_fsdp_enabled
 from transformers.trainer_callback import ProgressCallback
 
+from fastdistill.data.images import Augmented
 from fastdistill.data.metrics import compute_metrics
+from fastdistill.models.drawing import draw_anew
 from fastdistill.models.first_token import first_token_only
 from fastdistill.models.vocabulary import can_compact, compact_vocabulary
 from fastdistill.objectives.metakd import MetaKD
 from fastdistill.objectives.selection import EXAMPLE
 from fastdistill.recipes.best import BestEpoch
 from fastdistill.recipes.examples import Examples
+from fastdistill.recipes.optimization import Optimization
 from fastdistill.recipes.training import Teacher, Training
 from fastdistill.training.config import DistillationConfig
 from fastdistill.training.meta import MetaTrainer
@@ -62,7 +65,8 @@ def fit(
     checkpoint: str | None,
     patience: int | None = None,
 ) -> Fitted:
-    """Train a copy of the model, from its checkpoint on, evaluate it after each epoch, and take the best.
+    """Train a copy of the model, from its checkpoint on, evaluate it after each epoch, and take the best. What of it is
+    not pretrained is drawn by the training's own seed.
 
     `train_data` has what the teacher says as columns where `teacher` is None. Processes (torchrun, accelerate launch)
     share each batch, and find what one alone would, within rounding, but for dropout, whose numbers are each process's
@@ -70,6 +74,7 @@ def fit(
     parameters are gathered.
     """
     student = copy.deepcopy(training.model)
+    draw_anew(student, config.seed)
     objective, callbacks = copy.deepcopy((training.objective, training.callbacks))  # which may learn, or remember
     make: Callable[..., DistillationTrainer] = DistillationTrainer
     if EXAMPLE in objective.needs.columns:
@@ -77,18 +82,21 @@ def fit(
     if isinstance(objective, MetaKD):
         held_out = train_data.train_test_split(test_size=objective.quiz, seed=config.seed)
         train_data, make = held_out["train"], partial(MetaTrainer, quiz_dataset=held_out["test"])
+    shown = train_data if examples.augment is None else examples.augment(train_data, seed=config.seed)
     trainer = make(
         model=student,
         teacher_model=teacher,
         objective=objective,
         args=config,
-        train_dataset=train_data,
+        train_dataset=shown,
         eval_dataset=examples.validation,
         processing_class=examples.tokenizer,
         data_collator=examples.collate,
         compute_metrics=compute_metrics(examples.task),
         callbacks=list(callbacks),
     )
+    if isinstance(shown, Augmented):
+        shown.epoch = lambda: int(trainer.state.epoch or 0)
     metric = examples.task.metric
     best = BestEpoch(trainer, Path(str(config.output_dir)), metric, training.best, patience)
     trainer.remove_callback(ProgressCallback)
@@ -146,7 +154,14 @@ def _train(trainer: DistillationTrainer, best: BestEpoch, checkpoint: str | None
 
 
 def config_of(
-    training: Training, folder: Path, *, seed: int, bf16: bool, checkpoints: int, tensorboard: bool
+    training: Training,
+    folder: Path,
+    optimization: Optimization,
+    *,
+    seed: int,
+    bf16: bool,
+    checkpoints: int,
+    tensorboard: bool,
 ) -> DistillationConfig:
     """Trainer's arguments; `checkpoints` are how often it saves its state on its way."""
     return DistillationConfig(
@@ -155,8 +170,7 @@ def config_of(
         learning_rate=training.learning_rate,
         per_device_train_batch_size=training.batch_size // PartialState().num_processes,
         per_device_eval_batch_size=max(64, training.batch_size),
-        weight_decay=0.01,
-        warmup_steps=0.1,
+        **optimization.arguments(),
         seed=(seed + training.run * RUNS_APART) % 2**32,
         bf16=bf16,
         use_cpu=not torch.accelerator.is_available(),

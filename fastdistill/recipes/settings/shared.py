@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any, ClassVar, Literal, get_args
 
 from fastdistill.recipes.settings.fields import Choice, Folder, Integer, Listed, Number, Settings, Text, flag, option
+from fastdistill.recipes.settings.optimization import OptimizationSettings
 
 SEED = Integer(0, 2**32 - 1)
 POSITIVE = Number(above=0)
@@ -214,7 +215,7 @@ class ComparisonSettings(Settings):
 
 
 @dataclass(frozen=True, kw_only=True)
-class RecipeSettings(RunSettings, TrainingSettings, ComparisonSettings):
+class RecipeSettings(RunSettings, TrainingSettings, OptimizationSettings, ComparisonSettings):
     """What every recipe is asked."""
 
     command: ClassVar[str]
