@@ -9,10 +9,10 @@ from __future__ import annotations
 import json
 import os
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Generator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, cast
 
 from accelerate import PartialState  # type: ignore[import-untyped]
 from rich.console import Console
@@ -23,7 +23,7 @@ from fastdistill.digest import digest, model_digest
 from fastdistill.models.first_token import first_token_only
 from fastdistill.recipes import memory
 from fastdistill.recipes.examples import Examples
-from fastdistill.recipes.fitting import check_processes, config_of, fit
+from fastdistill.recipes.fitting import Prepared, check_processes, config_of, fit
 from fastdistill.recipes.folder import UNFINISHED, Folder
 from fastdistill.recipes.measuring import Scoring, examples_per_second
 from fastdistill.recipes.predictions import PREDICTIONS, save_predictions
@@ -34,6 +34,7 @@ from fastdistill.sensitivity.weights import WeightSensitivities
 from fastdistill.teachers.store import store
 from fastdistill.teachers.team import TeacherTeam
 from fastdistill.training.checks import TEACHER
+from fastdistill.training.trainer import DistillationTrainer
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -130,6 +131,18 @@ class Stages:
 
         Raises ValueError where the folder is not a stage's, and where the processes cannot share a batch evenly.
         """
+        steps = self.begin(training)
+        while True:
+            try:
+                prepared = next(steps)
+            except StopIteration as end:
+                return cast("Trained", end.value)
+            prepared.train()
+
+    def begin(
+        self, training: Training, kind: type[DistillationTrainer] = DistillationTrainer
+    ) -> Generator[Prepared, None, Trained]:
+        """`train`, which stops and gives what is to be trained, if anything is: whoever goes on has trained it."""
         check_processes(training.batch_size)
         folder, came_from, done = self._open(training)
         if done:
@@ -148,7 +161,8 @@ class Stages:
             tensorboard=self.tensorboard,
         )
         examples, metric = self.examples, self.task.metric
-        fitted = fit(training, examples, *self._taught(training), config, checkpoint, self.patience)
+        data, teacher = self._taught(training)
+        fitted = yield from fit(training, examples, data, teacher, config, checkpoint, self.patience, kind)
         with first_token_only(None if training.objective.needs.all_tokens else fitted.model):
             speed = examples_per_second(fitted.model, examples.report, examples.collate, self.batch_size)
         reached = compute_metrics(self.task)(EvalPrediction(fitted.outputs, fitted.labels))
