@@ -94,15 +94,15 @@ class Stack:
         `torch.nn.utils.clip_grad_norm_`. Returns the norms before that, ``[N]``. The device is not waited for."""
         for embedding in self._embeddings:
             embedding.clear_padding()
-        found = [(weight.grad, models) for weight, models in self.weights.items() if weight.grad is not None]
-        gradients = [gradient for gradient, _ in found]
-        norms: Tensor = torch.stack([gradient.flatten(1).norm(dim=1) for gradient in gradients]).norm(dim=0)
+        learned = [(weight.grad.unbind(), own) for weight, own in self.weights.items() if weight.grad is not None]
+        each = torch._foreach_norm([gradient for gradients, _ in learned for gradient in gradients])
+        norms = torch.stack(each).view(-1, self.number).norm(dim=0)
         scales = (max_norm / (norms + 1e-6)).clamp(max=1)
-        for gradient in gradients:
-            gradient.mul_(scales.view(-1, *[1] * (gradient.dim() - 1)))
-        for gradient, models in found:
-            for weight, own in zip(models, gradient.unbind(), strict=True):
-                weight.grad = own
+        for of_model, scale in zip(zip(*(gradients for gradients, _ in learned), strict=True), scales, strict=True):
+            torch._foreach_mul_(of_model, scale)
+        for gradients, own in learned:
+            for weight, gradient in zip(own, gradients, strict=True):
+                weight.grad = gradient
         return norms
 
     def forget_gradients(self) -> None:
@@ -154,9 +154,33 @@ class _Linear(_OfEach):
         self.weight, self.bias = weights["weight"], weights.get("bias")
 
     def forward(self, input: Tensor) -> Tensor:
-        rows, weight = input.reshape(self.number, -1, input.shape[-1]), self.weight.transpose(1, 2)
-        found = torch.bmm(rows, weight) if self.bias is None else torch.baddbmm(self.bias[:, None], rows, weight)
+        device = input.device.type
+        dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else input.dtype
+        rows = input.reshape(self.number, -1, input.shape[-1]).to(dtype)
+        bias = None if self.bias is None else self.bias.to(dtype)
+        found: Tensor = _Products.apply(rows, self.weight.to(dtype), bias)
         return found.view(*input.shape[:-1], -1)
+
+
+class _Products(torch.autograd.Function):
+    """``[N, M, in], [N, out, in], [N, out] -> [N, M, out]``. Autograd's own backward pass of it would transpose each
+    weight's gradient, and so copy it."""
+
+    @staticmethod
+    def forward(ctx: Any, rows: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        ctx.save_for_backward(rows, weight)
+        weight = weight.transpose(1, 2)
+        return torch.bmm(rows, weight) if bias is None else torch.baddbmm(bias[:, None], rows, weight)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None]:  # type: ignore[override]
+        rows, weight = ctx.saved_tensors
+        of_rows, of_weight, of_bias = ctx.needs_input_grad
+        return (
+            torch.bmm(gradient, weight) if of_rows else None,
+            torch.bmm(gradient.transpose(1, 2), rows) if of_weight else None,
+            gradient.sum(1) if of_bias else None,
+        )
 
 
 class _LayerNorm(_OfEach):

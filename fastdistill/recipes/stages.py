@@ -12,7 +12,7 @@ import time
 from collections.abc import Callable, Generator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, cast
+from typing import TYPE_CHECKING, Any, Literal
 
 from accelerate import PartialState  # type: ignore[import-untyped]
 from rich.console import Console
@@ -41,6 +41,19 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from fastdistill.data.tasks import Task
+
+
+@dataclass(frozen=True)
+class Waiting:
+    """A stage that is not done: its folder, what it comes from, the training data with what the teachers say, and these
+    where they say more; and the seconds that were spent on it."""
+
+    training: Training
+    folder: Folder
+    came_from: Mapping[str, Any]
+    data: Dataset
+    teacher: Teacher
+    seconds: float
 
 
 @dataclass(frozen=True, eq=False)
@@ -131,26 +144,32 @@ class Stages:
 
         Raises ValueError where the folder is not a stage's, and where the processes cannot share a batch evenly.
         """
-        steps = self.begin(training)
-        while True:
-            try:
-                prepared = next(steps)
-            except StopIteration as end:
-                return cast("Trained", end.value)
+        waiting = self.prepare(training)
+        for prepared in self.begin(waiting) if waiting else ():
             prepared.train()
+        return self.load(training.name)
 
-    def begin(
-        self, training: Training, kind: type[DistillationTrainer] = DistillationTrainer
-    ) -> Generator[Prepared, None, Trained]:
-        """`train`, which stops and gives what is to be trained, if anything is: whoever goes on has trained it."""
+    def prepare(self, training: Training) -> Waiting | None:
+        """What several stages' `train` would do at the same time if each ran in a process of its own: store what their
+        teachers say. Returns what is left to do, or None where the stage is done already."""
         check_processes(training.batch_size)
+        started = time.perf_counter()
         folder, came_from, done = self._open(training)
         if done:
-            return self.load(training.name)
+            return None
+        data, teacher = self._taught(training)
+        return Waiting(training, folder, came_from, data, teacher, time.perf_counter() - started)
+
+    def begin(
+        self, waiting: Waiting, kind: type[DistillationTrainer] = DistillationTrainer
+    ) -> Generator[Prepared, None, None]:
+        """The rest of `train`, which stops where it gives what is to be trained, if anything is, by a trainer of that
+        kind: whoever goes on has trained it."""
+        training, folder = waiting.training, waiting.folder
+        started = time.perf_counter() - waiting.seconds
         checkpoint = folder.last_checkpoint()
         if checkpoint:
             self.console.print(f"{training.name}: going on from {checkpoint}")
-        started = time.perf_counter()
         memory.reset_peak()
         config = config_of(
             training,
@@ -161,7 +180,7 @@ class Stages:
             tensorboard=self.tensorboard,
         )
         examples, metric = self.examples, self.task.metric
-        data, teacher = self._taught(training)
+        data, teacher = waiting.data, waiting.teacher
         fitted = yield from fit(training, examples, data, teacher, config, checkpoint, self.patience, kind)
         with first_token_only(None if training.objective.needs.all_tokens else fitted.model):
             speed = examples_per_second(fitted.model, examples.report, examples.collate, self.batch_size)
@@ -186,16 +205,7 @@ class Stages:
             if examples.tokenizer is not None:
                 examples.tokenizer.save_pretrained(folder.path)
 
-        folder.close(came_from, result, fitted.log, save)
-        return self.load(training.name)
-
-    def prepare(self, training: Training) -> bool:
-        """What several stages' `train` would do at the same time if each ran in a process of its own: store what their
-        teachers say. Returns whether the stage is done already."""
-        _, _, done = self._open(training)
-        if not done:
-            self._taught(training)
-        return done
+        folder.close(waiting.came_from, result, fitted.log, save)
 
     def load(self, name: str) -> Trained:
         """A stage that is done. Raises ValueError if it is not."""

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Generator, Mapping
 from itertools import islice
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers.modeling_outputs import SequenceClassifierOutput
 
+from fastdistill.teachers.outputs import stored_outputs
+from fastdistill.training.checks import TEACHER
 from fastdistill.training.trainer import DistillationTrainer
 
 Steps = Generator[list[int], tuple[Tensor, Tensor], Any]
@@ -39,8 +42,11 @@ class SteppedTrainer(DistillationTrainer):
         self._initial_global_step = self._globalstep_last_logged = self.state.global_step
         self._tr_loss, self._total_loss_scalar = torch.zeros((), device=args.device), 0.0
         started, norm, rate = time.time(), None, None
+        losses: list[Tensor] = []  # of the steps since the last log
 
         def tell() -> None:
+            if self.control.should_log:
+                self._add(losses)
             trainer._maybe_log_save_evaluate(self._tr_loss, norm, model, None, epoch, None, started, learning_rate=rate)
 
         self.control = self.callback_handler.on_train_begin(args, self.state, self.control)
@@ -52,7 +58,7 @@ class SteppedTrainer(DistillationTrainer):
             for place, rows in enumerate(batches, skipped + 1):
                 self.control = self.callback_handler.on_step_begin(args, self.state, self.control)
                 loss, norm = yield rows
-                self._count_loss(loss)
+                losses.append(loss)
                 self.control = self.callback_handler.on_pre_optimizer_step(args, self.state, self.control)
                 trainer.optimizer.step()
                 self.control = self.callback_handler.on_optimizer_step(args, self.state, self.control)
@@ -69,28 +75,24 @@ class SteppedTrainer(DistillationTrainer):
             tell()
             if self.control.should_training_stop:
                 break
+        self._add(losses)
         return trainer._finalize_training(None, samples, started)
 
-    def _count_loss(self, loss: Tensor) -> None:
+    def _add(self, losses: list[Tensor]) -> None:
         """For the log; one that is no number counts as the mean of those before, as in Trainer."""
-        since = 1 + self.state.global_step - self._globalstep_last_logged
-        usual = self._tr_loss / since if self.args.logging_nan_inf_filter else loss
-        self._tr_loss += torch.where(loss.isfinite(), loss, usual)
+        total = 0.0
+        for steps, loss in enumerate(torch.stack(losses).tolist() if losses else ()):
+            is_number = math.isfinite(loss) or not self.args.logging_nan_inf_filter
+            total += loss if is_number else total / (1 + steps)
+        self._tr_loss += total
+        losses.clear()
 
-    def loss_of(self, logits: Tensor, inputs: Mapping[str, Any]) -> Tensor:
-        """The objective's loss for a batch's logits, labels and stored teacher's outputs; its parts are logged."""
-        batch = dict(inputs)
-        counted = self._get_num_items_in_batch([batch], self.args.device)
-        loss: Tensor = self.compute_loss(_Said(logits), batch, num_items_in_batch=counted)
+    def loss_of(self, logits: Tensor, labels: Tensor, columns: Mapping[str, Tensor]) -> Tensor:
+        """The objective's loss of a batch's logits, labels, all of which count, and columns that hold what teachers
+        say, who are known to say numbers. Its parts are logged."""
+        student, needs = SequenceClassifierOutput(logits=logits), self.objective.needs
+        teachers = {name: stored_outputs(name, columns) for name in needs.teachers or (TEACHER,)}
+        teacher = teachers if needs.teachers else teachers[TEACHER]
+        loss, parts = self.objective.parts(student, teacher if needs.teacher else None, labels)
+        self._count(parts)
         return loss
-
-
-class _Said(nn.Module):
-    """A student that has said it already."""
-
-    def __init__(self, logits: Tensor) -> None:
-        super().__init__()
-        self.logits = logits
-
-    def forward(self, **features: Any) -> SequenceClassifierOutput:
-        return SequenceClassifierOutput(logits=self.logits)

@@ -62,7 +62,7 @@ class Ray(Local):
         with contextlib.ExitStack() as started:
             for trial in trials:
                 places.append((trial.stages, trial.training.name))
-                if not trial.stages.prepare(trial.training):
+                if trial.stages.prepare(trial.training) is not None:
                     if not ray.is_initialized():
                         ray.init(log_to_driver=False, logging_level=logging.ERROR, include_dashboard=False)
                         started.callback(ray.shutdown)

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Generator, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
 from math import ceil
-from typing import Any
+from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 import pyarrow.compute as pc
@@ -16,15 +18,19 @@ from torch import Tensor
 from transformers import DataCollatorWithPadding, PreTrainedModel
 
 from fastdistill.models.first_token import first_token_only
-from fastdistill.models.heads import head_of, label_faults
-from fastdistill.models.inputs import inputs_of
+from fastdistill.models.heads import IGNORED, head_of, label_faults
+from fastdistill.models.inputs import taken_by
 from fastdistill.models.stacking import Stack, obstacle_to_stacking
+from fastdistill.objectives.base import Objective
 from fastdistill.recipes.executors.local import Local, Trial
-from fastdistill.recipes.fitting import Prepared
+from fastdistill.recipes.stages import Stages, Waiting
 from fastdistill.recipes.training import Trained
 from fastdistill.teachers.outputs import LOGITS
 from fastdistill.training.checks import TEACHER
 from fastdistill.training.stepped import SteppedTrainer, Steps
+
+if TYPE_CHECKING:
+    from datasets import Dataset
 
 TOGETHER = 16
 """Students side by side at most; more take turns."""
@@ -56,46 +62,51 @@ class Stacked(Local):
 
     def in_turn(self, trials: Iterable[Trial]) -> Iterator[Trained]:
         """As `Local` has it, but all are trained before the first is given."""
-        places, groups = [], dict[object, list[Trial]]()
+        places, groups = [], dict[object, list[_Begun]]()
         for trial in trials:
-            places.append((trial.stages, trial.training.name))
-            if trial.stages.prepare(trial.training):
+            stages, training = trial.stages, trial.training
+            places.append((stages, training.name))
+            waiting = stages.prepare(training)
+            if waiting is None:
                 continue
-            if reason := _obstacle(trial):
-                _tell(f"{trial.training.name}: trained by itself: {reason}")
-                trial.train()
+            if reason := _obstacle(waiting, stages):
+                _train_alone(_Begun(stages, waiting), reason)
             else:
-                groups.setdefault(_shape(trial), []).append(trial)
+                groups.setdefault(_shape(waiting, stages), []).append(_Begun(stages, waiting))
         for group in groups.values():
-            turns = ceil(len(group) / _room(group[0].training.model))
+            turns = ceil(len(group) / _room(group[0].waiting.training.model))
             for turn in range(turns):
                 _train(group[turn::turns])
         for stages, name in places:
             yield stages.load(name)
 
 
-def _train(trials: Sequence[Trial]) -> None:
-    names = ", ".join(trial.training.name for trial in trials)
-    if len(trials) == 1:
-        _tell(f"{names}: trained by itself: no other is of its shape")
-        trials[0].train()
-        return
-    _tell(f"{len(trials)} side by side: {names}")
-    begun = [trial.stages.begin(trial.training, SteppedTrainer) for trial in trials]
-    plain, table = trials[0].training.model, None
+@dataclass(frozen=True)
+class _Begun:
+    stages: Stages
+    waiting: Waiting
+
+
+def _train_alone(one: _Begun, reason: str) -> None:
+    _tell(f"{one.waiting.training.name}: trained by itself: {reason}")
+    for prepared in one.stages.begin(one.waiting):
+        prepared.train()
+
+
+def _train(group: Sequence[_Begun]) -> None:
+    if len(group) == 1:
+        return _train_alone(group[0], "no other is of its shape")
+    _tell(f"{len(group)} side by side: {', '.join(one.waiting.training.name for one in group)}")
+    plain, table = group[0].waiting.training.model, _Table(group[0])
     running: list[_Student] = []
-    for one in begun:
-        prepared = next(one)
-        if running:
-            prepared.hide_progress()
-        if table is None:
-            table = _Table(prepared)
-        student = _Student(one, prepared)
-        if student.go_on(None):
-            running.append(student)
-    while running:
-        assert table is not None
-        running = _together(plain, running, table)
+    with ExitStack() as leave:
+        for one in group:
+            student = _Student(one, shows_progress=not running)
+            leave.callback(student.stage.close)
+            if student.go_on(None):
+                running.append(student)
+        while running:
+            running = _together(plain, running, table)
 
 
 def _together(plain: PreTrainedModel, students: list[_Student], table: _Table) -> list[_Student]:
@@ -122,10 +133,16 @@ class _Student:
 
     rows: list[int]
 
-    def __init__(self, begun: Generator[Prepared, None, Trained], prepared: Prepared) -> None:
-        self.begun, self.model, self.trainer = begun, prepared.student, prepared.trainer
+    def __init__(self, begun: _Begun, shows_progress: bool) -> None:
+        waiting = begun.waiting
+        self.stage = begun.stages.begin(waiting, SteppedTrainer)
+        prepared = next(self.stage)
+        if not shows_progress:
+            prepared.hide_progress()
+        self.model, self.trainer = prepared.student, cast("SteppedTrainer", prepared.trainer)
         self.steps: Steps | None = prepared.train()
-        self.learned = _columns(prepared, ("labels", *_stored(prepared.training.objective.needs)))
+        columns = _read(waiting.data, ("labels", *_stored(waiting.training.objective)))
+        self.columns = {name: column.to(self.trainer.args.device) for name, column in columns.items()}
 
     def go_on(self, found: Any) -> bool:
         """To the next batch, with the last one's loss and norm; at the end it is evaluated and saved, and False."""
@@ -135,33 +152,29 @@ class _Student:
                 return True
         except StopIteration:
             pass
-        next(self.begun, None)
+        next(self.stage, None)
         return False
 
     def loss(self, logits: Tensor, rows: Tensor) -> Tensor:
-        inputs = {name: column[rows] for name, column in self.learned.items()}
-        trainer: SteppedTrainer = self.trainer  # type: ignore[assignment]
-        return trainer.loss_of(logits[: len(rows)], inputs)
+        columns = {name: column[rows] for name, column in self.columns.items()}
+        return self.trainer.loss_of(logits[: len(rows)], columns.pop("labels"), columns)
 
 
 class _Table:
     """The inputs of all examples, on the device: their tokens one after another, so that none is padded here."""
 
-    def __init__(self, prepared: Prepared) -> None:
-        trainer: Any = prepared.trainer
-        data, tokenizer = trainer.train_dataset, trainer.data_collator.tokenizer
-        names = inputs_of(prepared.student, dict.fromkeys(tokenizer.model_input_names))
-        rows = data.with_format("arrow").select_columns([name for name in names if name in data.column_names])[:]
-        self.device, columns = trainer.args.device, {name: rows[name].combine_chunks() for name in rows.column_names}
-        self.lengths = pc.list_value_length(columns["input_ids"]).to_numpy()
+    def __init__(self, begun: _Begun) -> None:
+        data, tokenizer = begun.waiting.data, cast("DataCollatorWithPadding", begun.stages.examples.collate).tokenizer
+        taken = (taken_by(begun.waiting.training.model) or frozenset()).intersection(data.column_names)
+        names = [name for name in tokenizer.model_input_names if name in taken]
+        self.device = PartialState().device
+        lists = data.with_format("arrow").select_columns(names)[:]
+        self.lengths = pc.list_value_length(lists["input_ids"]).to_numpy()
         ends = np.cumsum(self.lengths, dtype=np.int64)
         self.starts, self.ends = (torch.from_numpy(at).to(self.device) for at in (ends - self.lengths, ends))
-        self.tokens = {
-            name: torch.tensor(pc.list_flatten(column).to_numpy(), dtype=torch.long, device=self.device)
-            for name, column in columns.items()
-        }
+        self.tokens = {name: _values(lists[name]).long().to(self.device) for name in names}
         fill = {"input_ids": tokenizer.pad_token_id, "token_type_ids": tokenizer.pad_token_type_id}
-        self.padding = {name: fill.get(name, 0) for name in self.tokens}
+        self.padding = {name: fill.get(name, 0) for name in names}
 
     def batch(self, batches: Sequence[Sequence[int]]) -> tuple[dict[str, Tensor], list[Tensor]]:
         """The inputs of several students' batches, ``[N·B, S]``, and the rows of each. A smaller batch is filled up
@@ -178,24 +191,32 @@ class _Table:
         return inputs, [own[: len(batch)] for own, batch in zip(rows.unbind(), batches, strict=True)]
 
 
-def _columns(prepared: Prepared, names: Iterable[str]) -> dict[str, Tensor]:
-    """Columns of numbers or lists of one size, as the collator makes them, on the device."""
-    data: Any = prepared.trainer.train_dataset
-    found = {}
-    for name, column in data.with_format("numpy").select_columns(list(names))[:].items():
-        values = torch.from_numpy(np.array(column))
-        found[name] = (values.float() if values.is_floating_point() else values).to(prepared.trainer.args.device)
-    return found
+def _read(data: Dataset, names: Iterable[str]) -> dict[str, Tensor]:
+    """Columns of numbers, or of lists of one size, as a collator makes them."""
+    rows = data.with_format("arrow").select_columns(list(names))[:]
+    found = {name: _values(rows[name]) for name in rows.column_names}
+    found = {name: values.float() if values.is_floating_point() else values for name, values in found.items()}
+    return {name: values.view(len(rows), -1) if _is_list(rows[name]) else values for name, values in found.items()}
 
 
-def _stored(needs: Any) -> list[str]:
+def _values(column: Any) -> Tensor:
+    """Of Arrow's numbers, or lists of them one after another."""
+    return torch.tensor((pc.list_flatten(column) if _is_list(column) else column).to_numpy())
+
+
+def _is_list(column: Any) -> bool:
+    return hasattr(column.type, "value_type")
+
+
+def _stored(objective: Objective) -> list[str]:
     """The columns that hold what its teachers say."""
+    needs = objective.needs
     return [name + LOGITS for name in needs.teachers or (TEACHER,)] if needs.teacher else []
 
 
-def _obstacle(trial: Trial) -> str | None:
+def _obstacle(waiting: Waiting, stages: Stages) -> str | None:
     """Why a training cannot be one of several side by side."""
-    training, examples = trial.training, trial.stages.examples
+    training, examples = waiting.training, stages.examples
     objective, needs = training.objective, training.objective.needs
     if not training.epochs:
         return "it is evaluated only"
@@ -205,19 +226,21 @@ def _obstacle(trial: Trial) -> str | None:
         return f"objective {objective} is of more than logits and labels ({', '.join(needs.columns)})"
     if objective.module is not None and next(objective.module.parameters(), None) is not None:
         return f"objective {objective} learns something itself"
-    if not needs.only and not set(_stored(needs)) <= set(examples.train.column_names):
-        return f"what its teacher says to objective {objective} cannot be stored"
+    if not set(_stored(objective)) <= set(waiting.data.column_names):
+        return f"what its teacher says to objective {objective} is not stored"
     if not isinstance(examples.collate, DataCollatorWithPadding) or examples.collate.tokenizer.padding_side != "right":
         return "its examples are not texts that are padded on the right"
-    labels = {"labels": torch.as_tensor(np.array(examples.train.with_format("numpy")["labels"][:]))}
+    labels = _read(waiting.data, ("labels",))
+    if any((one.isnan() if one.is_floating_point() else one == IGNORED).any() for one in labels.values()):
+        return "some of its labels do not count"
     return obstacle_to_stacking(training.model) or next(label_faults(head_of(training.model), labels), None)
 
 
-def _shape(trial: Trial) -> object:
+def _shape(waiting: Waiting, stages: Stages) -> object:
     """The same for those that can be side by side."""
-    training, stages, model = trial.training, trial.stages, trial.training.model
+    training, model = waiting.training, waiting.training.model
     weights = tuple((name, one.shape, one.dtype, one.requires_grad) for name, one in model.named_parameters())
-    config = {key: value for key, value in model.config.to_dict().items() if key not in ("_name_or_path",)}
+    config = {key: value for key, value in model.config.to_dict().items() if key != "_name_or_path"}
     described = type(model), json.dumps(config, sort_keys=True, default=str), weights
     return stages.data, stages.bf16, training.batch_size, training.epochs, described
 
