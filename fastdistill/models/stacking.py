@@ -96,7 +96,7 @@ class Stack:
             embedding.clear_padding()
         learned = [(weight.grad.unbind(), own) for weight, own in self.weights.items() if weight.grad is not None]
         each = torch._foreach_norm([gradient for gradients, _ in learned for gradient in gradients])
-        norms = torch.stack(each).view(-1, self.number).norm(dim=0)
+        norms: Tensor = torch.stack(each).view(-1, self.number).norm(dim=0)
         scales = (max_norm / (norms + 1e-6)).clamp(max=1)
         for of_model, scale in zip(zip(*(gradients for gradients, _ in learned), strict=True), scales, strict=True):
             torch._foreach_mul_(of_model, scale)
@@ -158,7 +158,7 @@ class _Linear(_OfEach):
         dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else input.dtype
         rows = input.reshape(self.number, -1, input.shape[-1]).to(dtype)
         bias = None if self.bias is None else self.bias.to(dtype)
-        found: Tensor = _Products.apply(rows, self.weight.to(dtype), bias)
+        found: Tensor = _Products.apply(rows, self.weight.to(dtype), bias)  # type: ignore[no-untyped-call]
         return found.view(*input.shape[:-1], -1)
 
 
@@ -173,7 +173,7 @@ class _Products(torch.autograd.Function):
         return torch.bmm(rows, weight) if bias is None else torch.baddbmm(bias[:, None], rows, weight)
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None]:  # type: ignore[override]
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
         rows, weight = ctx.saved_tensors
         of_rows, of_weight, of_bias = ctx.needs_input_grad
         return (
