@@ -16,6 +16,7 @@ from transformers import TrainerCallback
 from fastdistill import MSE, AvgKD, LogitsKD, SampledTeacher
 from fastdistill.cli import main
 from fastdistill.data.load import load_task
+from fastdistill.models.stacking import Stack
 from fastdistill.objectives.base import Needs, Objective
 from fastdistill.objectives.logits import TaskLoss
 from fastdistill.objectives.pkd import PKD
@@ -95,6 +96,7 @@ def test_what_local_does(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> 
     assert not list((tmp_path / "stacked").rglob("checkpoint-*"))
 
 
+@pytest.mark.slow
 def test_teams_and_scores(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Objectives of several stored teachers, one of which draws; and of one output."""
     team = TeacherTeam({f"teacher{seed}": tiny.bert(seed, layers=2) for seed in (5, 6)})
@@ -120,6 +122,30 @@ def test_teams_and_scores(tmp_path: Path, capsys: pytest.CaptureFixture[str]) ->
     assert "2 side by side: 0.01, 0.02" in said
 
 
+@pytest.mark.slow
+def test_bf16(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Products in bfloat16, weights and losses not: but for its rounding, what `Local` has."""
+    pairs, dtypes, call = [], set(), Stack.__call__
+
+    def noted(self: Stack, **features: Any) -> Any:
+        found = call(self, **features)
+        dtypes.add(found.logits.dtype)
+        return found
+
+    monkeypatch.setattr(Stack, "__call__", noted)
+    for executor in (Stacked(), Local()):
+        begun = stages(tmp_path, type(executor).__name__, bf16=True)
+        model = tiny.bert(1, layers=2, dropout=0.0)
+        one = training("one", LogitsKD(), teacher=tiny.bert(5), model=model, epochs=2, learning_rate=0.001)
+        pairs.append(executor([Trial(begun.seeded(seed), one) for seed in (3, 4)]))
+    for found, expected in zip(*pairs, strict=True):
+        losses = [[entry["loss"] for entry in one.log if "loss" in entry] for one in (found, expected)]
+        np.testing.assert_allclose(*losses, rtol=0.03)
+        assert {weight.dtype for weight in found.model.parameters()} == {torch.float32}
+    assert dtypes == {torch.bfloat16}
+
+
+@pytest.mark.slow
 def test_what_cannot_be_side_by_side_is_trained_by_itself(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -179,6 +205,7 @@ class CutOnce(TrainerCallback):  # type: ignore[misc]
             raise Cut
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dropout", [0.0, 0.2])
 def test_what_was_cut_off_goes_on(tmp_path: Path, dropout: float) -> None:
     """From each one's checkpoint, of dropout's numbers, too; one that was done is not done again."""
@@ -202,6 +229,7 @@ def test_what_was_cut_off_goes_on(tmp_path: Path, dropout: float) -> None:
     assert {path: path.stat().st_mtime_ns for path in (tmp_path / "cut").rglob("stage.json")} == written
 
 
+@pytest.mark.slow
 def test_another_executor_goes_on(tmp_path: Path) -> None:
     """Checkpoints are any trainer's; and students at other steps are side by side all the same."""
 
