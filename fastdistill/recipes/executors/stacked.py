@@ -46,7 +46,8 @@ class Stacked(Local):
     Each has its own teacher's stored logits, objective, learning rate, seed, order of examples, early stopping, best
     epoch, log and checkpoints, and becomes what `Local` makes of it, within rounding, but for dropout: its numbers are
     each student's own, and the same whenever the same students are trained together, but others than `Local` draws.
-    What was cut off goes on from each student's last checkpoint, under this executor or another.
+    What was cut off goes on from each student's last checkpoint, under this executor or another. Seconds and memory in
+    a student's result are those of all beside it, its examples a second those that were its own.
 
     Side by side are students of one architecture, with the same examples, batch size and number of epochs. One alone,
     or that cannot be stacked, is trained by itself; a line says why. Those are: models that are not in
@@ -195,7 +196,7 @@ def _read(data: Dataset, names: Iterable[str]) -> dict[str, Tensor]:
     """Columns of numbers, or of lists of one size, as a collator makes them."""
     rows = data.with_format("arrow").select_columns(list(names))[:]
     found = {name: _values(rows[name]) for name in rows.column_names}
-    found = {name: values.float() if values.is_floating_point() else values for name, values in found.items()}
+    found = {name: values.float() if values.is_floating_point() else values.long() for name, values in found.items()}
     return {name: values.view(len(rows), -1) if _is_list(rows[name]) else values for name, values in found.items()}
 
 
