@@ -19,7 +19,7 @@ from fastdistill.objectives.logits import MSE, LogitsKD
 from fastdistill.ops.kd_ce_loss import Divergence
 from fastdistill.recipes.begin import Beginning
 from fastdistill.recipes.bootstrap import bootstrap
-from fastdistill.recipes.executors import Trial, executor_of
+from fastdistill.recipes.executors import Trial, executor_of, picked
 from fastdistill.recipes.gradients import Norms, gradient_norms, gradients_table
 from fastdistill.recipes.predictions import PREDICTIONS, load_predictions
 from fastdistill.recipes.report import Report, Told, finish, summary
@@ -90,6 +90,8 @@ class Comparison:
         self.points = [Point(*each) for each in grid]
         self.runs = settings.baseline_runs or candidates
         self.executor = executor_of(settings)
+        if settings.executor == "auto":
+            stages.console.print("executor: {}, since {}".format(*picked()), highlight=False, soft_wrap=True)
         seeds = settings.seeds or (settings.seed,)
         self.seeded = [stages] if in_place and settings.seeds is None else [stages.seeded(seed) for seed in seeds]
         self.results: dict[str, Any] = {}

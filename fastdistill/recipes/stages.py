@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import os
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Generator, Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -24,7 +24,7 @@ from fastdistill.models.drawing import drawn_anew
 from fastdistill.models.first_token import first_token_only
 from fastdistill.recipes import memory
 from fastdistill.recipes.examples import Examples
-from fastdistill.recipes.fitting import check_processes, config_of, fit
+from fastdistill.recipes.fitting import Prepared, check_processes, config_of, fit
 from fastdistill.recipes.folder import UNFINISHED, Folder
 from fastdistill.recipes.measuring import Scoring, examples_per_second
 from fastdistill.recipes.optimization import Optimization
@@ -36,12 +36,26 @@ from fastdistill.sensitivity.weights import WeightSensitivities
 from fastdistill.teachers.store import store
 from fastdistill.teachers.team import TeacherTeam
 from fastdistill.training.checks import TEACHER
+from fastdistill.training.trainer import DistillationTrainer
 
 if TYPE_CHECKING:
     from datasets import Dataset
     from torch import Tensor
 
     from fastdistill.data.tasks import Task
+
+
+@dataclass(frozen=True)
+class Waiting:
+    """A stage that is not done: its folder, what it comes from, the training data with what the teachers say, and these
+    where they say more; and the seconds that were spent on it."""
+
+    training: Training
+    folder: Folder
+    came_from: Mapping[str, Any]
+    data: Dataset
+    teacher: Teacher
+    seconds: float
 
 
 @dataclass(frozen=True, eq=False)
@@ -142,14 +156,32 @@ class Stages:
 
         Raises ValueError where the folder is not a stage's, and where the processes cannot share a batch evenly.
         """
+        waiting = self.prepare(training)
+        for prepared in self.begin(waiting) if waiting else ():
+            prepared.train()
+        return self.load(training.name)
+
+    def prepare(self, training: Training) -> Waiting | None:
+        """What several stages' `train` would do at the same time if each ran in a process of its own: store what their
+        teachers say. Returns what is left to do, or None where the stage is done already."""
         check_processes(training.batch_size)
+        started = time.perf_counter()
         folder, came_from, done = self._open(training)
         if done:
-            return self.load(training.name)
+            return None
+        data, teacher = self._taught(training)
+        return Waiting(training, folder, came_from, data, teacher, time.perf_counter() - started)
+
+    def begin(
+        self, waiting: Waiting, kind: type[DistillationTrainer] = DistillationTrainer
+    ) -> Generator[Prepared, None, None]:
+        """The rest of `train`, which stops where it gives what is to be trained, if anything is, by a trainer of that
+        kind: whoever goes on has trained it."""
+        training, folder = waiting.training, waiting.folder
+        started = time.perf_counter() - waiting.seconds
         checkpoint = folder.last_checkpoint()
         if checkpoint:
             self.console.print(f"{training.name}: going on from {checkpoint}")
-        started = time.perf_counter()
         memory.reset_peak()
         config = config_of(
             training,
@@ -161,7 +193,8 @@ class Stages:
             tensorboard=self.tensorboard,
         )
         examples, metric = self.examples, self.task.metric
-        fitted = fit(training, examples, *self._taught(training), config, checkpoint, self.patience)
+        data, teacher = waiting.data, waiting.teacher
+        fitted = yield from fit(training, examples, data, teacher, config, checkpoint, self.patience, kind)
         with first_token_only(None if training.objective.needs.all_tokens else fitted.model):
             speed = examples_per_second(fitted.model, examples.report, examples.collate, self.batch_size)
         reached = compute_metrics(self.task)(EvalPrediction(fitted.outputs, fitted.labels))
@@ -185,16 +218,7 @@ class Stages:
             if examples.tokenizer is not None:
                 examples.tokenizer.save_pretrained(folder.path)
 
-        folder.close(came_from, result, fitted.log, save)
-        return self.load(training.name)
-
-    def prepare(self, training: Training) -> bool:
-        """What several stages' `train` would do at the same time if each ran in a process of its own: store what their
-        teachers say. Returns whether the stage is done already."""
-        _, _, done = self._open(training)
-        if not done:
-            self._taught(training)
-        return done
+        folder.close(waiting.came_from, result, fitted.log, save)
 
     def load(self, name: str) -> Trained:
         """A stage that is done. Raises ValueError if it is not."""

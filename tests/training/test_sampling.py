@@ -33,6 +33,14 @@ def test_batches_hold_similar_lengths_and_every_example_once_an_epoch() -> None:
     assert np.corrcoef([np.mean(group) for group in groups], range(len(groups)))[0, 1] < 0.3  # batches are shuffled
 
 
+def test_batches_of_any_seed_have_about_the_same_lengths() -> None:
+    """So that students with several seeds, side by side, hardly pad each other."""
+    lengths = torch.randint(1, 100, (4003,)).tolist()
+    orders = [list(LengthGroupedSampler(lengths, 8, seed, epoch=lambda: 2)) for seed in range(5)]
+    longest = np.array([[max(lengths[i] for i in order[at : at + 8]) for at in range(0, 4000, 8)] for order in orders])
+    assert longest.max(0).sum() < 1.1 * longest.mean(0).sum()  # of lengths in an order of each seed's own: about 1.7
+
+
 def test_the_order_depends_on_seed_and_epoch_alone() -> None:
     lengths = list(range(100))
     epoch = [0]

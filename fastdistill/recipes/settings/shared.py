@@ -196,12 +196,14 @@ class ComparisonSettings(Settings):
         metavar="X",
         help="of plain distillation: the assistants', the baseline's and the chain's (default: 2)",
     )
-    executor: Literal["local", "ray"] = option(
+    executor: Literal["auto", "local", "ray", "stacked"] = option(
         "local",
-        kind=Choice(("local", "ray")),
-        help="train students one after another (local), or as many at a time as a Ray cluster has GPUs, or else CPUs "
-        "(ray: the cluster of RAY_ADDRESS, or this machine; --output and HF_HOME must be on a file system that all its "
-        "machines share) (default: %(default)s)",
+        kind=Choice(("auto", "local", "ray", "stacked")),
+        help="train students one after another (local), those of one shape side by side, as one batched model, each "
+        "with its own teacher's stored logits, rate, seed and early stopping (stacked: for a GPU; what cannot be is "
+        "trained one after another, and it says why), or as many at a time as a Ray cluster has GPUs, or "
+        "else CPUs (ray: the cluster of RAY_ADDRESS, or this machine; --output and HF_HOME must be on a file system "
+        "that all its machines share); auto: stacked where there is a GPU, else local (default: %(default)s)",
     )
 
     def compares_with(self, *names: str) -> bool:
