@@ -68,16 +68,14 @@ def test_every_dtype(taps: int, dtype: torch.dtype) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("batch", "length", "width", "channels"),
-    [(1, 1, 1, 1), (2, 70, 16, 33), (17, 5, 40, 3), (2, 33, 130, 40), (1, 66, 264, 70), (35, 2, 8, 2)],
+    [(1, 1, 1, 1), (2, 70, 16, 5), (17, 5, 40, 3), (2, 33, 130, 4), (1, 66, 264, 3), (1, 3, 8, 70), (35, 2, 8, 2)],
 )
 def test_every_size(batch: int, length: int, width: int, channels: int) -> None:
     """One tile and several of tokens, of channels, of the width and of sentences; aligned and not."""
-    for dtype in (torch.float32, torch.float16):
-        inputs = make(batch, length, width, channels, dtype=dtype)
-        check(inputs)
-        mask = padding(batch, length)
-        check(inputs, mask)
-        check(inputs, mask.flip(1))
+    mask = padding(batch, length)
+    check(make(batch, length, width, channels))
+    check(make(batch, length, width, channels), mask.flip(1))
+    check(make(batch, length, width, channels, dtype=torch.float16), mask)
 
 
 def test_any_layout_and_another_dtype_of_proximity() -> None:
