@@ -106,7 +106,7 @@ def _forward_kernel(
     tl.store(positions_ptr + at, position.to(tl.int64), mask=channel < channels)
 
 
-@triton.jit(do_not_specialize=["length"])
+@triton.jit(do_not_specialize=["length", "batch"])
 def _states_kernel(
     grad_output_ptr,  # [B, C], contiguous, as is all that follows
     states_ptr,  # [B, S, D] with unit stride in a row; not read unless WANT_PROXIMITY

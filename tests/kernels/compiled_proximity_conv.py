@@ -14,6 +14,7 @@ CASES: list[tuple[tuple[int, int, int, int, int], bool, torch.dtype]] = [  # siz
     (PWCN, False, torch.float16),
     (PWCN, True, torch.float32),
     ((3, 7, 20, 5, 1), True, torch.float32),
+    ((1, 1, 1, 1, 1), False, torch.float16),
     ((9, 300, 768, 768, 5), False, torch.bfloat16),
     ((4, 70, 301, 99, 3), True, torch.float16),
     ((4, 70, 301, 99, 3), True, torch.float32),
