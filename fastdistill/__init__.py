@@ -43,6 +43,7 @@ if TYPE_CHECKING:
     from fastdistill.ops.gated_attention import gated_attention as gated_attention
     from fastdistill.ops.gated_ffn import gated_ffn as gated_ffn
     from fastdistill.ops.kd_ce_loss import kd_ce_loss as kd_ce_loss
+    from fastdistill.ops.proximity_conv import proximity_conv as proximity_conv
     from fastdistill.ops.select_uncertain import select_uncertain as select_uncertain
     from fastdistill.ops.uncertainty import hidden_entropy as hidden_entropy
     from fastdistill.ops.uncertainty import uncertainty as uncertainty
@@ -101,6 +102,7 @@ _LAZY = {
     "load_task": "data.load",
     "mask_weights": "sensitivity.weights",
     "parameter_pruned": "models.students",
+    "proximity_conv": "ops.proximity_conv",
     "prune": "models.pruning",
     "register_architecture": "models.registering",
     "score": "sensitivity.units",

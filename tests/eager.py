@@ -109,3 +109,19 @@ def gated_attention(
         key, value = (x.repeat_interleave(group, 1) for x in (key, value))
     output = F.scaled_dot_product_attention(query, key, value, attn_mask, is_causal=is_causal, scale=scale)
     return output if head_gate is None else output * head_gate.to(output.dtype)[..., None, None]
+
+
+def proximity_conv(
+    states: Tensor,
+    proximity: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    attention_mask: Tensor | None = None,
+) -> Tensor:
+    weighted = states * proximity.to(states.dtype).unsqueeze(-1)
+    if attention_mask is not None:
+        weighted = weighted.masked_fill(attention_mask.unsqueeze(-1) == 0, 0)
+    values = F.conv1d(weighted.mT, weight, bias, padding=weight.shape[-1] // 2)
+    if attention_mask is not None:
+        values = values.masked_fill(attention_mask.unsqueeze(1) == 0, -math.inf)
+    return values.max(-1).values

@@ -5,6 +5,7 @@ from fastdistill.ops.active_neurons import ActiveNeurons
 from fastdistill.ops.gated_attention import gated_attention
 from fastdistill.ops.gated_ffn import gated_ffn
 from fastdistill.ops.kd_ce_loss import kd_ce_loss
+from fastdistill.ops.proximity_conv import proximity_conv
 from fastdistill.ops.select_uncertain import select_uncertain
 from fastdistill.ops.uncertainty import hidden_entropy, uncertainty
 
@@ -15,6 +16,7 @@ __all__ = [
     "gated_ffn",
     "hidden_entropy",
     "kd_ce_loss",
+    "proximity_conv",
     "select_uncertain",
     "uncertainty",
 ]

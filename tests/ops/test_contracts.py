@@ -79,6 +79,17 @@ def operands(op: str, layout: str, grad: bool) -> list[tuple[Any, ...]]:
             (plain(4, 3, 20), plain(4, 3, 20), plain(20), plain(4, 20), "gelu_tanh", grad, grad),
             (plain(4, 20), plain(4, 20), None, None, "relu", False, False),
         ]
+    if op in ("proximity_conv", "proximity_conv_backward"):
+        mask = torch.arange(7) < torch.tensor([7, 4, 1])[:, None]
+        found = []
+        for bias, given in ((None, None), (leaf(6), mask)):
+            args = (leaf(3, 7, 5), leaf(3, 7), leaf(6, 5, 3), bias, given)
+            if op == "proximity_conv_backward":
+                args = tuple(x.detach() if isinstance(x, Tensor) else x for x in args)
+                output, positions = torch.ops.fastdistill.proximity_conv(*args)
+                args = (output, *args[:3], given, positions, True, grad, grad, bias is not None)
+            found.append(args)
+        return found
     if op == "uncertainty":
         return [(leaf(4, 3, 5), "entropy", True), (leaf(4, 70), "margin", False)]
     if op == "uncertainty_backward":
@@ -136,6 +147,7 @@ FUNCTIONS: dict[str, tuple[Callable[..., Tensor], list[tuple[int, ...]]]] = {
         lambda student, teacher: fastdistill.kd_ce_loss(student, teacher, LABELS[:4], temperature=2.0),
         [(4, 5), (4, 5)],
     ),
+    "proximity_conv": (fastdistill.proximity_conv, [(4, 7, 5), (4, 7), (6, 5, 3), (6,)]),
     "uncertainty": (fastdistill.uncertainty, [(4, 3, 5)]),
     "hidden_entropy": (fastdistill.hidden_entropy, [(4, 3, 5)]),
     "select_uncertain": (lambda logits: fastdistill.select_uncertain(logits, 0.5), [(8, 5)]),
@@ -278,6 +290,7 @@ def odd_tensors() -> dict[str, Callable[[Tensor], Tensor]]:
 def calls() -> dict[str, Callable[[Callable[[Tensor], Any]], Any]]:
     """By function and argument, a call in which that argument is made odd."""
     x, q, logits, weight = draw(4, 5), draw(4, 2, 3, 8), draw(4, 5), draw(5, 5)
+    states, taps = draw(4, 5, 6), draw(4, 6, 3)
     found: dict[str, Callable[[Callable[[Tensor], Any]], Any]] = {
         "kd_ce_loss: student_logits": lambda odd: fastdistill.kd_ce_loss(odd(logits), logits),
         "kd_ce_loss: teacher_logits": lambda odd: fastdistill.kd_ce_loss(logits, odd(logits)),
@@ -300,6 +313,11 @@ def calls() -> dict[str, Callable[[Callable[[Tensor], Any]], Any]]:
             x, weight, None, weight, None, w_gate=weight, b_gate=odd(weight)
         ),
         "gated_ffn: neuron_gate": lambda odd: fastdistill.gated_ffn(x, weight, None, weight, None, odd(x)),
+        "proximity_conv: states": lambda odd: fastdistill.proximity_conv(odd(states), x, taps),
+        "proximity_conv: proximity": lambda odd: fastdistill.proximity_conv(states, odd(x), taps),
+        "proximity_conv: weight": lambda odd: fastdistill.proximity_conv(states, x, odd(taps)),
+        "proximity_conv: bias": lambda odd: fastdistill.proximity_conv(states, x, taps, odd(x)),
+        "proximity_conv: attention_mask": lambda odd: fastdistill.proximity_conv(states, x, taps, None, odd(x)),
         "ActiveNeurons: neuron_gate": lambda odd: ActiveNeurons(odd(x)),
         "accumulate_sensitivity_: totals": lambda odd: fastdistill.accumulate_sensitivity_([odd(x)], [x]),
         "accumulate_sensitivity_: grads": lambda odd: fastdistill.accumulate_sensitivity_([x.clone()], [odd(x)]),

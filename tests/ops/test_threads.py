@@ -36,6 +36,9 @@ CALLS: dict[str, Callable[[], list[Tensor]]] = {
     "uncertainty": lambda: with_gradients(fastdistill.uncertainty, draw(5000, 70)),
     "select_uncertain": lambda: [fastdistill.select_uncertain(draw(5000, 70), 0.3)],
     "gated_attention": lambda: with_gradients(fastdistill.gated_attention, *[draw(4, 6, 70, 32)] * 3, draw(4, 6)),
+    "proximity_conv": lambda: with_gradients(
+        fastdistill.proximity_conv, draw(60, 40, 64), draw(60, 40), draw(96, 64, 3), draw(96)
+    ),
     "accumulate_sensitivity_": lambda: accumulate(draw(700, 501)),
 }  # of gated_ffn: in its own file
 
