@@ -36,6 +36,7 @@ if TYPE_CHECKING:
     from fastdistill.objectives.team import AvgKD as AvgKD
     from fastdistill.objectives.team import SampledTeacher as SampledTeacher
     from fastdistill.ops.accumulate_sensitivity import accumulate_sensitivity_ as accumulate_sensitivity_
+    from fastdistill.ops.dkd_loss import dkd_loss as dkd_loss
     from fastdistill.ops.doctor import doctor as doctor
     from fastdistill.ops.gated_attention import gated_attention as gated_attention
     from fastdistill.ops.gated_ffn import gated_ffn as gated_ffn
@@ -80,6 +81,7 @@ _LAZY = {
     "WeightedSum": "objectives.base",
     "accumulate_sensitivity_": "ops.accumulate_sensitivity",
     "compact_vocabulary": "models.vocabulary",
+    "dkd_loss": "ops.dkd_loss",
     "doctor": "ops.doctor",
     "export": "models.export",
     "first_layers": "models.students",
