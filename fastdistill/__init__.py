@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from fastdistill.objectives.base import WeightedSum as WeightedSum
     from fastdistill.objectives.ckd import CKD as CKD
     from fastdistill.objectives.dekd import DeKD as DeKD
+    from fastdistill.objectives.dkd import DKD as DKD
     from fastdistill.objectives.logits import MSE as MSE
     from fastdistill.objectives.logits import LogitsKD as LogitsKD
     from fastdistill.objectives.logits import MultiLabelKD as MultiLabelKD
@@ -63,6 +64,7 @@ _LAZY = {
     "Architecture": "models.architectures",
     "AvgKD": "objectives.team",
     "CKD": "objectives.ckd",
+    "DKD": "objectives.dkd",
     "DeKD": "objectives.dekd",
     "DistillationConfig": "training.config",
     "DistillationTrainer": "training.trainer",
