@@ -150,14 +150,15 @@ def _sums(student, teacher, inside, student_reference, teacher_reference, scale,
 
 @triton.jit
 def _odds(log_odds):
-    """-log of a probability and of the other outcome's, and both probabilities: never by 1 - p."""
-    log_odds += tl.maximum(log_odds, 0.0) - tl.maximum(log_odds, 0.0)  # of an infinite logit nothing is known
+    """The log odds, -log of the probability and of the other outcome's, and both probabilities: never by 1 - p. NaN for
+    an infinite logit."""
+    log_odds += tl.maximum(log_odds, 0.0) - tl.maximum(log_odds, 0.0)
     exp = tl.exp(-tl.abs(log_odds))
     more = 1 + exp
     tail = tl.where(more == 1, exp, tl.log(more) * (exp / (more - 1)))  # log(1 + exp), exact where exp is small
     surprise = tl.maximum(-log_odds, 0.0) + tail
     other_surprise = tl.maximum(log_odds, 0.0) + tail
-    return surprise, other_surprise, tl.exp(-surprise), tl.exp(-other_surprise)
+    return log_odds, surprise, other_surprise, tl.exp(-surprise), tl.exp(-other_surprise)
 
 
 @triton.jit
@@ -172,8 +173,8 @@ def _target_divergence(sums, student_target, teacher_target, DIVERGENCE: tl.cons
     student_odds = (student_target - tl.log2(student_sum)) * LN_2
     teacher_odds = (teacher_target - tl.log2(teacher_sum)) * LN_2
     odds_a, odds_b = _by_role(student_odds, teacher_odds, DIVERGENCE)
-    yes_a, no_a, p_a, q_a = _odds(odds_a)
-    yes_b, no_b, p_b, q_b = _odds(odds_b)
+    odds_a, yes_a, no_a, p_a, q_a = _odds(odds_a)
+    odds_b, yes_b, no_b, p_b, q_b = _odds(odds_b)
     to_b = tl.where(odds_a > 0, q_a - q_b, p_b - p_a)
     if DIVERGENCE == "soft_ce":
         divergence = _weighted(p_a, yes_b) + _weighted(q_a, no_b)
@@ -222,7 +223,7 @@ def _loss(sums, label_shifted, teacher_label_shifted, classes, temperature, fact
         log_sum = tl.log(task_sum)
         cross_entropy = log_sum - label_shifted * unshift
         if APART:
-            cross_entropy = _odds(-cross_entropy)[0]
+            cross_entropy = _odds(-cross_entropy)[1]
             log_sum = cross_entropy + label_shifted * unshift
             shifted_sum += label_shifted
         if SMOOTH:
@@ -250,7 +251,7 @@ def _coefficients(sums, label_shifted, teacher_label_shifted, share, classes, te
         at_teacher *= share * target_weight * factor / temperature
     student_target, teacher_target = -at_student / student_sum, -at_teacher / teacher_sum
     if APART and TASK:
-        others = _odds(label_shifted * temperature * LN_2 - tl.log(task_sum))[3]  # their probability
+        others = _odds(label_shifted * temperature * LN_2 - tl.log(task_sum))[4]  # their probability
         task_factor *= others
         at_student += hard * (label_smoothing - label_smoothing / classes - others)
     return (

@@ -127,7 +127,7 @@ __device__ Terms<A> unknown_terms() {
 
 // A team of kLanes threads has a row, kSize logits of each side in each thread's registers.
 template <typename A, int kLanes, int kSize, int kBlock>
-__global__ void __launch_bounds__(kBlock, 1) few_classes(const __grid_constant__ Problem<A> problem) {
+__global__ void __launch_bounds__(kBlock, sizeof(A) == 4 && kSize == 4 ? 2 : 1) few_classes(const __grid_constant__ Problem<A> problem) {
   constexpr A kInfinity = std::numeric_limits<A>::infinity();
   constexpr int kTeams = kBlock / kLanes;
 #if __CUDA_ARCH__ >= 900
@@ -800,7 +800,7 @@ __global__ void __launch_bounds__(kThreads) add_up(const double* totals, int blo
 
 // Sums, or means, of the rows' terms: a block has one of both.
 template <typename A>
-__global__ void __launch_bounds__(kThreads) add_up_terms(const __grid_constant__ Problem<A> problem, A* sums) {
+__global__ void __launch_bounds__(kThreads, 1) add_up_terms(const __grid_constant__ Problem<A> problem, A* sums) {
   const double divisor = problem.mean ? rows_that_count(problem) : 1;
   const A* const terms = problem.terms + blockIdx.x * problem.rows;
   double total = 0;
