@@ -91,7 +91,8 @@ class Stack:
         """Give each model's weights their gradients, of which the backward pass of one step made the stack's.
 
         Those of a model are scaled down together where their norm is above `max_norm`, as by
-        `torch.nn.utils.clip_grad_norm_`, unless that is 0. Returns the norms before that, ``[N]``. The device is not waited for."""
+        `torch.nn.utils.clip_grad_norm_`, unless that is 0. Returns the norms before that, ``[N]``. The device is not
+        waited for."""
         for embedding in self._embeddings:
             embedding.clear_padding()
         learned = [(weight.grad.unbind(), own) for weight, own in self.weights.items() if weight.grad is not None]

@@ -12,6 +12,7 @@ from fastdistill.models.students import parameter_pruned
 from fastdistill.objectives.base import Objective, WeightedSum
 from fastdistill.objectives.ckd import CKD
 from fastdistill.objectives.distilbert import DistilBERT, OneLabel
+from fastdistill.objectives.dkd import DKD
 from fastdistill.objectives.logits import TaskLoss
 from fastdistill.objectives.metakd import MetaKD
 from fastdistill.objectives.pkd import PKD
@@ -69,6 +70,7 @@ Rule = tuple[Callable[[Asked], Objective], Callable[[Asked], Teacher]]
 BASELINES: dict[Baseline, Rule] = {
     "none": (lambda asked: TaskLoss(asked.smoothing), lambda asked: None),
     "kd": (lambda asked: asked.kd, Asked.taught_by),
+    "dkd": (lambda asked: DKD(label_smoothing=asked.smoothing), Asked.taught_by),
     "pkd": (lambda asked: _beside(asked, "pkd", 100.0, PKD()), Asked.taught_by),
     "ckd": (lambda asked: _beside(asked, "ckd", 1.0, CKD()), Asked.taught_by),
     "distilbert": (lambda asked: DistilBERT(label_smoothing=asked.smoothing, problem=asked.problem), Asked.taught_by),

@@ -74,6 +74,8 @@ class Comparison:
         references: Sequence[str] = ("kd", "finetuned"),
     ) -> None:
         self.started = time.perf_counter()
+        if stages.task.is_regression and settings.compares_with("dkd"):
+            raise ValueError(f"--baselines has dkd, of classes, but {stages.task.name} is regression; leave it out")
         self.settings, self.stages, self.kd, self.own_source = settings, stages, kd, source
         self.references = references
         self.told = Told(

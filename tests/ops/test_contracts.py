@@ -47,7 +47,17 @@ def operands(op: str, layout: str, grad: bool) -> list[tuple[Any, ...]]:
         labels = torch.tensor([[0, 1, -100], [2, 3, 4]])
         options = (2.0, 1.0, 0.5, "reverse_kl", True, -100, 0.1, "mean", grad, grad)
         few = (leaf(2, 3, 5), leaf(2, 3, 5), labels, *options)
-        return [few, (leaf(6, 70), leaf(6, 70), None, 2.0, 1.0, 0.0, "forward_kl", True, -100, 0.0, "none", grad, grad)]
+        return [
+            few,
+            (*few, True),
+            (leaf(6, 70), leaf(6, 70), None, 2.0, 1.0, 0.0, "forward_kl", True, -100, 0.0, "none", grad, grad),
+        ]
+    if op == "dkd_loss":
+        labels = torch.tensor([[0, 1, -100], [2, 3, 4]])
+        options = (2.0, 0.7, 3.0, 0.5, "reverse_kl", True, -100, 0.1, "mean", grad, grad)
+        few = (leaf(2, 3, 5), leaf(2, 3, 5), labels, *options)
+        many = (leaf(6, 70), leaf(6, 70), labels.view(6), 2.0, 1.0, 8.0, 0.0, "forward_kl", True, -100, 0.0, "none")
+        return [few, (*few, True), (*many, grad, grad), (*many, grad, grad, True)]
     if op == "scale_rows":
         return [(plain(5, 7), torch.tensor(2.0)), (plain(5, 7), draw(5))]
     if op == "scale_rows_":
@@ -148,6 +158,10 @@ FUNCTIONS: dict[str, tuple[Callable[..., Tensor], list[tuple[int, ...]]]] = {
         [(4, 5), (4, 5)],
     ),
     "proximity_conv": (fastdistill.proximity_conv, [(4, 7, 5), (4, 7), (6, 5, 3), (6,)]),
+    "dkd_loss": (
+        lambda student, teacher: fastdistill.dkd_loss(student, teacher, LABELS[:4], temperature=2.0),
+        [(4, 5), (4, 5)],
+    ),
     "uncertainty": (fastdistill.uncertainty, [(4, 3, 5)]),
     "hidden_entropy": (fastdistill.hidden_entropy, [(4, 3, 5)]),
     "select_uncertain": (lambda logits: fastdistill.select_uncertain(logits, 0.5), [(8, 5)]),
@@ -295,6 +309,9 @@ def calls() -> dict[str, Callable[[Callable[[Tensor], Any]], Any]]:
         "kd_ce_loss: student_logits": lambda odd: fastdistill.kd_ce_loss(odd(logits), logits),
         "kd_ce_loss: teacher_logits": lambda odd: fastdistill.kd_ce_loss(logits, odd(logits)),
         "kd_ce_loss: labels": lambda odd: fastdistill.kd_ce_loss(logits, logits, odd(logits)),
+        "dkd_loss: student_logits": lambda odd: fastdistill.dkd_loss(odd(logits), logits, LABELS[:4]),
+        "dkd_loss: teacher_logits": lambda odd: fastdistill.dkd_loss(logits, odd(logits), LABELS[:4]),
+        "dkd_loss: labels": lambda odd: fastdistill.dkd_loss(logits, logits, odd(logits)),
         "uncertainty: logits": lambda odd: fastdistill.uncertainty(odd(logits)),
         "hidden_entropy: hidden_states": lambda odd: fastdistill.hidden_entropy(odd(draw(2, 4, 5))),
         "select_uncertain: logits": lambda odd: fastdistill.select_uncertain(odd(logits), 0.5),
@@ -342,6 +359,8 @@ def test_meta_tensors_have_shapes(name: str) -> None:
         function = lambda x, gate: fastdistill.gated_ffn(x, *weights, None, gate)  # noqa: E731
     if name == "kd_ce_loss":
         function = lambda s, t: fastdistill.kd_ce_loss(s, t, LABELS[:4].to("meta"))  # noqa: E731
+    if name == "dkd_loss":
+        function = lambda s, t: fastdistill.dkd_loss(s, t, LABELS[:4].to("meta"))  # noqa: E731
     inputs = [draw(*shape) for shape in shapes]
     on_meta = function(*(x.to("meta") for x in inputs))
     expected = FUNCTIONS[name][0](*inputs)

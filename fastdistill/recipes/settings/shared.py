@@ -21,15 +21,16 @@ STUDENT_LAYERS = "the teacher's layers that the student has"
 
 Divergence = Literal["forward_kl", "soft_ce", "reverse_kl"]
 
-Baseline = Literal["none", "kd", "pkd", "ckd", "distilbert", "tinybert", "metakd", "takd-pruned", "takd"]
+Baseline = Literal["none", "kd", "dkd", "pkd", "ckd", "distilbert", "tinybert", "metakd", "takd-pruned", "takd"]
 """What a method can be compared with; `fastdistill.recipes.baselines` says how each learns."""
 
 BASELINES = (
-    "students to compare with: without a teacher (none), by plain distillation (kd), with hidden states beside it, of "
-    "the first token (pkd) or the relations of all (ckd), by the losses of DistilBERT (distilbert) or TinyBERT "
-    "(tinybert), by plain distillation from a teacher that learns from how its student does on a tenth of the training "
-    "examples (metakd), or from an assistant midway between student and teacher, of first layers (takd; as --chain "
-    "says, if it does) or the teacher without its least expressive heads and neurons (takd-pruned)"
+    "students to compare with: without a teacher (none), by plain distillation (kd), of the label's class apart from "
+    "the others (dkd), with hidden states beside it, of the first token (pkd) or the relations of all (ckd), by the "
+    "losses of DistilBERT (distilbert) or TinyBERT (tinybert), by plain distillation from a teacher that learns from "
+    "how its student does on a tenth of the training examples (metakd), or from an assistant midway between student "
+    "and teacher, of first layers (takd; as --chain says, if it does) or the teacher without its least expressive heads "
+    "and neurons (takd-pruned)"
 )
 
 
