@@ -11,7 +11,7 @@ from transformers import AutoConfig, AutoModelForSequenceClassification, PreTrai
 from transformers.modeling_outputs import SequenceClassifierOutput
 
 from fastdistill.data.tasks import Task
-from fastdistill.models.proximity_conv import proximity_conv
+from fastdistill.ops.proximity_conv import proximity_conv
 
 Form = Literal["paper", "released"]
 Variant = Literal[

@@ -29,8 +29,8 @@ BASELINES = (
     "the others (dkd), with hidden states beside it, of the first token (pkd) or the relations of all (ckd), by the "
     "losses of DistilBERT (distilbert) or TinyBERT (tinybert), by plain distillation from a teacher that learns from "
     "how its student does on a tenth of the training examples (metakd), or from an assistant midway between student "
-    "and teacher, of first layers (takd; as --chain says, if it does) or the teacher without its least expressive heads "
-    "and neurons (takd-pruned)"
+    "and teacher, of first layers (takd; as --chain says, if it does) or the teacher without its least expressive "
+    "heads and neurons (takd-pruned)"
 )
 
 
