@@ -37,9 +37,9 @@ class AutoSKDSettings(RecipeSettings, PlotSettings):
         kind=Listed(Choice((*get_args(Baseline), *get_args(TeamBaseline)))),
         metavar="NAME[,NAME...]",
         alone=("none", "kd", *get_args(TeamBaseline)),
-        help=f"{BASELINES_HELP}; all but those of assistants from the strongest of the team, with labels; or from it by "
-        "this method's loss (single), or by all teachers at once (avgkd, mtbert); none is always there (without a "
-        "NAME: kd,single,avgkd,mtbert)",
+        help=f"{BASELINES_HELP}; those without an assistant learn from the strongest of the team; or from it by this "
+        "method's loss (single), or from all teachers at once (avgkd, mtbert); none is always there (without a NAME: "
+        "kd,single,avgkd,mtbert)",
     )
     team: tuple[str, ...] | None = option(
         None,
