@@ -7,6 +7,7 @@ from typing import get_args
 
 from torch import Tensor
 
+from fastdistill.models.heads import IGNORED
 from fastdistill.objectives.base import Needs, WeightedSum
 from fastdistill.objectives.distilbert import OneLabel
 from fastdistill.objectives.logits import MSE, LogitsKD, TaskLoss
@@ -64,10 +65,13 @@ class MetaKD(WeightedSum):
     def fingerprint(self) -> str:
         return f"MetaKD({super().fingerprint}, quiz={self.quiz!r}, teacher_rate={self.teacher_rate!r})"
 
-    def pull(self, teacher_logits: Tensor, tangent: Tensor) -> Tensor:
+    def pull(self, teacher_logits: Tensor, tangent: Tensor, labels: Tensor) -> Tensor:
         r"""The change of the student's loss as its logits change by `tangent` ``[B, C]``, as far as it depends on the
-        teacher: :math:`-w_{kd}\,\tau\,\frac{1}{B}\sum_b \langle p_{t,b}^\tau, \dot z_b \rangle`."""
+        teacher: :math:`-w_{kd}\,\tau\,\frac{1}{B}\sum_b \langle p_{t,b}^\tau, \dot z_b \rangle`, of the examples
+        that have a label, as the loss itself."""
+        counted = labels == labels if labels.is_floating_point() else labels != IGNORED
+        share = tangent.masked_fill(~counted[:, None], 0) / counted.sum().clamp(min=1)
         if self.problem == "regression":
-            return -2 * self.kd_weight * (teacher_logits * tangent).sum() / len(tangent)
+            return -2 * self.kd_weight * (teacher_logits * share).sum()
         p = (teacher_logits / self.temperature).softmax(-1)
-        return -self.kd_weight * self.temperature * (p * tangent).sum() / len(tangent)
+        return -self.kd_weight * self.temperature * (p * share).sum()

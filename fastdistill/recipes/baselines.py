@@ -7,7 +7,6 @@ from dataclasses import dataclass
 
 from transformers import PreTrainedModel
 
-from fastdistill.models.architectures import blocks
 from fastdistill.models.students import parameter_pruned
 from fastdistill.objectives.base import Objective, WeightedSum
 from fastdistill.objectives.ckd import CKD
@@ -39,6 +38,10 @@ class Asked:
         return self.comparison.kd
 
     @property
+    def temperature(self) -> float:
+        return self.comparison.settings.kd_temperature or 2.0
+
+    @property
     def smoothing(self) -> float:
         return self.comparison.settings.smoothing
 
@@ -60,7 +63,7 @@ class Asked:
             sparsity = settings.student_sparsity / 2
         if sparsity is None:
             assert settings.student_layers is not None
-            sparsity = (1 - settings.student_layers / len(blocks(teacher))) / 2
+            sparsity = (1 - settings.student_layers / teacher.config.num_hidden_layers) / 2
         model = without_the_least_expressive(self.comparison, sparsity)
         return self.comparison.assist(f"assistant-{sparsity:g}", model, teacher).model
 
@@ -71,11 +74,14 @@ BASELINES: dict[Baseline, Rule] = {
     "none": (lambda asked: TaskLoss(asked.smoothing), lambda asked: None),
     "kd": (lambda asked: asked.kd, Asked.taught_by),
     "dkd": (lambda asked: DKD(label_smoothing=asked.smoothing), Asked.taught_by),
-    "pkd": (lambda asked: _beside(asked, "pkd", 100.0, PKD()), Asked.taught_by),
-    "ckd": (lambda asked: _beside(asked, "ckd", 1.0, CKD()), Asked.taught_by),
+    "pkd": (lambda asked: WeightedSum({"logits": (1.0, asked.kd), "pkd": (100.0, PKD())}), Asked.taught_by),
+    "ckd": (lambda asked: WeightedSum({"logits": (1.0, asked.kd), "ckd": (1.0, CKD())}), Asked.taught_by),
     "distilbert": (lambda asked: DistilBERT(label_smoothing=asked.smoothing, problem=asked.problem), Asked.taught_by),
     "tinybert": (lambda asked: TinyBERT(problem=asked.problem), Asked.taught_by),
-    "metakd": (lambda asked: _meta(asked), Asked.taught_by),
+    "metakd": (
+        lambda asked: MetaKD(asked.temperature, label_smoothing=asked.smoothing, problem=asked.problem),
+        Asked.taught_by,
+    ),
     "takd-pruned": (lambda asked: asked.kd, Asked.pruned_assistant),
     "takd": (lambda asked: asked.kd, Asked.assistant),
 }
@@ -111,13 +117,3 @@ def without_the_least_expressive(comparison: Comparison, sparsity: float) -> Pre
     found = comparison.stages.score(scoring)
     assert isinstance(found, Sensitivities)
     return parameter_pruned(teacher, found.expressiveness, sparsity)
-
-
-def _meta(asked: Asked) -> Objective:
-    temperature = asked.comparison.settings.kd_temperature or 2.0
-    return MetaKD(temperature, label_smoothing=asked.smoothing, problem=asked.problem)
-
-
-def _beside(asked: Asked, name: str, weight: float, hidden: Objective) -> Objective:
-    """Plain distillation, and a term of hidden states."""
-    return WeightedSum({"logits": (1.0, asked.kd), name: (weight, hidden)})

@@ -267,8 +267,13 @@ def compare(
 def chain_of(settings: RecipeSettings, depth: int) -> tuple[int, ...]:
     """The layers of the models that follow the teacher, or none; the teacher's own may stand before them. For the
     baseline "takd" there is one midway, if nothing else is asked for."""
+    student = settings.student_layers
+    if settings.compares_with("takd-pruned") and student is not None and student >= depth:
+        raise ValueError(
+            f"--baselines has takd-pruned, but there is no assistant between the student's {student} layers and the "
+            f"teacher's {depth}"
+        )
     if settings.chain is None:
-        student = settings.student_layers
         if student is None or not settings.compares_with("takd"):
             return ()
         if not student < (layers := (student + depth) // 2) < depth:

@@ -56,7 +56,7 @@ def feedback(
         reached = TaskLoss()(SequenceClassifierOutput(logits=forward(moved, quiz[0])), None, quiz[1])
         along = torch.autograd.grad(reached, list(moved.values()), materialize_grads=True)
         tangent = tangent_of(forward, weights, dict(zip(weights, along, strict=True)), train[0])
-    return -look_ahead * objective.pull(answers, tangent)
+    return -look_ahead * objective.pull(answers, tangent, train[1])
 
 
 class MetaTrainer(DistillationTrainer):

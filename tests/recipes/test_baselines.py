@@ -81,8 +81,11 @@ def test_every_recipe_has_them(recipe: str, sources: Path, tmp_path: Path) -> No
 
 @pytest.mark.slow
 def test_of_a_pruned_student_the_assistant_is_pruned_half_as_far(sources: Path, tmp_path: Path) -> None:
-    more = ("--student-sparsity", "0.7", "--sparsity", "0.5", "--baselines", "kd,takd", "--no-plots")
+    more = ("--student-sparsity", "0.7", "--sparsity", "0.25,0.5", "--baselines", "kd,takd", "--no-plots")
     assert main(commands.command("stark", sources, tmp_path, *more)) == 0
+    for name in ("kd", "takd"):  # as often as there are sparsities
+        runs = {path.name for path in (tmp_path / "seed-0").glob(f"{name}*")}
+        assert runs == {name, f"{name}-run-2"}
     assert {"assistant-0.35", "takd", "kd", "trial", "stark"} < results(tmp_path).keys()
 
 
@@ -102,6 +105,9 @@ def test_what_cannot_be_is_said_before_anything_is_trained(
 
     assert "no assistant has more layers than the student's 3 and fewer than the teacher's 4" in asked(
         "--student-layers", "3", "--baselines", "takd"
+    )
+    assert "no assistant between the student's 4 layers and the teacher's 4" in asked(
+        "--student-layers", "4", "--baselines", "takd-pruned"
     )
     assert "'dk' is not among none, kd, pkd" in asked("--student-layers", "2", "--baselines", "kd,dk")
     assert "tinybert, of all heads' attention" in asked(

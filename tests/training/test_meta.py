@@ -60,6 +60,21 @@ def test_the_teachers_gradient_is_that_through_the_students_step(classes: int) -
     assert all(weight.grad is None for weight in student.parameters())
 
 
+def test_an_example_without_a_label_teaches_nothing() -> None:
+    teacher, student = tiny.pair()
+    (features, labels), quiz = (examples(batch) for batch in tiny.batches())
+    found = []
+    for rows, given in (
+        (slice(None), labels.index_fill(0, torch.tensor([3]), -100)),
+        (slice(3), labels[:3]),
+    ):
+        train = {name: value[rows] for name, value in features.items()}, given
+        said = feedback(student, teacher, MetaKD(), train, quiz, STEP)
+        found.append(torch.autograd.grad(said, list(teacher.parameters()), materialize_grads=True))
+    for ours, theirs in zip(*found, strict=True):
+        torch.testing.assert_close(ours, theirs)
+
+
 def trainer(folder: Path, **options: Any) -> MetaTrainer:
     data = tiny.dataset(80)
     given = {"teacher_model": tiny.bert(0, layers=2, dropout=0.0), "objective": MetaKD(), **options}

@@ -7,7 +7,7 @@ from typing import ClassVar, Literal, get_args
 
 from fastdistill.recipes.settings.fields import Choice, Integer, Listed, Text, flag, option
 from fastdistill.recipes.settings.shared import (
-    BASELINES,
+    BASELINES_HELP,
     POSITIVE,
     TASK,
     TEACHER,
@@ -37,9 +37,9 @@ class AutoSKDSettings(RecipeSettings, PlotSettings):
         kind=Listed(Choice((*get_args(Baseline), *get_args(TeamBaseline)))),
         metavar="NAME[,NAME...]",
         alone=("none", "kd", *get_args(TeamBaseline)),
-        help=f"{BASELINES}; all but those of assistants from the strongest of the team, with labels; or from it by "
-        "this method's loss (single), or by all teachers at once (avgkd, mtbert); none is always there (without a "
-        "NAME: kd,single,avgkd,mtbert)",
+        help=f"{BASELINES_HELP}; those without an assistant learn from the strongest of the team; or from it by this "
+        "method's loss (single), or from all teachers at once (avgkd, mtbert); none is always there (without a NAME: "
+        "kd,single,avgkd,mtbert)",
     )
     each_teacher: bool = flag("a student of each of the team alone, with this method's loss (single-NAME)")
     team_chain: bool = flag(

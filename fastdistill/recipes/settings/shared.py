@@ -24,7 +24,7 @@ Divergence = Literal["forward_kl", "soft_ce", "reverse_kl"]
 Baseline = Literal["none", "kd", "dkd", "pkd", "ckd", "distilbert", "tinybert", "metakd", "takd-pruned", "takd"]
 """What a method can be compared with; `fastdistill.recipes.baselines` says how each learns."""
 
-BASELINES = (
+BASELINES_HELP = (
     "students to compare with: without a teacher (none), by plain distillation (kd), of the label's class apart from "
     "the others (dkd), with hidden states beside it, of the first token (pkd) or the relations of all (ckd), by the "
     "losses of DistilBERT (distilbert) or TinyBERT (tinybert), by plain distillation from a teacher that learns from "
@@ -175,7 +175,7 @@ class ComparisonSettings(Settings):
         kind=Listed(Choice(get_args(Baseline))),
         metavar="NAME[,NAME...]",
         alone=("none", "kd"),
-        help=f"{BASELINES} (without a NAME: none,kd)",
+        help=f"{BASELINES_HELP} (without a NAME: none,kd)",
     )
     baseline_runs: int | None = option(
         None,
@@ -214,7 +214,8 @@ class ComparisonSettings(Settings):
     @property
     def distils(self) -> bool:
         """Whether a baseline learns by plain distillation, of which `kd_temperature` is."""
-        return self.chain is not None or self.compares_with("kd", "pkd", "ckd", "metakd", "takd-pruned", "takd")
+        own = {"none", "distilbert", "tinybert"}  # whose losses have temperatures of their own, or none
+        return self.chain is not None or self.compares_with(*(name for name in get_args(Baseline) if name not in own))
 
 
 @dataclass(frozen=True, kw_only=True)
