@@ -231,7 +231,9 @@ def _sweep_kernel(
         )
         student_reference, teacher_reference = student_max * scale, teacher_max * scale
         label_shifted = _shift(label_logit, student_reference, scale, False)
-        teacher_label_shifted = _shift(teacher_label_logit, teacher_reference, scale, False)
+        teacher_label_shifted = label_shifted
+        if APART:
+            teacher_label_shifted = _shift(teacher_label_logit, teacher_reference, scale, False)
         student_sum, task_sum, teacher_sum, gap_sum, shifted_sum = _sweep_sums(
             student_ptr, teacher_ptr, offset, begin, end, label, student_reference, teacher_reference, scale,
             temperature, DTYPE, SIZE, DIVERGENCE, TASK, SMOOTH, POWER, PADDING, APART, False,
@@ -249,7 +251,8 @@ def _sweep_kernel(
                 APART,
             )  # fmt: skip
             label_shifted = _shift(label_logit, student_reference, scale, True)
-            teacher_label_shifted = _shift(teacher_label_logit, teacher_reference, scale, True)
+            if APART:
+                teacher_label_shifted = _shift(teacher_label_logit, teacher_reference, scale, True)
             student_sum, task_sum, teacher_sum, gap_sum, shifted_sum = _sweep_sums(
                 student_ptr, teacher_ptr, narrow, begin, end, label, student_reference, teacher_reference, scale,
                 temperature, DTYPE, NARROW, DIVERGENCE, TASK, SMOOTH, POWER, -float("inf"), APART, True,
