@@ -1,7 +1,7 @@
 """Every op in plain PyTorch: the definition, the tests' oracle, and what runs where no kernel does.
 
-Each function has its op's schema; those of the distillation losses are in `reference_losses`. Gradients are written out,
-so that a test of them against autograd is a test of the formulas that the kernels share.
+Each function has its op's schema; the distillation losses' are in `reference_losses`. Gradients are written out, so
+that a test of them against autograd is a test of the formulas that the kernels share.
 """
 
 from __future__ import annotations

@@ -109,7 +109,10 @@ def dkd_loss(
         moves.append(is_target.to(dtype) - without.softmax(-1))  # the log odds' gradient
     options = temperature, divergence, scale_by_temperature
     weight, value, *grads = _distillation(target_weight, odds[0], odds[1], *options)
-    to_student, to_teacher = (grad[..., :1] * move for grad, move in zip(grads, moves, strict=True))
+    likely = odds[0 if divergence == "reverse_kl" else 1][..., :1] > 0  # then the rest's gradient has the right digits
+    to_student, to_teacher = (
+        torch.where(likely, -grad[..., 1:], grad[..., :1]) * move for grad, move in zip(grads, moves, strict=True)
+    )
     tckd = _Term(weight, value, to_student, to_teacher)
     nckd = _distillation(nontarget_weight, others[0], others[1], *options)
     return _with_cross_entropy(
