@@ -38,6 +38,7 @@ CORES = len(os.sched_getaffinity(0))
 STAGES = ("tests", "benchmarks", "recipes")
 BENCHMARKS = (
     "kd_ce_loss",
+    "dkd_loss",
     "uncertainty",
     "accumulate_sensitivity",
     "gated_attention",

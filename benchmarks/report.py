@@ -31,6 +31,7 @@ BEGIN, END = "<!-- benchmarks: begin -->", "<!-- benchmarks: end -->"
 HEADLINES = {
     "cpu": [
         ("kd_ce_loss", "1024×30522"),
+        ("dkd_loss", "1024×30522"),
         ("uncertainty", "1024×30522"),
         ("gated_ffn and gradients", "32×128×384×1536, 50% off"),
         ("score", "32x128, 2 classes"),
@@ -38,6 +39,7 @@ HEADLINES = {
     ],
     "cuda": [
         ("kd_ce_loss", "8192×128256"),
+        ("dkd_loss", "8192×32000"),
         ("uncertainty", "8192×128256"),
         ("gated_attention", "8×32×4096×128, 50% closed"),
         ("gated_ffn and gradients", "64×512×1024×4096, 50% off"),

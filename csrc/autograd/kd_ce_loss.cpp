@@ -1,5 +1,5 @@
-// Autograd for kd_ce_loss and dkd_loss: what fastdistill/ops registers where there is no compiled module, without the Python
-// frames that cost more than a small batch's arithmetic.
+// Autograd for kd_ce_loss and dkd_loss: what fastdistill/ops/distillation.py registers where there is no compiled module,
+// without the Python frames that cost more than a small batch's arithmetic.
 #include "dispatch.h"
 
 #include <ATen/TensorSubclassLikeUtils.h>
@@ -55,7 +55,8 @@ class Distillation : public torch::autograd::Function<Distillation> {
 
   static variable_list backward(AutogradContext* ctx, const variable_list& grad_outputs) {
     const variable_list saved = ctx->get_saved_variables();
-    TORCH_CHECK(!at::GradMode::is_enabled(), "kd_ce_loss and dkd_loss cannot be differentiated twice (create_graph=True)");
+    TORCH_CHECK(
+        !at::GradMode::is_enabled(), "kd_ce_loss and dkd_loss cannot be differentiated twice (create_graph=True)");
     Tensor grad_output = grad_outputs[0];
     if (grad_output.defined() && ctx->saved_data.count("return_terms"))
       grad_output = grad_output.select(0, 0); // the terms are there to be looked at
@@ -70,7 +71,12 @@ class Distillation : public torch::autograd::Function<Distillation> {
 // The outputs of op, a function of which gradients it is to compute.
 template <typename Op>
 std::tuple<Tensor, Tensor, Tensor> with_autograd(
-    const Tensor& student, const Tensor& teacher, bool student_grad, bool teacher_grad, bool return_terms, const Op& op) {
+    const Tensor& student,
+    const Tensor& teacher,
+    bool student_grad,
+    bool teacher_grad,
+    bool return_terms,
+    const Op& op) {
   const auto out = Distillation::apply(
       student, teacher, student_grad || wants_grad(student), teacher_grad || wants_grad(teacher), return_terms, op);
   return {out[0], out[1], out[2]};
@@ -93,11 +99,12 @@ std::tuple<Tensor, Tensor, Tensor> kd_ce_loss(
     bool return_terms) {
   check_no_torch_func("kd_ce_loss");
   static const auto op = find_op<decltype(kd_ce_loss)>("fastdistill::kd_ce_loss");
-  return with_autograd(student, teacher, student_grad, teacher_grad, return_terms, [&](bool to_student, bool to_teacher) {
+  const auto compute = [&](bool to_student, bool to_teacher) {
     return op.call(
         student, teacher, labels, temperature, kd_weight, ce_weight, divergence, scale_by_temperature,
         ignore_index, label_smoothing, reduction, to_student, to_teacher, return_terms);
-  });
+  };
+  return with_autograd(student, teacher, student_grad, teacher_grad, return_terms, compute);
 }
 
 std::tuple<Tensor, Tensor, Tensor> dkd_loss(
@@ -118,11 +125,12 @@ std::tuple<Tensor, Tensor, Tensor> dkd_loss(
     bool return_terms) {
   check_no_torch_func("dkd_loss");
   static const auto op = find_op<decltype(dkd_loss)>("fastdistill::dkd_loss");
-  return with_autograd(student, teacher, student_grad, teacher_grad, return_terms, [&](bool to_student, bool to_teacher) {
+  const auto compute = [&](bool to_student, bool to_teacher) {
     return op.call(
         student, teacher, labels, temperature, target_weight, nontarget_weight, ce_weight, divergence, scale_by_temperature,
         ignore_index, label_smoothing, reduction, to_student, to_teacher, return_terms);
-  });
+  };
+  return with_autograd(student, teacher, student_grad, teacher_grad, return_terms, compute);
 }
 
 } // namespace

@@ -15,7 +15,8 @@ import pytest
 
 ROOT = Path(__file__).parents[2]
 KERNELS = {
-    "kd_ce_loss": {"_count_kernel", "_reduce_kernel", "_tile_kernel", "_sweep_kernel", "_scale_kernel"},
+    "kd_ce_loss": {"_count_kernel", "_reduce_kernel", "_tile_kernel", "_sweep_kernel"},
+    "scale_rows": {"_scale_kernel"},
     "gated_ffn": {"_bias_act_gate_kernel"},
     "gated_attention": {"_forward_kernel", "_dots_kernel", "_key_value_kernel", "_query_kernel", "_whole_kernel"},
     "proximity_conv": {"_forward_kernel", "_states_kernel", "_weight_kernel"},
@@ -59,6 +60,4 @@ def test_compiles_without_spills(compilers: dict[tuple[str, int], Future[Compile
             weights = 6 if kernel["kernel"] in ("_tile_kernel", "_sweep_kernel") else 0
             assert kernel["double_parameters"] == weights, f"weights passed in less than float64: {kernel}"
         small = [kernel["kernel"] for kernel in kernels if kernel["case"].startswith("32x2 ")]
-        assert small == ["_tile_kernel", "_scale_kernel", "_scale_kernel"] * 2, (
-            "a small batch takes one launch each way"
-        )
+        assert small and set(small) == {"_tile_kernel"}, "a small batch takes one launch"
