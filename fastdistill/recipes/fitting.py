@@ -91,12 +91,12 @@ def fit(
     config: DistillationConfig,
     checkpoint: str | None,
     patience: int | None = None,
-    kind: type[DistillationTrainer] = DistillationTrainer,
+    kind: type[DistillationTrainer] | None = None,
 ) -> Generator[Prepared, None, Fitted]:
     """Train a copy of the model, from its checkpoint on, evaluate it after each epoch, and take the best.
 
     It stops where the copy is to be trained, and gives it: whoever goes on has trained it, with its trainer, which is
-    of that `kind`. With no epochs there is nothing to train, and it does not stop.
+    of that `kind`, a plain one by default. With no epochs there is nothing to train, and it does not stop.
 
     `train_data` has what the teacher says as columns where `teacher` is None. Processes (torchrun, accelerate launch)
     share each batch, and find what one alone would, within rounding, but for dropout, whose numbers are each process's
@@ -107,7 +107,7 @@ def fit(
     objective, callbacks = copy.deepcopy((training.objective, training.callbacks))  # which may learn, or remember
     if EXAMPLE in objective.needs.columns:
         train_data = train_data.add_column(EXAMPLE, np.arange(len(train_data)))
-    trainer = kind(
+    trainer = (kind or DistillationTrainer)(
         model=student,
         teacher_model=teacher,
         objective=objective,

@@ -276,7 +276,7 @@ def test_changed_data_repeat_everything(sources: Path, finished: Path, tmp_path:
     shutil.copytree(finished, output)
     shutil.copytree(sources / "task", task)
     lines = (task / "train.jsonl").read_text().splitlines(keepends=True)
-    (task / "train.jsonl").write_text("".join([lines[1], lines[0], *lines[2:]]))
+    (task / "train.jsonl").write_text("".join([*lines[1:], lines[0]]))
     before = metrics(output)
     assert main(command(tmp_path, output, teacher=os.path.relpath(sources / "encoder", tmp_path))) == 0
     assert {name for name in STAGES if metrics(output)[name]["loss"] == before[name]["loss"]} == set()
