@@ -97,13 +97,13 @@ def fit(
     config: DistillationConfig,
     checkpoint: str | None,
     patience: int | None = None,
-    kind: type[DistillationTrainer] = DistillationTrainer,
+    kind: type[DistillationTrainer] | None = None,
 ) -> Generator[Prepared, None, Fitted]:
     """Train a copy of the model, from its checkpoint on, evaluate it after each epoch, and take the best. What of it is
     not pretrained is drawn by the training's own seed.
 
     It stops where the copy is to be trained, and gives it: whoever goes on has trained it, with its trainer, which is
-    of that `kind`. With no epochs there is nothing to train, and it does not stop.
+    of that `kind`, a plain one by default. With no epochs there is nothing to train, and it does not stop.
 
     `train_data` has what the teacher says as columns where `teacher` is None. Processes (torchrun, accelerate launch)
     share each batch, and find what one alone would, within rounding, but for dropout, whose numbers are each process's
@@ -113,7 +113,7 @@ def fit(
     student = copy.deepcopy(training.model)
     draw_anew(student, config.seed)
     objective, callbacks = copy.deepcopy((training.objective, training.callbacks))  # which may learn, or remember
-    make: Callable[..., DistillationTrainer] = kind
+    make: Callable[..., DistillationTrainer] = kind or DistillationTrainer
     if EXAMPLE in objective.needs.columns:
         train_data = train_data.add_column(EXAMPLE, np.arange(len(train_data)))
     if isinstance(objective, MetaKD):

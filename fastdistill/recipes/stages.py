@@ -172,9 +172,7 @@ class Stages:
         data, teacher = self._taught(training)
         return Waiting(training, folder, came_from, data, teacher, time.perf_counter() - started)
 
-    def begin(
-        self, waiting: Waiting, kind: type[DistillationTrainer] = DistillationTrainer
-    ) -> Generator[Prepared, None, None]:
+    def begin(self, waiting: Waiting, kind: type[DistillationTrainer] | None = None) -> Generator[Prepared, None, None]:
         """The rest of `train`, which stops where it gives what is to be trained, if anything is, by a trainer of that
         kind: whoever goes on has trained it."""
         training, folder = waiting.training, waiting.folder
