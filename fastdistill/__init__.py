@@ -28,13 +28,16 @@ if TYPE_CHECKING:
     from fastdistill.objectives.base import WeightedSum as WeightedSum
     from fastdistill.objectives.ckd import CKD as CKD
     from fastdistill.objectives.dekd import DeKD as DeKD
+    from fastdistill.objectives.distilbert import DistilBERT as DistilBERT
     from fastdistill.objectives.logits import MSE as MSE
     from fastdistill.objectives.logits import LogitsKD as LogitsKD
     from fastdistill.objectives.logits import MultiLabelKD as MultiLabelKD
+    from fastdistill.objectives.metakd import MetaKD as MetaKD
     from fastdistill.objectives.pkd import PKD as PKD
     from fastdistill.objectives.team import MTBERT as MTBERT
     from fastdistill.objectives.team import AvgKD as AvgKD
     from fastdistill.objectives.team import SampledTeacher as SampledTeacher
+    from fastdistill.objectives.tinybert import TinyBERT as TinyBERT
     from fastdistill.ops.accumulate_sensitivity import accumulate_sensitivity_ as accumulate_sensitivity_
     from fastdistill.ops.doctor import doctor as doctor
     from fastdistill.ops.gated_attention import gated_attention as gated_attention
@@ -51,6 +54,7 @@ if TYPE_CHECKING:
     from fastdistill.teachers.team import TeacherTeam as TeacherTeam
     from fastdistill.training.config import DistillationConfig as DistillationConfig
     from fastdistill.training.each_epoch import SelectEachEpoch as SelectEachEpoch
+    from fastdistill.training.meta import MetaTrainer as MetaTrainer
     from fastdistill.training.seq2seq import Seq2SeqDistillationConfig as Seq2SeqDistillationConfig
     from fastdistill.training.seq2seq import Seq2SeqDistillationTrainer as Seq2SeqDistillationTrainer
     from fastdistill.training.trainer import DistillationTrainer as DistillationTrainer
@@ -63,11 +67,14 @@ _LAZY = {
     "AvgKD": "objectives.team",
     "CKD": "objectives.ckd",
     "DeKD": "objectives.dekd",
+    "DistilBERT": "objectives.distilbert",
     "DistillationConfig": "training.config",
     "DistillationTrainer": "training.trainer",
     "LogitsKD": "objectives.logits",
     "MSE": "objectives.logits",
     "MTBERT": "objectives.team",
+    "MetaKD": "objectives.metakd",
+    "MetaTrainer": "training.meta",
     "MultiLabelKD": "objectives.logits",
     "PKD": "objectives.pkd",
     "SampledTeacher": "objectives.team",
@@ -77,6 +84,7 @@ _LAZY = {
     "Seq2SeqDistillationTrainer": "training.seq2seq",
     "TeacherOutputs": "teachers.outputs",
     "TeacherTeam": "teachers.team",
+    "TinyBERT": "objectives.tinybert",
     "WeightedSum": "objectives.base",
     "accumulate_sensitivity_": "ops.accumulate_sensitivity",
     "compact_vocabulary": "models.vocabulary",

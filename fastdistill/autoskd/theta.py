@@ -111,7 +111,7 @@ def theta_gradient(
     if single:
         mixed = torch.stack([torch.vdot(b.flatten(), v.flatten()) for b, v in zip(bend, along, strict=True)]).sum()
     else:
-        tangent = _tangent(forward, weights, dict(zip(weights, along, strict=True)), train.features)
+        tangent = tangent_of(forward, weights, dict(zip(weights, along, strict=True)), train.features)
         mixed = mixed_gradient(tangent, train.team, theta, temperature)
     (found,) = reduce([direct * validation.share - look_ahead * mixed * train.share])
     return found
@@ -134,7 +134,7 @@ def _loss_gradient(
     return list(torch.autograd.grad(loss, inputs, retain_graph=retain_graph, materialize_grads=True))
 
 
-def _tangent(forward: Forward, weights: Weights, along: Weights, features: Mapping[str, Any]) -> Tensor:
+def tangent_of(forward: Forward, weights: Weights, along: Weights, features: Mapping[str, Any]) -> Tensor:
     """How the logits change as the weights move along a direction."""
     with torch.no_grad(), forward_ad.dual_level(), sdpa_kernel(SDPBackend.MATH):
         dual = {name: forward_ad.make_dual(weight.detach(), along[name]) for name, weight in weights.items()}

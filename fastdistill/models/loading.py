@@ -43,11 +43,11 @@ def from_pretrained(folder: str | Path, **options: Any) -> PreTrainedModel:
     """
     import transformers
 
-    from fastdistill.models import image_classifiers  # known to AutoConfig from here on
+    from fastdistill.models import image_classifiers, pwcn  # known to AutoConfig from here on
 
     config = load_config(folder)
     name = (config.architectures or [""])[0]
-    kind = getattr(transformers, name, None) or getattr(image_classifiers, name, None)
+    kind = getattr(transformers, name, None) or getattr(image_classifiers, name, None) or getattr(pwcn, name, None)
     if not isinstance(kind, type) or not issubclass(kind, transformers.PreTrainedModel):
         raise ValueError(f"{folder} has a config that names no model of transformers as its architecture: {name!r}")
     loader: Any = _shaped_by_config(kind, Path(folder)) if is_reshaped(config) else kind

@@ -38,7 +38,9 @@ class Needs:
             labels, nothing is used but the probabilities of both: the loss then stays the same when all logits of an
             example change alike.
         hidden_states: the models must be called with ``output_hidden_states=True``.
-        all_tokens: other tokens than the first matter; by default where hidden states are used.
+        attentions: outputs must have each layer's attention scores, as `fastdistill.models.attention_scores.call` gives
+            them.
+        all_tokens: other tokens than the first matter; by default where hidden states or attention are used.
         lazily: ``teacher`` is to be `fastdistill.TeacherOutputs`, which the objective runs itself, on the rows or for
             the teachers that it asks for; where not, it is the outputs of the whole batch.
         columns: the dataset's, beside the labels, that `Objective.parts` takes by name. The models see none of them but
@@ -54,6 +56,7 @@ class Needs:
     teachers: tuple[str, ...] = ()
     only: Literal["logits", "probabilities"] | None = None
     hidden_states: bool = False
+    attentions: bool = False
     all_tokens: bool | None = None
     lazily: bool = False
     columns: tuple[str, ...] = ()
@@ -64,7 +67,12 @@ class Needs:
 
     def __post_init__(self) -> None:
         if self.all_tokens is None:
-            object.__setattr__(self, "all_tokens", self.hidden_states)
+            object.__setattr__(self, "all_tokens", self.hidden_states or self.attentions)
+
+    @property
+    def asked(self) -> dict[str, bool]:
+        """What models are called with, beside a batch."""
+        return {f"output_{name}": True for name in ("hidden_states", "attentions") if getattr(self, name)}
 
 
 class Objective(ABC):
@@ -186,6 +194,7 @@ def _joint_needs(terms: Mapping[str, Needs]) -> Needs:
         teachers=next(iter(teachers.values()), ()),
         only=None if None in only else "logits" if "logits" in only else "probabilities",
         hidden_states=any(needs.hidden_states for needs in terms.values()),
+        attentions=any(needs.attentions for needs in terms.values()),
         all_tokens=any(needs.all_tokens for needs in terms.values()),
         lazily=any(needs.lazily for needs in taught.values()),
         columns=tuple({column: None for needs in terms.values() for column in needs.columns}),

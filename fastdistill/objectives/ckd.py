@@ -12,6 +12,7 @@ from torch import Tensor
 
 from fastdistill.objectives.base import ATTENTION_MASK, Needs, Objective, weighted_sum
 from fastdistill.objectives.pkd import Pairs, check_pairs, hidden_states, layer_pairs
+from fastdistill.objectives.tokens import mean_of, real_tokens
 from fastdistill.ops.checks import check_number
 from fastdistill.ops.kd_ce_loss import kd_ce_loss
 
@@ -103,7 +104,9 @@ class CKD(Objective):
                 f"pairs is {self.pairs!r}, {len(pairs)} for these models; expected 3 or more, or ltr_pair=0 and "
                 "ltr_triple=0"
             )
-        real = _real_tokens(ours[0], theirs[0], attention_mask)
+        real = real_tokens(ours[0], theirs[0], attention_mask)
+        if real.shape[1] < 2:
+            raise ValueError("attention_mask has 1 token an example; expected 2 or more, to have relations")
         with torch.autocast(real.device.type, enabled=False):
             s = _stack([ours[i] for i, _ in pairs], real)
             t = _stack([theirs[j] for _, j in pairs], real)
@@ -112,28 +115,10 @@ class CKD(Objective):
             losses = {
                 "wr_pair": lambda: _pair_loss(*words).mean(),
                 "wr_triple": lambda: _triple_loss(*words, reach=self.window // 2).mean(),
-                "ltr_pair": lambda: _mean(_pair_loss(*layers), real).mean(),
-                "ltr_triple": lambda: _mean(_triple_loss(*layers, reach=len(pairs)), real).mean(),
+                "ltr_pair": lambda: mean_of(_pair_loss(*layers), real).mean(),
+                "ltr_triple": lambda: mean_of(_triple_loss(*layers, reach=len(pairs)), real).mean(),
             }
             return weighted_sum({name: (w, losses[name]()) for name in TERMS if (w := getattr(self, name))})
-
-
-def _real_tokens(student: Tensor, teacher: Tensor, attention_mask: Tensor | None) -> Tensor:
-    """Which of ``[B, S]`` are tokens, and no padding."""
-    if attention_mask is None:
-        raise ValueError("attention_mask is None; expected 1 for tokens and 0 for padding, [B, S]")
-    if student.shape[:2] != teacher.shape[:2]:
-        raise ValueError(
-            f"teacher has hidden_states of shape {tuple(teacher.shape)}, student {tuple(student.shape)}; expected the "
-            "same [B, S, ...]: of all tokens, and not of the first alone, as stored ones are"
-        )
-    if attention_mask.shape != student.shape[:2]:
-        raise ValueError(
-            f"attention_mask has shape {tuple(attention_mask.shape)}; expected {tuple(student.shape[:2])}, [B, S]"
-        )
-    if attention_mask.shape[1] < 2:
-        raise ValueError("attention_mask has 1 token an example; expected 2 or more, to have relations")
-    return attention_mask != 0
 
 
 def _stack(layers: Sequence[Tensor], real: Tensor) -> Tensor:
@@ -144,10 +129,6 @@ def _stack(layers: Sequence[Tensor], real: Tensor) -> Tensor:
 
 
 # Points are [..., n, d], those that count [..., n]
-
-
-def _mean(values: Tensor, counted: Tensor) -> Tensor:
-    return values.masked_fill(~counted, 0).sum(-1) / counted.sum(-1).clamp(min=1)
 
 
 def _pair_loss(student: Tensor, teacher: Tensor, counted: Tensor) -> Tensor:
@@ -161,7 +142,7 @@ def _pair_loss(student: Tensor, teacher: Tensor, counted: Tensor) -> Tensor:
 
     ours, theirs = cosines(student), cosines(teacher)
     ignored = torch.where(has_others, 0, -100).expand(ours.shape[:-1])
-    return _mean(kd_ce_loss(ours, theirs, ignored, ce_weight=0.0, reduction="none"), counted)
+    return mean_of(kd_ce_loss(ours, theirs, ignored, ce_weight=0.0, reduction="none"), counted)
 
 
 def _triple_loss(student: Tensor, teacher: Tensor, counted: Tensor, *, reach: int) -> Tensor:

@@ -68,7 +68,7 @@ class Beginning:
         )
 
 
-def load(settings: RecipeSettings) -> Splits:
+def load(settings: RecipeSettings, *, aspects: bool = False) -> Splits:
     """The data that is asked for."""
     join()
     data = load_task(
@@ -76,6 +76,7 @@ def load(settings: RecipeSettings) -> Splits:
         max_train_examples=settings.max_train_examples,
         max_eval_examples=settings.max_eval_examples,
         seed=settings.seed,
+        aspects=aspects,
     )
     return splits_of(settings, data)
 

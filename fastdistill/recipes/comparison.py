@@ -15,7 +15,7 @@ from transformers import PreTrainedModel
 
 from fastdistill.models.students import first_layers
 from fastdistill.objectives.base import Objective
-from fastdistill.objectives.logits import MSE, LogitsKD, TaskLoss
+from fastdistill.objectives.logits import MSE, LogitsKD
 from fastdistill.ops.kd_ce_loss import Divergence
 from fastdistill.recipes.begin import Beginning
 from fastdistill.recipes.bootstrap import bootstrap
@@ -56,6 +56,7 @@ class Comparison:
         student_from: whose first layers students and assistants begin as: "teacher" for the teacher's, "pretrained" for
             `source`'s; None where they are no cuts.
         candidates: of the method, for each seed; baselines are trained as often, with other batches.
+        references: students from which the others' differences are told.
     """
 
     def __init__(
@@ -70,9 +71,11 @@ class Comparison:
         source: PreTrainedModel | None = None,
         candidates: int = 1,
         in_place: bool = False,
+        references: Sequence[str] = ("kd", "finetuned"),
     ) -> None:
         self.started = time.perf_counter()
         self.settings, self.stages, self.kd, self.own_source = settings, stages, kd, source
+        self.references = references
         self.told = Told(
             seeds=len(settings.seeds or (settings.seed,)),
             select_on=splits.select_on,
@@ -132,7 +135,7 @@ class Comparison:
 
     def assistant(self, *layers: int) -> PreTrainedModel:
         """First layers by plain distillation, trained when they are first asked for: ``assistant(4)`` learns from the
-        teacher, ``assistant(4, 3)`` from that one (TAKD)."""
+        teacher, which is ``assistant()``, and ``assistant(4, 3)`` from that one (TAKD)."""
         if layers not in self._assistants:
             teacher = self.assistant(*layers[:-1])
             name = "-".join(map(str, ("assistant", *layers)))
@@ -144,16 +147,6 @@ class Comparison:
         trained = self.stages.train(self.measured(self.stages, self.training(name, model, (self.kd, teacher))))
         self.results[name] = trained.result
         return trained
-
-    def baselines(self, chain: tuple[int, ...] = ()) -> dict[str, Learner]:
-        """Those that are asked for: without a teacher, by plain distillation, and from the last but one of a chain."""
-        learners: dict[str, Learner] = {}
-        if self.settings.baselines:
-            learners["finetuned"] = (TaskLoss(self.settings.smoothing), None)
-            learners["kd"] = (self.kd, self._assistants[()].model)
-        if chain:
-            learners["takd"] = (self.kd, self.assistant(*chain[:-1]))
-        return learners
 
     def train(self, trials: Iterable[tuple[Stages, Training]]) -> Iterator[Trained]:
         """All that the executor can train at once, in their order; of each one's points and runs the best on the
@@ -230,8 +223,8 @@ class Comparison:
         return kept[0][0], [outputs for _, outputs in kept]
 
     def _compare_with_baselines(self) -> None:
-        """Into each student's result, how it differs from plain distillation and from no teacher."""
-        for reference in (name for name in ("kd", "finetuned") if name in self._students):
+        """Into each student's result, how it differs from those that are referred to."""
+        for reference in (name for name in self.references if name in self._students):
             labels, theirs = self._outputs(self._students[reference])
             for name, kept in self._students.items():
                 if kept == self._students[reference]:
@@ -268,9 +261,18 @@ def compare(
 
 
 def chain_of(settings: RecipeSettings, depth: int) -> tuple[int, ...]:
-    """The layers of the models that follow the teacher, or none; the teacher's own may stand before them."""
+    """The layers of the models that follow the teacher, or none; the teacher's own may stand before them. For the
+    baseline "takd" there is one midway, if nothing else is asked for."""
     if settings.chain is None:
-        return ()
+        student = settings.student_layers
+        if student is None or not settings.compares_with("takd"):
+            return ()
+        if not student < (layers := (student + depth) // 2) < depth:
+            raise ValueError(
+                f"--baselines has takd, but no assistant has more layers than the student's {student} and fewer than "
+                f"the teacher's {depth}"
+            )
+        return layers, student
     chain = settings.chain[1:] if settings.chain[0] == depth else settings.chain
     falling = all(a > b for a, b in zip((depth, *chain), chain, strict=False))
     if len(chain) < 2 or not falling or chain[-1] != settings.student_layers:

@@ -12,15 +12,17 @@ import pyarrow.compute as pc
 import torch
 from transformers import DataCollatorWithPadding
 
+from fastdistill.data.aspects import AspectCollator, measured
 from fastdistill.data.images import Augmented, ImageCollator, pixels, size_of
 from fastdistill.data.load import tokenize
+from fastdistill.data.parsing import Parser
 from fastdistill.data.tasks import Task
 from fastdistill.recipes.splits import Splits
 from fastdistill.teachers.store import Collate
 
 if TYPE_CHECKING:
     from datasets import Dataset
-    from transformers import PreTrainedTokenizerBase
+    from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 
 @dataclass(frozen=True)
@@ -61,6 +63,19 @@ def of_text(data: Splits, tokenizer: PreTrainedTokenizerBase, max_length: int | 
     mismatched = None if data.mismatched is None else by_length(data.mismatched)
     evaluated = (by_length(data.select), by_length(data.report))
     return Examples(data.task, train, *evaluated, DataCollatorWithPadding(tokenizer), tokenizer, mismatched)
+
+
+def of_aspects(data: Splits, tokenizer: PreTrainedTokenizerFast, parser: Parser | None) -> Examples:
+    """Words and their distances from the aspect; all but `train` are in the order of their length."""
+
+    def by_length(split: Dataset) -> Dataset:
+        found = measured(split, tokenizer, parser)
+        return found.select(np.argsort(found["length"][:], kind="stable"))
+
+    train = measured(data.train, tokenizer, parser)
+    mismatched = None if data.mismatched is None else by_length(data.mismatched)
+    evaluated = (by_length(data.select), by_length(data.report))
+    return Examples(data.task, train, *evaluated, AspectCollator(), tokenizer, mismatched)
 
 
 def of_images(data: Splits, *, augment: bool = False) -> Examples:

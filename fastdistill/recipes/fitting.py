@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -21,12 +22,14 @@ from fastdistill.data.metrics import compute_metrics
 from fastdistill.models.drawing import draw_anew
 from fastdistill.models.first_token import first_token_only
 from fastdistill.models.vocabulary import can_compact, compact_vocabulary
+from fastdistill.objectives.metakd import MetaKD
 from fastdistill.objectives.selection import EXAMPLE
 from fastdistill.recipes.best import BestEpoch
 from fastdistill.recipes.examples import Examples
 from fastdistill.recipes.optimization import Optimization
 from fastdistill.recipes.training import Teacher, Training
 from fastdistill.training.config import DistillationConfig
+from fastdistill.training.meta import MetaTrainer
 from fastdistill.training.trainer import DistillationTrainer
 
 if TYPE_CHECKING:
@@ -73,10 +76,14 @@ def fit(
     student = copy.deepcopy(training.model)
     draw_anew(student, config.seed)
     objective, callbacks = copy.deepcopy((training.objective, training.callbacks))  # which may learn, or remember
+    make: Callable[..., DistillationTrainer] = DistillationTrainer
     if EXAMPLE in objective.needs.columns:
         train_data = train_data.add_column(EXAMPLE, np.arange(len(train_data)))
+    if isinstance(objective, MetaKD):
+        held_out = train_data.train_test_split(test_size=objective.quiz, seed=config.seed)
+        train_data, make = held_out["train"], partial(MetaTrainer, quiz_dataset=held_out["test"])
     shown = train_data if examples.augment is None else examples.augment(train_data, seed=config.seed)
-    trainer = DistillationTrainer(
+    trainer = make(
         model=student,
         teacher_model=teacher,
         objective=objective,

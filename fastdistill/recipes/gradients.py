@@ -12,6 +12,7 @@ from accelerate import PartialState  # type: ignore[import-untyped]
 from accelerate.utils import send_to_device  # type: ignore[import-untyped]
 from rich.table import Table
 
+from fastdistill.models.attention_scores import call
 from fastdistill.models.drawing import draw_anew
 from fastdistill.models.first_token import first_token_only
 from fastdistill.models.inputs import inputs_of
@@ -45,7 +46,7 @@ def gradient_norms(training: Training, data: Dataset, collate: Collate, seed: in
     rows = rows.select_columns([name for name in rows.column_names if name != "length"])
     batch = send_to_device(dict(collate(list(rows))), device)
     features = {name: value for name, value in batch.items() if name not in own_columns(objective)}
-    asked_too = {"output_hidden_states": True} if objective.needs.hidden_states else {}
+    asked_too = objective.needs.asked
 
     def said(name: str) -> TeacherOutputs:
         teacher: Any = teachers.get(name)
@@ -59,7 +60,7 @@ def gradient_norms(training: Training, data: Dataset, collate: Collate, seed: in
     weights = list(student.parameters())
     narrowed = () if objective.needs.all_tokens else (student, *filter(None, teachers.values()))
     with evaluating(student, trained=weights), first_token_only(*narrowed):
-        ours = student(**inputs_of(student, features), **asked_too)
+        ours = call(student, inputs_of(student, features) | asked_too)
         found = objective.summands(ours, as_needed(objective, outputs), batch["labels"], **columns)
         norms = {}
         for name, loss in found.items():

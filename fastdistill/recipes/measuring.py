@@ -20,6 +20,7 @@ from transformers import PreTrainedModel
 from fastdistill.digest import model_digest
 from fastdistill.models.scores import Scores
 from fastdistill.objectives.base import Objective
+from fastdistill.sensitivity.importance import importance
 from fastdistill.sensitivity.units import Sensitivities, score
 from fastdistill.sensitivity.weights import WeightScores, WeightSensitivities, score_weights
 from fastdistill.teachers.store import Collate
@@ -38,6 +39,7 @@ class Scoring:
         reduce: as of `fastdistill.score`.
         on: the examples.
         of_weights: of the weights.
+        dynabert: DynaBERT's importance in the place of sensitivities.
     """
 
     name: str
@@ -47,13 +49,15 @@ class Scoring:
     reduce: Literal["example", "batch"] = "example"
     on: Literal["train", "validation"] = "train"
     of_weights: bool = False
+    dynabert: bool = False
 
     @property
     def kinds(self) -> tuple[str, ...]:
         return ("expressiveness",) if self.student is None else ("expressiveness", "friendliness")
 
     def came_from(self) -> dict[str, Any]:
-        return {
+        own = {"dynabert": True} if self.dynabert else {}
+        return own | {
             "objective": "None" if self.objective is None else self.objective.fingerprint,
             "reduce": self.reduce,
             "on": self.on,
@@ -76,6 +80,8 @@ class Scoring:
         loader = DataLoader(data.remove_columns("length"), batch_size, collate_fn=collate)
         options: dict[str, Any] = {"objective": self.objective, "progress": processes.is_main_process}
         with _moved(processes.device, self.teacher, self.student):
+            if self.dynabert:
+                return Sensitivities(importance(self.teacher, loader, progress=processes.is_main_process), None)
             if self.of_weights:
                 return score_weights(self.teacher, loader, self.student, **options)
             return score(self.teacher, loader, self.student, reduce=self.reduce, checkpoint=checkpoint, **options)

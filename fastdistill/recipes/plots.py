@@ -68,6 +68,21 @@ def metric_by_share(
     return _save(figure, path)
 
 
+def levels(path: Path, metric: str, of: Mapping[str, Levels], caption: str) -> Path:
+    """A model a row, the first above: its metric, and its interval, a bar."""
+    figure, axes = _figure(f"{metric} %", "")
+    for place, (value, low, high) in enumerate(of.values()):
+        axes.hlines(place, 100 * low, 100 * high, color="grey")
+        axes.plot(100 * value, place, marker="o", color="C0")
+    axes.set_yticks(range(len(of)), list(of))
+    axes.set_ylim(len(of) - 0.5, -0.5)
+    left, right = axes.get_xlim()
+    more = max(0.0, 100 * LEAST_SPAN - (right - left)) / 2
+    axes.set_xlim(left - more, right + more)
+    _caption(figure, f"{caption}; bars hold 95 % of resamples")
+    return _save(figure, path)
+
+
 def heat_map(path: Path, layers: Sequence[Tensor], label: str, caption: str) -> Path:
     """A layer a row, the first at the bottom, and a head a column; heads that are not there are left out."""
     figure, axes = _figure("head", "layer")

@@ -159,7 +159,7 @@ def against(result: Mapping[str, Any], reference: str) -> str:
 
 def differences_table(task: Task, results: Results) -> Table | None:
     """One row a student: its differences from the baselines, where there are any."""
-    references = [name for name in ("kd", "finetuned") if any(name in of.get("against", {}) for of in results.values())]
+    references = list(dict.fromkeys(name for of in results.values() for name in of.get("against", {})))
     if not references:
         return None
     table = Table("student", title=f"{task.name}: differences in points, with 95 % intervals")

@@ -15,6 +15,7 @@ from transformers.modeling_outputs import SequenceClassifierOutput
 
 from fastdistill.digest import digest, model_digest, tensor_pieces
 from fastdistill.files import check_file, load_tensors, save_tensors
+from fastdistill.models.attention_scores import call
 from fastdistill.models.first_token import first_token_only
 from fastdistill.models.fit import check_finite, check_model
 from fastdistill.models.heads import head_of
@@ -226,7 +227,7 @@ def check_loader(loader: object) -> None:
 def outputs_of(model: PreTrainedModel, features: Mapping[str, Any], other: PreTrainedModel | None) -> Any:
     """What a model says to a batch of which it and the other take their own, with logits as its labels are."""
     inputs = inputs_of(model, features, others=[] if other is None else [other])
-    return head_of(model).aligned(model(**inputs), features)
+    return head_of(model).aligned(call(model, inputs), features)
 
 
 def split_batch(
@@ -255,8 +256,8 @@ def split_batch(
     batch = {k: v.to(device, non_blocking=True) if isinstance(v, Tensor) else v for k, v in batch.items()}
     own = {name for name in objective.needs.columns if name != ATTENTION_MASK}
     features = {name: value for name, value in batch.items() if name not in own}
-    if student is not None and objective.needs.hidden_states:
-        features["output_hidden_states"] = True
+    if student is not None:
+        features |= objective.needs.asked
     return features, {name: batch[name] for name in objective.needs.columns}, labels.to(device), labelled
 
 

@@ -11,6 +11,8 @@ import torch
 from torch import Tensor, nn
 from transformers.modeling_outputs import SequenceClassifierOutput
 
+from fastdistill.models.attention_scores import call
+
 LOGITS = "_logits"
 HIDDEN_STATES = "_hidden_states"
 """Of a teacher named "teacher" the dataset columns "teacher_logits" [C] and "teacher_hidden_states" [L+1, d], the
@@ -71,7 +73,7 @@ class TeacherOutputs:
     def _forward(self, features: Mapping[str, Any]) -> Any:
         assert self.model is not None
         with torch.no_grad(), self.autocast():
-            outputs = self.model(**features)
+            outputs = call(self.model, features)
             return self._given(outputs if self.aligned is None else self.aligned(outputs, features))
 
     def _given(self, outputs: Any) -> Any:

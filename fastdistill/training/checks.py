@@ -133,6 +133,11 @@ def check_objective(
     for column in objective.needs.columns:
         if columns and column not in columns:
             raise ValueError(f"train_dataset has no column {column!r}, which objective {objective} needs")
+    if objective.needs.attentions and is_causal(student):
+        raise ValueError(
+            f"objective {objective} compares attention scores, but model is a {type(unwrapped(student)).__name__}, "
+            "whose tokens attend to none after them; expected an encoder"
+        )
     if not objective.needs.teacher:
         if teachers:
             raise ValueError(f"teacher_model is given but objective {objective} uses no teacher; expected None")
@@ -156,6 +161,11 @@ def _check_source(
 ) -> None:
     """That a teacher's outputs are to be had, from columns or a model."""
     if name + LOGITS in columns:
+        if objective.needs.attentions:
+            raise ValueError(
+                f"objective {objective} needs the teacher's attention scores, which no column has, but the teacher is "
+                f"not run where train_dataset has the column {name + LOGITS!r}; expected a dataset without it"
+            )
         is_first = name == (*objective.needs.teachers, TEACHER)[0]
         if is_first and objective.needs.hidden_states and name + HIDDEN_STATES not in columns:
             raise ValueError(

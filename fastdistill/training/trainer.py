@@ -17,6 +17,7 @@ from transformers import TrainingArguments
 from transformers.modeling_outputs import SequenceClassifierOutput
 
 from fastdistill.models.architectures import ARCHITECTURES, encoder_layers
+from fastdistill.models.attention_scores import call
 from fastdistill.models.heads import LABELS, head_of, used_states
 from fastdistill.models.inputs import inputs_of, taken_by
 from fastdistill.models.sharing import CONFIG_KEY
@@ -165,9 +166,8 @@ class DistillationTrainer(ResumableTrainer):
             return (loss, self.head.told(student, logits)) if return_outputs else loss
 
         needs = self.objective.needs
-        asked = {"output_hidden_states": True} if needs.hidden_states else {}
-        teacher = self.teacher_outputs(batch | asked, inputs)
-        student = model(**features, **asked)
+        teacher = self.teacher_outputs(batch | needs.asked, inputs)
+        student = call(model, features | needs.asked)
         seen = self._seen(own_model, student, batch)
         counts = self.head.counted(labels, inputs)
         if labels is None and counts is not None:

@@ -135,6 +135,10 @@ def test_a_training_on_crops_that_was_cut_off_ends_as_one_that_was_not(
             "--teacher, --chain would have no effect: squares is a task of images; leave it out",
         ),
         (("--student", "wrn-10-1", "--team", "wrn-10-1,resnet-8", "--team-from", "teacher"), "--team-from teacher"),
+        (
+            ("--student", "wrn-10-1", "--team", "wrn-10-1,resnet-8", "--baselines", "kd,avgkd,takd,pkd"),
+            "--baselines has pkd, takd, of a text's tokens and layers; leave it out",
+        ),
     ],
 )
 def test_what_cannot_be(more: tuple[str, ...], said: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -38,8 +38,9 @@ def test_what_is_not_given_is_the_default() -> None:
 def test_the_command_line_asks_the_same(settings: type[RecipeSettings]) -> None:
     parser = argparse.ArgumentParser()
     add_arguments(parser, settings)
-    given = ["--task", "sst2", "--teacher", "minilm", "--student-layers", "2", "--output", "run"]
-    assert from_arguments(settings, parser.parse_args(given)) == settings(**ASKED)
+    asked: dict[str, Any] = {name: value for name, value in ASKED.items() if name not in settings.unused}
+    given = [str(part) for name, value in asked.items() for part in (f"--{name.replace('_', '-')}", value)]
+    assert from_arguments(settings, parser.parse_args(given)) == settings(**asked)
     assert all(field.metadata["option"].help for field in fields(settings))
 
 
@@ -47,6 +48,23 @@ def test_lists_are_kept_as_tuples() -> None:
     asked = DeKDSettings(**ASKED, ratio=[0.25, 0.5], without=[["ds"], ["ta", "doa"]])  # type: ignore[arg-type]
     assert asked.ratio == (0.25, 0.5)
     assert asked.without == (("ds",), ("ta", "doa"))
+
+
+def test_baselines_without_names_are_those_of_true() -> None:
+    for settings, meant in (
+        (KDSettings, ("none", "kd")),
+        (AutoSKDSettings, ("none", "kd", "single", "avgkd", "mtbert")),
+    ):
+        parser = argparse.ArgumentParser()
+        add_arguments(parser, settings)
+        given = ["--task", "sst2", "--teacher", "minilm", "--student-layers", "2", "--output", "run"]
+        alone = from_arguments(settings, parser.parse_args([*given, "--baselines"]))
+        assert alone == settings(**ASKED, baselines=True)
+        assert alone.baselines == meant
+        assert settings(**ASKED, baselines=False) == settings(**ASKED)
+        named = from_arguments(settings, parser.parse_args([*given, "--baselines", "pkd, takd"]))
+        assert named == settings(**ASKED, baselines=["pkd", "takd"])
+        assert named.baselines == ("pkd", "takd")
 
 
 def test_what_is_offered_is_what_the_ops_have() -> None:
@@ -72,7 +90,25 @@ def test_what_is_offered_is_what_the_ops_have() -> None:
         (KDSettings, {"student_layers": None}, "student_layers is None; expected an integer of at least 1"),
         (KDSettings, {"divergence": "js"}, "divergence is 'js'; expected one of forward_kl, soft_ce, reverse_kl"),
         (KDSettings, {"seeds": (1, 1)}, r"seeds is \(1, 1\); expected one or more, each an integer .*, all different"),
+        (
+            KDSettings,
+            {"baselines": ("dk",)},
+            r"baselines is \('dk',\); expected one or more, each one of none, kd, pkd",
+        ),
+        (KDSettings, {"baselines": "kd"}, "baselines is 'kd'; expected one or more"),
+        (KDSettings, {"student_layers": 1, "baselines": ("ckd",)}, "--student-layers is 1; --baselines ckd relates"),
+        (
+            KDSettings,
+            {"baselines": ("none",), "kd_temperature": 3.0},
+            "--kd-temperature would have no effect without --baselines",
+        ),
         (KDSettings, {"seeds": 1}, "seeds is 1; expected one or more"),
+        (
+            StarkSettings,
+            {"selection": ("dynabert",), "unstructured": True},
+            "--selection dynabert is of heads and neurons",
+        ),
+        (StarkSettings, {"selection": ("dynabert",), "tradeoff": (0.1,)}, "--tradeoff would have no effect"),
         (KDSettings, {"seeds": ()}, r"seeds is \(\); expected one or more"),
         (
             StarkSettings,

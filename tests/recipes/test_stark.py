@@ -197,6 +197,24 @@ def test_regression_and_the_published_codes_way(sources: Path, tmp_path: Path) -
 
 
 @pytest.mark.slow
+def test_dynaberts_importance_selects_within_each_layer(sources: Path, tmp_path: Path) -> None:
+    """Nothing of a student is scored for it, and all seeds have the same teachers."""
+    output = tmp_path / "run"
+    more = ("--selection", "dynabert", "--sparsity", "0.5", "--score-on", "validation", "--seeds", "0,7", "--no-plots")
+    assert main(command(sources, output, *more)) == 0
+    assert {"trial", "stark-dynabert"} < record(output)["results"].keys()
+    dense = fastdistill.from_pretrained(output / "teacher")
+    scores = fastdistill.Scores.load(output / "importance" / "expressiveness.safetensors")
+    expected = fastdistill.prune(dense, scores, 0.5, uniform=True).state_dict()
+    for seed in ("seed-0", "seed-7"):
+        assert not (output / seed / "scores").exists()
+        teacher = fastdistill.from_pretrained(output / seed / "teacher-stark-dynabert-0.5")
+        assert {block.neurons for block in blocks(teacher)} == {16}
+        for name, value in teacher.state_dict().items():
+            assert torch.equal(value, expected[name]), name
+
+
+@pytest.mark.slow
 def test_a_grid_keeps_the_best(sources: Path, tmp_path: Path) -> None:
     more = ["--sparsity", "0.5", "--learning-rate-grid", "0.01,0.00001", "--batch-size-grid", "8,16", "--no-plots"]
     arguments = command(sources, tmp_path / "run")

@@ -23,6 +23,7 @@ from fastdistill.objectives.base import Objective
 from fastdistill.objectives.logits import TaskLoss
 from fastdistill.objectives.team import MTBERT, AvgKD, SampledTeacher
 from fastdistill.recipes import plots
+from fastdistill.recipes.baselines import baselines
 from fastdistill.recipes.comparison import Comparison, Learner
 from fastdistill.recipes.folder import UNFINISHED
 from fastdistill.recipes.methods.teams import Member, stored, taught_by, team_of, through
@@ -107,14 +108,13 @@ def _train_baselines(
     team: Mapping[str, Member],
     strongest: str,
 ) -> None:
-    """Without a teacher, down the chains, and from the strongest."""
+    """Those of one teacher at most: without, from the strongest, from an assistant, and down the team."""
     own = comparison.stages
     learners: dict[str, tuple[Stages, Learner]] = {"finetuned": (own, (TaskLoss(settings.smoothing), None))}
-    if chain:
-        learners["takd"] = own, (comparison.kd, comparison.assistant(*chain[:-1]))
-    teachers = {"takd-team": through(comparison, team)} if settings.team_chain else {}
-    if settings.baselines:
-        teachers["kd"] = team[strongest]
+    learners |= {name: (own, one) for name, one in baselines(comparison, chain, team[strongest].model).items()}
+    teachers = {"kd": team[strongest]} if "kd" in learners else {}
+    if settings.team_chain:
+        teachers["takd-team"] = through(comparison, team)
     for name, member in teachers.items():
         stages, teacher = taught_by(own, member)
         learners[name] = stages, (comparison.kd, teacher)
@@ -138,14 +138,14 @@ def _try(
         thetas["phase-1"] = [run.phase_1(settings.phase_1_candidates) for run in runs]
     if settings.random_candidates:
         thetas["random"] = [run.random(settings.random_candidates) for run in runs]
+    wanted, temperature = set(settings.baselines or ()), settings.temperature
     mixed: dict[str, Objective] = {}
-    temperature = settings.temperature
     if settings.each_teacher:
         mixed = {f"single-{name}": AvgKD((name,), temperature) for name in names}
-    elif settings.baselines:
+    elif "single" in wanted:
         mixed = {"single": AvgKD((strongest,), temperature)}
-    if settings.baselines:
-        mixed |= {"avgkd": AvgKD(names, temperature), "mtbert": MTBERT(names, temperature)}
+    of_all = {"avgkd": AvgKD(names, temperature), "mtbert": MTBERT(names, temperature)}
+    mixed |= {name: objective for name, objective in of_all.items() if name in wanted}
 
     def trials() -> Iterator[tuple[Stages, Training]]:
         for name, objective in mixed.items():
@@ -159,7 +159,7 @@ def _try(
     trained = comparison.train(trials())
     for name in mixed:
         comparison.summarize(name, [next(trained).result for _ in runs])
-    if settings.baselines and settings.each_teacher:
+    if settings.each_teacher and "single" in wanted:
         comparison.name_too(f"single-{strongest}", "single")
     return {kind: _best(comparison, kind, by_seed, trained) for kind, by_seed in thetas.items()}
 

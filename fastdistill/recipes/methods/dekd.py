@@ -14,6 +14,7 @@ from transformers import PreTrainedModel
 from fastdistill.models.students import first_layers
 from fastdistill.objectives.dekd import DeKD
 from fastdistill.recipes import plots
+from fastdistill.recipes.baselines import baselines
 from fastdistill.recipes.begin import begin
 from fastdistill.recipes.comparison import Comparison, Learner, chain_of, compare
 from fastdistill.recipes.output import of_one_run
@@ -53,7 +54,7 @@ def dekd(settings: DeKDSettings) -> Report:
     variants = variants_of(settings)
     assistant_layers = _assistant_layers(settings, beginning.depth, variants)
     chain = chain_of(settings, beginning.depth)
-    _refuse_without_effect(settings, distils=bool(assistant_layers or chain or settings.baselines))
+    _refuse_without_effect(settings, distils=bool(assistant_layers) or settings.distils)
     comparison = compare(beginning)
 
     teacher = comparison.teach(beginning.teacher())
@@ -66,7 +67,7 @@ def dekd(settings: DeKDSettings) -> Report:
     }
     comparison.students(
         [
-            *(comparison.baseline(name, student, learner) for name, learner in comparison.baselines(chain).items()),
+            *(comparison.baseline(name, student, learner) for name, learner in baselines(comparison, chain).items()),
             *(_training(comparison, name, student, one, settings.store_hidden_states) for name, one in own.items()),
         ]
     )
@@ -151,7 +152,7 @@ def _refuse_without_effect(settings: DeKDSettings, *, distils: bool) -> None:
             f"--kd-temperature is {settings.kd_temperature:g}, but no model learns by plain distillation: there is no "
             "assistant, and neither --baselines nor --chain"
         )
-    if settings.label_smoothing and not settings.ce_weight and not distils:
+    if settings.label_smoothing and not settings.ce_weight and not distils and not settings.baselines:
         raise ValueError(f"--label-smoothing is {settings.label_smoothing:g}, but no student learns labels")
 
 

@@ -7,6 +7,7 @@ from fastdistill.models.students import first_layers
 from fastdistill.objectives.base import Objective
 from fastdistill.objectives.logits import MSE, LogitsKD, TaskLoss
 from fastdistill.ops.kd_ce_loss import Divergence
+from fastdistill.recipes.baselines import baselines
 from fastdistill.recipes.begin import begin
 from fastdistill.recipes.comparison import Learner, chain_of, compare
 from fastdistill.recipes.output import of_one_run
@@ -31,12 +32,12 @@ def kd(settings: KDSettings) -> Report:
     teacher = comparison.teach(beginning.teacher())
     student = first_layers(comparison.source, settings.student_layers)
     learners: dict[str, Learner] = {"finetuned": (TaskLoss(settings.smoothing), None)}
-    learners |= comparison.baselines(chain)
+    learners |= baselines(comparison, chain)
     learners["distilled"] = (objective, teacher.model)
     if objective == comparison.kd:
         learners.pop("kd", None)  # it is the method itself
     comparison.students(comparison.baseline(name, student, learner) for name, learner in learners.items())
-    if settings.baselines and "kd" not in learners:
+    if settings.compares_with("kd") and "kd" not in learners:
         comparison.name_too("distilled", "kd")
 
     record = beginning.record() | {"objective": repr(objective)}

@@ -15,6 +15,7 @@ from fastdistill.models.students import first_layers, shuffled_sharing
 from fastdistill.objectives.base import Objective, WeightedSum
 from fastdistill.objectives.logits import LogitsKD, TaskLoss
 from fastdistill.objectives.pkd import PKD
+from fastdistill.recipes.baselines import baselines
 from fastdistill.recipes.begin import Beginning, begin
 from fastdistill.recipes.comparison import Comparison, chain_of, compare
 from fastdistill.recipes.methods.ptp import (
@@ -63,12 +64,12 @@ def peakd(settings: PeaKDSettings) -> Report:
 
     teacher = comparison.teach(beginning.teacher())
     student = first_layers(comparison.source, settings.student_layers)
-    baselines = {
-        name: comparison.baseline(name, student, learner) for name, learner in comparison.baselines(chain).items()
+    others = {
+        name: comparison.baseline(name, student, learner) for name, learner in baselines(comparison, chain).items()
     }
-    if "kd" in baselines:  # as long as the student learns in all
-        baselines["kd-longer"] = replace(baselines["kd"], name="kd-longer", epochs=settings.epochs + ptp_epochs)
-    comparison.students(baselines.values())
+    if "kd" in others:  # as long as the student learns in all
+        others["kd-longer"] = replace(others["kd"], name="kd-longer", epochs=settings.epochs + ptp_epochs)
+    comparison.students(others.values())
 
     labels = _labels(settings, beginning, comparison.stages, teacher.model, threshold)
     runs = [_Run(settings, comparison, stages, teacher.model, student, labels) for stages in comparison.seeded]

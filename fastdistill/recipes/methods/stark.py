@@ -19,13 +19,14 @@ from fastdistill.models.budgets import parameters_without, within
 from fastdistill.models.pruning import prune
 from fastdistill.models.scores import UNITS, Scores, random_scores
 from fastdistill.models.sharing import refuse_shared
-from fastdistill.models.students import first_layers, parameter_pruned
+from fastdistill.models.students import first_layers
 from fastdistill.objectives.base import Objective, WeightedSum
 from fastdistill.objectives.ckd import CKD
 from fastdistill.objectives.logits import TaskLoss
 from fastdistill.objectives.pkd import PKD
 from fastdistill.ops.kd_ce_loss import Divergence
 from fastdistill.recipes import plots
+from fastdistill.recipes.baselines import baselines, without_the_least_expressive
 from fastdistill.recipes.begin import begin
 from fastdistill.recipes.comparison import Comparison, Learner, chain_of, compare
 from fastdistill.recipes.measuring import Scoring
@@ -33,13 +34,18 @@ from fastdistill.recipes.methods.kd import logits_objective
 from fastdistill.recipes.output import of_one_run
 from fastdistill.recipes.report import Report, percent, summary
 from fastdistill.recipes.settings import StarkSettings
-from fastdistill.recipes.settings.stark import Selection
+from fastdistill.recipes.settings.stark import KNOWLEDGEABLE, Selection
 from fastdistill.recipes.stages import Stages
 from fastdistill.recipes.training import Trained, Training
 from fastdistill.sensitivity.units import Sensitivities
 from fastdistill.sensitivity.weights import WeightScores, WeightSensitivities, mask_weights, random_weight_scores
 
-NAMES: dict[Selection, str] = {"knowledge": "stark", "random": "stark-rand", "auto": "stark-auto"}
+NAMES: dict[Selection, str] = {
+    "knowledge": "stark",
+    "random": "stark-rand",
+    "auto": "stark-auto",
+    "dynabert": "stark-dynabert",
+}
 """What students are called, by how what is pruned is selected."""
 
 DIVERGENCE: Divergence = "soft_ce"
@@ -78,10 +84,10 @@ def stark(settings: StarkSettings) -> Report:
     comparison = compare(beginning, divergence=DIVERGENCE, candidates=settings.candidates)
 
     teacher = comparison.teach(beginning.teacher())
-    student = _student(settings, comparison, teacher)
-    baselines = comparison.baselines(chain) | _pruned_assistant(settings, comparison, teacher)
+    student = _student(settings, comparison)
+    others = baselines(comparison, chain)
     runs = [_Run(settings, comparison, stages, student, teacher, objective) for stages in comparison.seeded]
-    _try(comparison, runs, baselines, of_teacher)
+    _try(comparison, runs, others, of_teacher)
     variants = variants_of(settings)
     trained = comparison.train(trial for run in runs for trial in run.students_to_train(variants))
     for run in runs:
@@ -96,23 +102,23 @@ def stark(settings: StarkSettings) -> Report:
 
 
 def variants_of(settings: StarkSettings) -> list[Variant]:
-    """Each selection, and where there are several tradeoffs each of them, but for selection at random."""
+    """Each selection, and where there are several tradeoffs each of them, if it is by the scores that they weigh."""
     variants = []
     for selection in settings.selection:
-        several = len(settings.tradeoff) > 1 and selection != "random"
+        several = len(settings.tradeoff) > 1 and selection in KNOWLEDGEABLE
         for tradeoff in settings.tradeoff if several else settings.tradeoff[:1]:
             name = NAMES[selection] + (f"-tradeoff-{tradeoff:g}" if several else "")
             variants.append(Variant(name, selection, tradeoff))
     return variants
 
 
-def _try(comparison: Comparison, runs: list[_Run], baselines: Mapping[str, Learner], of_teacher: Objective) -> None:
+def _try(comparison: Comparison, runs: list[_Run], others: Mapping[str, Learner], of_teacher: Objective) -> None:
     """The baselines and, with them, trial distillation; what its students think of the teacher."""
     own, student = runs[0].learner, runs[0].student
     is_kd = own[0] == comparison.kd and comparison.runs == 1  # the trial is then the baseline
     trainings = [
         replace(comparison.baseline(name, student, learner), store_hidden_states=True)
-        for name, learner in baselines.items()
+        for name, learner in others.items()
         if name != "kd" or not is_kd
     ]
     comparison.students(trainings)
@@ -120,7 +126,7 @@ def _try(comparison: Comparison, runs: list[_Run], baselines: Mapping[str, Learn
     for run in runs:
         run.score(next(trained), of_teacher)
     comparison.summarize("trial", [run.trial for run in runs])
-    if "kd" in baselines and is_kd:
+    if "kd" in others and is_kd:
         comparison.summarize("kd", [run.trial for run in runs])
 
 
@@ -169,7 +175,7 @@ class _Run:
         return self.comparison.training(name, self.student, learner, store_hidden_states=True)
 
     def score(self, trial: Trained, of_teacher: Objective) -> None:
-        """Nothing is scored where nothing but chance selects."""
+        """Nothing is scored where nothing that selects is of a student."""
         self.trial, settings = trial.result, self.settings
         with_trial = min(settings.tradeoff) < 1
         scoring = Scoring(
@@ -181,7 +187,7 @@ class _Run:
             on=settings.score_on,
             of_weights=settings.unstructured,
         )
-        self.found = None if set(settings.selection) == {"random"} else self.stages.score(scoring)
+        self.found = self.stages.score(scoring) if set(settings.selection) & KNOWLEDGEABLE else None
 
     def students_to_train(self, variants: list[Variant]) -> Iterator[tuple[Stages, Training]]:
         """The students of all sparse teachers, each of which is made when its turn comes."""
@@ -193,7 +199,7 @@ class _Run:
                 sparse = self.stages.train(
                     Training(
                         name=f"teacher-{name}",
-                        model=self._sparse(scores, sparsity),
+                        model=self._sparse(scores, sparsity, uniform=variant.selection == "dynabert"),
                         objective=TaskLoss(),
                         epochs=0,
                         learning_rate=0,
@@ -217,7 +223,18 @@ class _Run:
         return max(found, key=lambda pair: pair[1]["selection"])
 
     def scores(self, variant: Variant) -> Scores | WeightScores:
-        """Those by which to prune, at random if that is how to select."""
+        """Those by which to prune: knowledgeable ones, DynaBERT's importance, or at random."""
+        if variant.selection == "dynabert":
+            scoring = Scoring(
+                name="importance",
+                teacher=self.teacher.model,
+                reduce="batch",
+                on=self.settings.score_on,
+                dynabert=True,
+            )
+            found = self.comparison.stages.score(scoring)
+            assert isinstance(found, Sensitivities)
+            return found.expressiveness
         if variant.selection == "random":
             generator = torch.Generator().manual_seed(self.stages.seed)
             draw: Any = random_weight_scores if self.settings.unstructured else random_scores
@@ -225,9 +242,9 @@ class _Run:
         assert self.found is not None
         return self.found.knowledgeable(variant.tradeoff)
 
-    def _sparse(self, scores: Scores | WeightScores, sparsity: float) -> PreTrainedModel:
+    def _sparse(self, scores: Scores | WeightScores, sparsity: float, *, uniform: bool) -> PreTrainedModel:
         if isinstance(scores, Scores):
-            return prune(self.teacher.model, scores, sparsity, round_to=self.settings.round_to or 1)
+            return prune(self.teacher.model, scores, sparsity, round_to=self.settings.round_to or 1, uniform=uniform)
         return mask_weights(self.teacher.model, scores, sparsity)
 
 
@@ -265,30 +282,12 @@ def _objectives(settings: StarkSettings, task: Task) -> tuple[Objective, Objecti
     return WeightedSum({"logits": (1.0, logits), **hidden}), WeightedSum({"logits": (1.0, of_teacher), **hidden})
 
 
-def _student(settings: StarkSettings, comparison: Comparison, teacher: Trained) -> PreTrainedModel:
+def _student(settings: StarkSettings, comparison: Comparison) -> PreTrainedModel:
     """Where every student begins."""
     if settings.student_layers is not None:
         return first_layers(comparison.source, settings.student_layers)
     assert settings.student_sparsity is not None
-    return _without_the_least_expressive(settings, comparison.stages, teacher, settings.student_sparsity)
-
-
-def _pruned_assistant(settings: StarkSettings, comparison: Comparison, teacher: Trained) -> dict[str, Learner]:
-    """TAKD for a student that is a pruned teacher."""
-    if settings.assistant_sparsity is None:
-        return {}
-    model = _without_the_least_expressive(settings, comparison.stages, teacher, settings.assistant_sparsity)
-    assistant = comparison.assist(f"assistant-{settings.assistant_sparsity:g}", model, teacher.model)
-    return {"takd": (comparison.kd, assistant.model)}
-
-
-def _without_the_least_expressive(
-    settings: StarkSettings, stages: Stages, teacher: Trained, sparsity: float
-) -> PreTrainedModel:
-    scoring = Scoring(name="expressiveness", teacher=teacher.model, reduce=settings.reduce, on=settings.score_on)
-    found = stages.score(scoring)
-    assert isinstance(found, Sensitivities)
-    return parameter_pruned(teacher.model, found.expressiveness, sparsity)
+    return without_the_least_expressive(comparison, settings.student_sparsity)
 
 
 def _table(task: Task, name: str, found: Mapping[str, Mapping[str, Any]], dense: Trained) -> Table:

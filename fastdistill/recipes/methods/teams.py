@@ -7,7 +7,7 @@ import re
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, get_args
 
 from transformers import PreTrainedModel
 
@@ -21,6 +21,7 @@ from fastdistill.recipes.examples import of_images
 from fastdistill.recipes.executors import executor_of
 from fastdistill.recipes.optimization import optimization_of
 from fastdistill.recipes.settings import AutoSKDSettings
+from fastdistill.recipes.settings.autoskd import TeamBaseline
 from fastdistill.recipes.splits import Splits
 from fastdistill.recipes.stages import Stages
 from fastdistill.recipes.training import Teacher, Trained, Training
@@ -133,6 +134,8 @@ class _Encoders:
         if settings.teacher is None and settings.student_from is not None:
             raise ValueError("--student-from would have no effect: there is no --teacher to be cut; leave it out")
         _refuse(settings, data, ("augmentation",))
+        if len(cuts) < len(team or ()) or settings.student is not None:
+            _refuse_baselines(settings, "of one encoder's tokens and layers")
         self.settings, self.data = settings, data
         self.base = None if settings.teacher is None else begin(settings, data)
         self.own = self._student()
@@ -249,6 +252,7 @@ class _Images:
         _refuse(settings, data, (*trained, "student_layers", "student_from", "max_length", "chain"))
         if settings.team_from != "labels":
             raise ValueError("--team-from teacher is for text: of a team for images none is the teacher of the others")
+        _refuse_baselines(settings, "of a text's tokens and layers")
         if len(settings.team) < 2:
             raise ValueError(f"--team is {settings.team[0]}; expected two or more networks")
         self.settings, self.data, self.network = settings, data, settings.student
@@ -316,3 +320,9 @@ def _refuse(settings: AutoSKDSettings, data: Splits, names: Iterable[str]) -> No
     if given := [f"--{name.replace('_', '-')}" for name in names if getattr(settings, name) is not None]:
         kind = "images" if data.task.is_of_images else "text"
         raise ValueError(f"{', '.join(given)} would have no effect: {data.task.name} is a task of {kind}; leave it out")
+
+
+def _refuse_baselines(settings: AutoSKDSettings, of: str) -> None:
+    """Where teachers may be of other inputs, or layers, than the student, those that need more than logits."""
+    if others := sorted(set(settings.baselines or ()) - {"none", "kd", *get_args(TeamBaseline)}):
+        raise ValueError(f"--baselines has {', '.join(others)}, {of}; leave it out")

@@ -3,10 +3,20 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import ClassVar, Literal, get_args
 
 from fastdistill.recipes.settings.fields import Choice, Integer, Listed, Text, flag, option
-from fastdistill.recipes.settings.shared import POSITIVE, TASK, TEACHER, PlotSettings, RecipeSettings
+from fastdistill.recipes.settings.shared import (
+    BASELINES,
+    POSITIVE,
+    TASK,
+    TEACHER,
+    Baseline,
+    PlotSettings,
+    RecipeSettings,
+)
+
+TeamBaseline = Literal["single", "avgkd", "mtbert"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -22,9 +32,14 @@ class AutoSKDSettings(RecipeSettings, PlotSettings):
 
     task: str = option(kind=Text(), help=f"{TASK}; or a folder of images, train/CLASS/* and validation/CLASS/*")
     teacher: str | None = option(None, kind=Text(), help=TEACHER)
-    baselines: bool = flag(
-        "students by plain distillation from the strongest of the team, with labels (kd) and with this method's loss "
-        "(single), and by all teachers at once (avgkd, mtbert)"
+    baselines: tuple[Baseline | TeamBaseline, ...] | None = option(  # type: ignore[assignment]
+        None,
+        kind=Listed(Choice((*get_args(Baseline), *get_args(TeamBaseline)))),
+        metavar="NAME[,NAME...]",
+        alone=("none", "kd", *get_args(TeamBaseline)),
+        help=f"{BASELINES}; all but those of assistants from the strongest of the team, with labels; or from it by "
+        "this method's loss (single), or by all teachers at once (avgkd, mtbert); none is always there (without a "
+        "NAME: kd,single,avgkd,mtbert)",
     )
     each_teacher: bool = flag("a student of each of the team alone, with this method's loss (single-NAME)")
     team_chain: bool = flag(
@@ -140,7 +155,7 @@ class AutoSKDSettings(RecipeSettings, PlotSettings):
 
     def check(self) -> None:
         super().check()
-        uses_kd = self.baselines or self.chain or self.team_chain or self.team_from == "teacher"
+        uses_kd = self.distils or self.team_chain or self.team_from == "teacher"
         if self.no_theta_baseline and self.method == "cr":
             raise ValueError("--no-theta-baseline would have no effect: --method cr has none; leave it out")
         if self.kd_temperature is not None and not uses_kd:

@@ -161,9 +161,13 @@ class Option:
     help: str
     metavar: str | None = None
     repeated: bool = False
+    alone: Any = None
+    """What the option means without a value, which is then what True means in Python, and False is None."""
 
     def converted(self, name: str, value: Any) -> Any:
         """The value as it is kept: lists as tuples, a folder as a Path. ValueError for what it cannot be."""
+        if self.alone is not None and isinstance(value, bool):
+            return self.alone if value else None
         if self.repeated:
             if isinstance(value, str) or not isinstance(value, Sequence):
                 raise ValueError(f"{name} is {value!r}; expected a list")
@@ -178,9 +182,11 @@ class Option:
         return tuple(value) if isinstance(self.kind, Listed) else value
 
 
-def option(default: Any = dataclasses.MISSING, *, kind: Kind, help: str, metavar: str | None = None) -> Any:
+def option(
+    default: Any = dataclasses.MISSING, *, kind: Kind, help: str, metavar: str | None = None, alone: Any = None
+) -> Any:
     """A field; one without a default is required, and one whose default is None may be None."""
-    return dataclasses.field(default=default, metadata={"option": Option(kind, help, metavar)})
+    return dataclasses.field(default=default, metadata={"option": Option(kind, help, metavar, alone=alone)})
 
 
 def options(*, kind: Kind, help: str, metavar: str) -> Any:
@@ -198,10 +204,16 @@ class Settings:
     """What is asked of a recipe; it never changes. Each class that adds fields has a `title` for them in the help."""
 
     title: ClassVar[str]
+    unused: ClassVar[tuple[str, ...]] = ()
+    """Fields of the classes that it is made of which mean nothing here: not offered, and refused."""
 
     def __post_init__(self) -> None:
         for field in dataclasses.fields(self):
             value = getattr(self, field.name)
+            if field.name in self.unused and value != field.default:
+                raise ValueError(
+                    f"{field.name} is {value!r}, for which {type(self).__name__} has no use; expected none"
+                )
             if value is not None or field.default is not None:
                 object.__setattr__(self, field.name, field.metadata["option"].converted(field.name, value))
         self.check()

@@ -19,5 +19,5 @@ class KDSettings(FirstLayersSettings, DistillationSettings):
 
     def check(self) -> None:
         super().check()
-        if self.kd_temperature is not None and not (self.baselines or self.chain):
+        if self.kd_temperature is not None and not self.distils:
             raise ValueError("--kd-temperature would have no effect without --baselines or --chain; leave it out")

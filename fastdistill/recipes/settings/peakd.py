@@ -84,7 +84,7 @@ class PeaKDSettings(FirstLayersSettings):
                 raise ValueError(f"--without {','.join(parts)}: swap changes nothing without sps")
         if self.threshold is not None and len(self.threshold) > 2:
             raise ValueError(f"--threshold has {len(self.threshold)} numbers; expected one or two")
-        if self.kd_temperature is not None and not (self.baselines or self.chain):
+        if self.kd_temperature is not None and not self.distils:
             raise ValueError("--kd-temperature would have no effect without --baselines or --chain; leave it out")
         if self.store_hidden_states and not self.beta:
             raise ValueError("--store-hidden-states would have no effect with --beta 0; leave it out")

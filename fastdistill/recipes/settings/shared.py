@@ -21,6 +21,17 @@ STUDENT_LAYERS = "the teacher's layers that the student has"
 
 Divergence = Literal["forward_kl", "soft_ce", "reverse_kl"]
 
+Baseline = Literal["none", "kd", "pkd", "ckd", "distilbert", "tinybert", "metakd", "takd-pruned", "takd"]
+"""What a method can be compared with; `fastdistill.recipes.baselines` says how each learns."""
+
+BASELINES = (
+    "students to compare with: without a teacher (none), by plain distillation (kd), with hidden states beside it, of "
+    "the first token (pkd) or the relations of all (ckd), by the losses of DistilBERT (distilbert) or TinyBERT "
+    "(tinybert), by plain distillation from a teacher that learns from how its student does on a tenth of the training "
+    "examples (metakd), or from an assistant midway between student and teacher, of first layers (takd; as --chain "
+    "says, if it does) or the teacher without its least expressive heads and neurons (takd-pruned)"
+)
+
 
 @dataclass(frozen=True, kw_only=True)
 class RunSettings(Settings):
@@ -158,7 +169,13 @@ class ComparisonSettings(Settings):
         "of transfer, or the pretrained encoder's, with a new head (default: as in the method's paper, pretrained for "
         "peakd and autoskd, else teacher; and teacher where --teacher is not fine-tuned here)",
     )
-    baselines: bool = flag("a student that has no teacher, and one by plain distillation")
+    baselines: tuple[Baseline, ...] | None = option(
+        None,
+        kind=Listed(Choice(get_args(Baseline))),
+        metavar="NAME[,NAME...]",
+        alone=("none", "kd"),
+        help=f"{BASELINES} (without a NAME: none,kd)",
+    )
     baseline_runs: int | None = option(
         None,
         kind=Integer(1),
@@ -170,7 +187,8 @@ class ComparisonSettings(Settings):
         None,
         kind=Listed(Integer(1)),
         metavar="K,K[,...]",
-        help="a student by plain distillation down a chain of models with so many layers, such as 6,4,2 (TAKD)",
+        help="a student by plain distillation down a chain of models with so many layers, such as 6,4,2 (TAKD); "
+        "--baselines takd has one assistant, midway",
     )
     kd_temperature: float | None = option(
         None,
@@ -185,6 +203,15 @@ class ComparisonSettings(Settings):
         "(ray: the cluster of RAY_ADDRESS, or this machine; --output and HF_HOME must be on a file system that all its "
         "machines share) (default: %(default)s)",
     )
+
+    def compares_with(self, *names: str) -> bool:
+        """Whether any of these is among the baselines."""
+        return not set(names).isdisjoint(self.baselines or ())
+
+    @property
+    def distils(self) -> bool:
+        """Whether a baseline learns by plain distillation, of which `kd_temperature` is."""
+        return self.chain is not None or self.compares_with("kd", "pkd", "ckd", "metakd", "takd-pruned", "takd")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -206,6 +233,8 @@ class RecipeSettings(RunSettings, TrainingSettings, OptimizationSettings, Compar
     def check(self) -> None:
         if self.learning_rate is not None and self.learning_rate_grid is not None:
             raise ValueError("--learning-rate would have no effect beside --learning-rate-grid; leave it out")
+        if self.student_layers == 1 and self.compares_with("ckd"):
+            raise ValueError("--student-layers is 1; --baselines ckd relates a token's states through 2 layers or more")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -14,7 +14,9 @@ from fastdistill.recipes.settings.shared import (
     RecipeSettings,
 )
 
-Selection = Literal["knowledge", "random", "auto"]
+Selection = Literal["knowledge", "random", "auto", "dynabert"]
+KNOWLEDGEABLE = frozenset(("knowledge", "auto"))
+"""Those by the scores of this method, for which a trial student is needed."""
 
 SPARSITIES = tuple(n / 10 for n in range(1, 10))
 
@@ -45,7 +47,7 @@ class StarkSettings(RecipeSettings, DistillationSettings, PlotSettings):
         metavar="X",
         help="a student by plain distillation from an assistant, the teacher without that share of its least "
         "expressive heads and neurons, distilled from it (TAKD: what --chain is for --student-layers, this is for "
-        "--student-sparsity)",
+        "--student-sparsity, of which --baselines takd takes half)",
     )
     sparsity: tuple[float, ...] | None = option(
         None,
@@ -64,8 +66,9 @@ class StarkSettings(RecipeSettings, DistillationSettings, PlotSettings):
         ("knowledge",),
         kind=Listed(Choice(get_args(Selection))),
         metavar="S[,S...]",
-        help="what is removed: the least knowledgeable (knowledge), any (random), or the least knowledgeable up to the "
-        "first peak of the density of the heads' scores, which tries one sparsity alone (auto) (default: knowledge)",
+        help="what is removed: the least knowledgeable (knowledge), any (random), the least knowledgeable up to the "
+        "first peak of the density of the heads' scores, which tries one sparsity alone (auto), or of each layer the "
+        "least important by DynaBERT's measure (dynabert) (default: knowledge)",
     )
     tradeoff: tuple[float, ...] = option(
         (0.5,),
@@ -140,13 +143,20 @@ class StarkSettings(RecipeSettings, DistillationSettings, PlotSettings):
             raise ValueError("--student-layers is 1; --objective ckd relates a token's states through 2 layers or more")
         if self.sparsity is not None and self.budget is not None:
             raise ValueError("expected either --sparsity or --budget, which is in its place")
+        if self.student_sparsity is not None and self.compares_with("tinybert"):
+            raise ValueError(
+                "--baselines has tinybert, of all heads' attention, of which --student-sparsity lacks some"
+            )
+        if self.student_sparsity is not None and self.compares_with("takd-pruned"):
+            raise ValueError("--baselines has takd-pruned, which is takd itself where --student-sparsity is given")
+        by_scores = bool(KNOWLEDGEABLE & set(self.selection))
         at_random = set(self.selection) == {"random"}
-        distils = self.baselines or self.chain or self.assistant_sparsity
+        distils = self.distils or self.assistant_sparsity
         ignored = {
             "--pkd-over": self.pkd_over != "mean" and self.objective != "pkd",
-            "--reduce": self.reduce != "example" and at_random and self.student_sparsity is None,
+            "--reduce": self.reduce != "example" and not by_scores and self.student_sparsity is None,
             "--round-to": self.round_to is not None and self.unstructured,
-            "--tradeoff": self.tradeoff != (0.5,) and at_random,
+            "--tradeoff": self.tradeoff != (0.5,) and not by_scores,
             "--score-on": self.score_on != "train" and at_random and self.student_sparsity is None,
             "--sparsity": self.sparsity is not None and set(self.selection) == {"auto"},
             "--budget": self.budget is not None and (self.unstructured or set(self.selection) == {"auto"}),
@@ -156,3 +166,5 @@ class StarkSettings(RecipeSettings, DistillationSettings, PlotSettings):
             raise ValueError(f"{', '.join(names)} would have no effect beside the other options; leave it out")
         if self.unstructured and "auto" in self.selection:
             raise ValueError("--selection auto is by the scores of heads, which --unstructured does not have")
+        if self.unstructured and "dynabert" in self.selection:
+            raise ValueError("--selection dynabert is of heads and neurons, but --unstructured is of single weights")
