@@ -134,6 +134,7 @@ def test_the_chain_goes_from_the_strongest_down(
         (("--team", "first,second", "--student", "third", "--student-from", "pretrained"), "--student-from would have"),
         (("--team", "1,2", "--teacher", "first", "--student", "third", "--chain", "2,1"), "expected --team-chain"),
         (("--team", "first,second", "--student", "third", "--student-layers", "5"), "expected from 1 to 4"),
+        (("--team", "first,second", "--student", "third", "--baselines", "kd,pkd"), "--baselines has pkd, of one"),
         (("--team", "first,second", "--student", "third", "--momentum", "0.5"), "--momentum is 0.5, but --optim is"),
     ],
 )

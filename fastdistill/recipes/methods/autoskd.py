@@ -108,11 +108,10 @@ def _train_baselines(
     team: Mapping[str, Member],
     strongest: str,
 ) -> None:
-    """Those of one teacher at most: without, from an assistant, from the strongest, and down the team."""
+    """Those of one teacher at most: without, from the strongest, from an assistant, and down the team."""
     own = comparison.stages
     learners: dict[str, tuple[Stages, Learner]] = {"finetuned": (own, (TaskLoss(settings.smoothing), None))}
-    for name, learner in baselines(comparison, chain, team[strongest].model).items():
-        learners[name] = own, learner
+    learners |= {name: (own, one) for name, one in baselines(comparison, chain, team[strongest].model).items()}
     teachers = {"kd": team[strongest]} if "kd" in learners else {}
     if settings.team_chain:
         teachers["takd-team"] = through(comparison, team)
@@ -139,17 +138,14 @@ def _try(
         thetas["phase-1"] = [run.phase_1(settings.phase_1_candidates) for run in runs]
     if settings.random_candidates:
         thetas["random"] = [run.random(settings.random_candidates) for run in runs]
-    temperature, wanted = settings.temperature, set(settings.baselines or ())
+    wanted, temperature = set(settings.baselines or ()), settings.temperature
     mixed: dict[str, Objective] = {}
     if settings.each_teacher:
         mixed = {f"single-{name}": AvgKD((name,), temperature) for name in names}
-        wanted.discard("single")
-    team = {
-        "single": AvgKD((strongest,), temperature),
-        "avgkd": AvgKD(names, temperature),
-        "mtbert": MTBERT(names, temperature),
-    }
-    mixed |= {name: objective for name, objective in team.items() if name in wanted}
+    elif "single" in wanted:
+        mixed = {"single": AvgKD((strongest,), temperature)}
+    of_all = {"avgkd": AvgKD(names, temperature), "mtbert": MTBERT(names, temperature)}
+    mixed |= {name: objective for name, objective in of_all.items() if name in wanted}
 
     def trials() -> Iterator[tuple[Stages, Training]]:
         for name, objective in mixed.items():
@@ -163,7 +159,7 @@ def _try(
     trained = comparison.train(trials())
     for name in mixed:
         comparison.summarize(name, [next(trained).result for _ in runs])
-    if settings.baselines and settings.each_teacher:
+    if settings.each_teacher and "single" in wanted:
         comparison.name_too(f"single-{strongest}", "single")
     return {kind: _best(comparison, kind, by_seed, trained) for kind, by_seed in thetas.items()}
 

@@ -134,6 +134,8 @@ class _Encoders:
         if settings.teacher is None and settings.student_from is not None:
             raise ValueError("--student-from would have no effect: there is no --teacher to be cut; leave it out")
         _refuse(settings, data, ("augmentation",))
+        if len(cuts) < len(team or ()) or settings.student is not None:
+            _refuse_baselines(settings, "of one encoder's tokens and layers")
         self.settings, self.data = settings, data
         self.base = None if settings.teacher is None else begin(settings, data)
         self.own = self._student()
@@ -141,8 +143,6 @@ class _Encoders:
         self.members = self._members()
         self.teachers = len(self.members)
         self.chain = () if self.base is None else chain_of(settings, self.base.depth)
-        if self.own is not self.base or any(isinstance(one, Beginning) for one in self.members.values()):
-            _refuse_baselines(settings, "of first layers of one encoder, but here are others")
         self._cut(self.own.pretrained)  # if it cannot be, say so before any is trained
 
     def _student(self) -> Beginning:
@@ -322,7 +322,7 @@ def _refuse(settings: AutoSKDSettings, data: Splits, names: Iterable[str]) -> No
         raise ValueError(f"{', '.join(given)} would have no effect: {data.task.name} is a task of {kind}; leave it out")
 
 
-def _refuse_baselines(settings: AutoSKDSettings, which: str) -> None:
-    """All but those of logits."""
+def _refuse_baselines(settings: AutoSKDSettings, of: str) -> None:
+    """Where teachers may be of other inputs, or layers, than the student, those that need more than logits."""
     if others := sorted(set(settings.baselines or ()) - {"none", "kd", *get_args(TeamBaseline)}):
-        raise ValueError(f"--baselines has {', '.join(others)}, {which}; leave it out")
+        raise ValueError(f"--baselines has {', '.join(others)}, {of}; leave it out")
