@@ -19,7 +19,7 @@ import triton.language as tl
 from fastdistill.kernels.common import _cast, _multiple
 from torch import Tensor
 
-from fastdistill.ops import reference_proximity_conv as reference
+from fastdistill.ops import reference
 
 NOWHERE = tl.constexpr(2**31 - 1)  # beyond any token
 ALIGNED = 8  # elements that one instruction copies into shared memory, or two

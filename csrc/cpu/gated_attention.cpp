@@ -27,7 +27,7 @@ using Optional = std::optional<Tensor>;
 using Three = std::tuple<Tensor, Tensor, Tensor>;
 using Four = std::tuple<Tensor, Tensor, Tensor, Tensor>;
 
-// What is not registered for any backend is served by fastdistill/ops/reference.py.
+// What is not registered for any backend is served by fastdistill/ops/reference.
 template <typename Op, typename... Args>
 auto by_reference(const char* name, const Args&... args) {
   const auto op = c10::Dispatcher::singleton().findSchemaOrThrow(name, "").typed<Op>();

@@ -6,7 +6,7 @@ from typing import Literal, Unpack, overload
 
 from torch import Tensor
 
-from fastdistill.ops import reference_losses
+from fastdistill.ops import reference
 from fastdistill.ops.checks import INTEGER, check_number, check_tensor
 from fastdistill.ops.distillation import Divergence, Options, Reduction, apart, call, check, define_loss
 from fastdistill.ops.kd_ce_loss import kd_ce_loss
@@ -115,7 +115,7 @@ _op = define_loss(
     "float nontarget_weight, float ce_weight, str divergence, bool scale_by_temperature, int ignore_index, "
     "float label_smoothing, str reduction, bool student_grad, bool teacher_grad, bool return_terms=False) "
     "-> (Tensor loss, Tensor grad_student, Tensor grad_teacher)",
-    reference_losses.dkd_loss,
+    reference.dkd_loss,
     terms=3,
     triton="kd_ce_loss",
 )

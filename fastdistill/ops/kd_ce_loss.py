@@ -6,7 +6,7 @@ from typing import Literal, Unpack, overload
 
 from torch import Tensor
 
-from fastdistill.ops import reference_losses
+from fastdistill.ops import reference
 from fastdistill.ops.checks import FLOATING, check_tensor
 from fastdistill.ops.distillation import (
     DIVERGENCES,
@@ -137,7 +137,7 @@ _op = define_loss(
     "float ce_weight, str divergence, bool scale_by_temperature, int ignore_index, float label_smoothing, "
     "str reduction, bool student_grad, bool teacher_grad, bool return_terms=False) "
     "-> (Tensor loss, Tensor grad_student, Tensor grad_teacher)",
-    reference_losses.kd_ce_loss,
+    reference.kd_ce_loss,
     terms=2,
     triton=None if NATIVE.cuda else "kd_ce_loss",
 )

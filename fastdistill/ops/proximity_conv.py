@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastdistill.ops import reference_proximity_conv as reference
+from fastdistill.ops import reference
 from fastdistill.ops.checks import (
     FLOATING,
     INTEGER,

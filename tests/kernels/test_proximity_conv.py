@@ -9,7 +9,7 @@ import triton
 from fastdistill.kernels import proximity_conv as module
 from torch import Tensor
 
-from fastdistill.ops import reference_proximity_conv as reference
+from fastdistill.ops import reference
 from tests.accuracy import assert_accurate
 from tests.kernels.conftest import DEVICE
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from fastdistill import dkd_loss, kd_ce_loss
-from fastdistill.ops import reference_losses
+from fastdistill.ops import reference
 from tests import eager
 from tests.accuracy import assert_accurate
 from tests.ops.losses import DIVERGENCES, DTYPES, REDUCTIONS, check_against_eager, make, with_gradients
@@ -343,7 +343,7 @@ def test_reference_gradients_are_autograds() -> None:
     for divergence, reduction in itertools.product(DIVERGENCES, REDUCTIONS):
         student, teacher, labels = make(7, 6)
         args = (2.0, 0.5, 3.0, 0.7, divergence, True, -100, 0.1, reduction, True, True)
-        ours = reference_losses.dkd_loss(student.detach(), teacher.detach(), labels, *args)
+        ours = reference.dkd_loss(student.detach(), teacher.detach(), labels, *args)
         names: dict[str, Any] = dict(temperature=2.0, alpha=0.5, beta=3.0, ce_weight=0.7, divergence=divergence)
         expected = eager.dkd_loss(student, teacher, labels, **names, label_smoothing=0.1, reduction=reduction)
         grads = torch.autograd.grad(expected.sum(), (student, teacher))

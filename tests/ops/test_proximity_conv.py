@@ -9,7 +9,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from fastdistill import proximity_conv
-from fastdistill.ops import reference_proximity_conv as reference
+from fastdistill.ops import reference
 from tests import eager
 from tests.accuracy import assert_accurate
 

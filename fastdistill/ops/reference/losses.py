@@ -7,7 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from fastdistill.ops.reference import accumulation_dtype
+from fastdistill.ops.reference.dtypes import accumulation_dtype
 
 
 def _expectation(probabilities: Tensor, values: Tensor) -> Tensor:

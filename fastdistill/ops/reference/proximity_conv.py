@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastdistill.ops.reference import accumulation_dtype
+from fastdistill.ops.reference.dtypes import accumulation_dtype
 
 
 def _real(states: Tensor, proximity: Tensor, attention_mask: Tensor | None) -> tuple[Tensor, Tensor]:
