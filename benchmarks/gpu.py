@@ -42,6 +42,7 @@ BENCHMARKS = (
     "accumulate_sensitivity",
     "gated_attention",
     "gated_ffn",
+    "proximity_conv",
     "train_step",
     "score",
 )

@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from fastdistill.objectives.ckd import CKD as CKD
     from fastdistill.objectives.dekd import DeKD as DeKD
     from fastdistill.objectives.distilbert import DistilBERT as DistilBERT
+    from fastdistill.objectives.dkd import DKD as DKD
     from fastdistill.objectives.logits import MSE as MSE
     from fastdistill.objectives.logits import LogitsKD as LogitsKD
     from fastdistill.objectives.logits import MultiLabelKD as MultiLabelKD
@@ -39,10 +40,12 @@ if TYPE_CHECKING:
     from fastdistill.objectives.team import SampledTeacher as SampledTeacher
     from fastdistill.objectives.tinybert import TinyBERT as TinyBERT
     from fastdistill.ops.accumulate_sensitivity import accumulate_sensitivity_ as accumulate_sensitivity_
+    from fastdistill.ops.dkd_loss import dkd_loss as dkd_loss
     from fastdistill.ops.doctor import doctor as doctor
     from fastdistill.ops.gated_attention import gated_attention as gated_attention
     from fastdistill.ops.gated_ffn import gated_ffn as gated_ffn
     from fastdistill.ops.kd_ce_loss import kd_ce_loss as kd_ce_loss
+    from fastdistill.ops.proximity_conv import proximity_conv as proximity_conv
     from fastdistill.ops.select_uncertain import select_uncertain as select_uncertain
     from fastdistill.ops.uncertainty import hidden_entropy as hidden_entropy
     from fastdistill.ops.uncertainty import uncertainty as uncertainty
@@ -66,6 +69,7 @@ _LAZY = {
     "Architecture": "models.architectures",
     "AvgKD": "objectives.team",
     "CKD": "objectives.ckd",
+    "DKD": "objectives.dkd",
     "DeKD": "objectives.dekd",
     "DistilBERT": "objectives.distilbert",
     "DistillationConfig": "training.config",
@@ -88,6 +92,7 @@ _LAZY = {
     "WeightedSum": "objectives.base",
     "accumulate_sensitivity_": "ops.accumulate_sensitivity",
     "compact_vocabulary": "models.vocabulary",
+    "dkd_loss": "ops.dkd_loss",
     "doctor": "ops.doctor",
     "export": "models.export",
     "first_layers": "models.students",
@@ -101,6 +106,7 @@ _LAZY = {
     "load_task": "data.load",
     "mask_weights": "sensitivity.weights",
     "parameter_pruned": "models.students",
+    "proximity_conv": "ops.proximity_conv",
     "prune": "models.pruning",
     "register_architecture": "models.registering",
     "score": "sensitivity.units",

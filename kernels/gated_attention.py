@@ -20,7 +20,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -66,6 +66,25 @@ TILES: dict[str, dict[str, tuple[Tile, Tile]]] = {
 }
 
 
+class Specialization(NamedTuple):
+    """What a kernel is compiled for; each has all of it, and reads what it needs."""
+
+    SIZE: int  # of a head
+    BLOCK_SIZE: int  # SIZE in tiles
+    GROUP: int  # heads that share a key and a value
+    GATED: bool
+    GATE_GRAD: bool
+    MASK: str  # of MASKS
+    MASK_ROWS: bool  # one for each query
+    CAUSAL: bool
+    DROPOUT: bool
+    UNIT: float
+    EVEN_KEYS: bool  # whole tiles
+    PRECISION: str
+    QUERIES: int  # in a tile
+    KEYS: int
+
+
 @triton.jit
 def _at(pointer, example, head, example_stride, head_stride):
     """Where a head's rows are; all offsets in 64 bits, all strides multiples of ALIGNMENT."""
@@ -73,61 +92,60 @@ def _at(pointer, example, head, example_stride, head_stride):
 
 
 @triton.jit
-def _elements(row, rows, stride, SIZE: tl.constexpr, BLOCK_SIZE: tl.constexpr):
-    """Of a block of rows, [rows of the block, BLOCK_SIZE]: where they are, and which there are."""
-    channel = tl.arange(0, BLOCK_SIZE)[None, :]
+def _elements(row, rows, stride, SPEC: tl.constexpr):
+    """Of a block of rows, [rows of the block, SPEC.BLOCK_SIZE]: where they are, and which there are."""
+    channel = tl.arange(0, SPEC.BLOCK_SIZE)[None, :]
     exists = (row < rows)[:, None]
-    if SIZE != BLOCK_SIZE:
-        exists = exists & (channel < SIZE)
+    if SPEC.SIZE != SPEC.BLOCK_SIZE:
+        exists = exists & (channel < SPEC.SIZE)
     return row.to(tl.int64)[:, None] * _multiple(stride, ALIGNMENT) + channel, exists
 
 
 @triton.jit
-def _load(pointer, row, rows, stride, SIZE: tl.constexpr, BLOCK_SIZE: tl.constexpr):
-    offset, exists = _elements(row, rows, stride, SIZE, BLOCK_SIZE)
+def _load(pointer, row, rows, stride, SPEC: tl.constexpr):
+    offset, exists = _elements(row, rows, stride, SPEC)
     return tl.load(pointer + offset, mask=exists, other=0)
 
 
 @triton.jit
-def _store(pointer, values, row, rows, stride, SIZE: tl.constexpr, BLOCK_SIZE: tl.constexpr):
-    offset, exists = _elements(row, rows, stride, SIZE, BLOCK_SIZE)
+def _store(pointer, values, row, rows, stride, SPEC: tl.constexpr):
+    offset, exists = _elements(row, rows, stride, SPEC)
     tl.store(pointer + offset, values.to(pointer.dtype.element_ty), mask=exists)
 
 
 @triton.jit
-def _mask_at(pointer, example, head, example_stride, head_stride, MASK_ROWS: tl.constexpr):
-    if MASK_ROWS:
+def _mask_at(pointer, example, head, example_stride, head_stride, SPEC: tl.constexpr):
+    if SPEC.MASK_ROWS:
         return pointer + example * _multiple(example_stride, TILED) + head * _multiple(head_stride, TILED)
     else:
         return pointer + example * example_stride + head * head_stride
 
 
 @triton.jit
-def _masked(scores, row, column, mask_ptr, mask_row, mask_column, queries, keys, MASK: tl.constexpr,
-            MASK_ROWS: tl.constexpr, CAUSAL: tl.constexpr, EVEN_KEYS: tl.constexpr):  # fmt: skip
+def _masked(scores, row, column, mask_ptr, mask_row, mask_column, queries, keys, SPEC: tl.constexpr):
     """The scores, -inf where a query may not attend to a key or there is no such key."""
-    if MASK == "none":
-        if not EVEN_KEYS:
+    if SPEC.MASK == "none":
+        if not SPEC.EVEN_KEYS:
             scores = tl.where(column < keys, scores, -float("inf"))
     else:
-        if MASK_ROWS:  # of whole tiles
+        if SPEC.MASK_ROWS:  # of whole tiles
             pointers = mask_ptr + column.to(tl.int64) + row.to(tl.int64) * _multiple(mask_row, TILED)
             exists = row < queries
         else:
             pointers = mask_ptr + column.to(tl.int64) * mask_column
             exists = column < keys
-        if MASK == "bool":
+        if SPEC.MASK == "bool":
             scores = tl.where(tl.load(pointers, mask=exists, other=0) != 0, scores, -float("inf"))
         else:
             scores += tl.load(pointers, mask=exists, other=-float("inf")).to(tl.float32)
-    if CAUSAL:
+    if SPEC.CAUSAL:
         scores = tl.where(row >= column, scores, -float("inf"))
     return scores
 
 
 @triton.jit
-def _exp(scores, UNIT: tl.constexpr):
-    return tl.exp2(scores * (LOG2_E / UNIT))
+def _exp(scores, SPEC: tl.constexpr):
+    return tl.exp2(scores * (LOG2_E / SPEC.UNIT))
 
 
 @triton.jit
@@ -139,8 +157,8 @@ def _kept(row, column, head, seed, dropout_p):
 
 
 @triton.jit
-def _gate(gate_ptr, example, head, stride_example, stride_head, GATED: tl.constexpr):
-    if GATED:
+def _gate(gate_ptr, example, head, stride_example, stride_head, SPEC: tl.constexpr):
+    if SPEC.GATED:
         return tl.load(gate_ptr + example * stride_example + head * stride_head).to(tl.float32)
     else:
         return 1.0
@@ -159,9 +177,9 @@ NUMBERS = [
 def _forward_kernel(
     query_ptr, key_ptr, value_ptr,
     output_ptr,
-    ungated_ptr,  # like output; not written unless GATE_GRAD
+    ungated_ptr,  # like output; not written unless SPEC.GATE_GRAD
     logsumexp_ptr,  # [B, H, queries], contiguous
-    gate_ptr, mask_ptr, seed_ptr,  # not read unless GATED, MASK, DROPOUT
+    gate_ptr, mask_ptr, seed_ptr,  # not read unless SPEC.GATED, SPEC.MASK, SPEC.DROPOUT
     query_example: tl.int64, query_head: tl.int64,
     key_example: tl.int64, key_head: tl.int64,
     value_example: tl.int64, value_head: tl.int64,
@@ -171,10 +189,11 @@ def _forward_kernel(
     query_row: tl.int32, key_row: tl.int32, value_row: tl.int32, output_row: tl.int32,
     heads: tl.int32, queries: tl.int32, keys: tl.int32,
     scale: tl.float32, dropout_p: tl.float32,
-    SIZE: tl.constexpr, BLOCK_SIZE: tl.constexpr, GROUP: tl.constexpr, GATED: tl.constexpr, GATE_GRAD: tl.constexpr,
-    MASK: tl.constexpr, MASK_ROWS: tl.constexpr, CAUSAL: tl.constexpr, DROPOUT: tl.constexpr, UNIT: tl.constexpr,
-    EVEN_KEYS: tl.constexpr, PRECISION: tl.constexpr, QUERIES: tl.constexpr, KEYS: tl.constexpr,
+    SPEC: tl.constexpr,
 ):  # fmt: skip
+    QUERIES: tl.constexpr = SPEC.QUERIES
+    KEYS: tl.constexpr = SPEC.KEYS
+    BLOCK_SIZE: tl.constexpr = SPEC.BLOCK_SIZE
     blocks = tl.cdiv(queries, QUERIES)
     block = tl.program_id(0) % blocks
     pair = tl.program_id(0) // blocks
@@ -182,59 +201,58 @@ def _forward_kernel(
     row = block * QUERIES + tl.arange(0, QUERIES)
     output_ptr = _at(output_ptr, example, head, output_example, output_head)
     logsumexp_ptr += pair.to(tl.int64) * queries + row
-    gate = _gate(gate_ptr, example, head, gate_example, gate_head, GATED)
-    if GATED and not GATE_GRAD:  # noqa: SIM102 (a branch of the compiler's)
+    gate = _gate(gate_ptr, example, head, gate_example, gate_head, SPEC)
+    if SPEC.GATED and not SPEC.GATE_GRAD:  # noqa: SIM102 (a branch of the compiler's)
         if gate == 0:
             nothing = tl.zeros([QUERIES, BLOCK_SIZE], tl.float32)
-            _store(output_ptr, nothing, row, queries, output_row, SIZE, BLOCK_SIZE)
+            _store(output_ptr, nothing, row, queries, output_row, SPEC)
             tl.store(logsumexp_ptr, tl.zeros([QUERIES], tl.float32), mask=row < queries)
             return
 
     query_ptr = _at(query_ptr, example, head, query_example, query_head)
-    key_ptr = _at(key_ptr, example, head // GROUP, key_example, key_head)
-    value_ptr = _at(value_ptr, example, head // GROUP, value_example, value_head)
-    mask_ptr = _mask_at(mask_ptr, example, head, mask_example, mask_head, MASK_ROWS)
-    query = _load(query_ptr, row, queries, query_row, SIZE, BLOCK_SIZE)
+    key_ptr = _at(key_ptr, example, head // SPEC.GROUP, key_example, key_head)
+    value_ptr = _at(value_ptr, example, head // SPEC.GROUP, value_example, value_head)
+    mask_ptr = _mask_at(mask_ptr, example, head, mask_example, mask_head, SPEC)
+    query = _load(query_ptr, row, queries, query_row, SPEC)
     largest = tl.full([QUERIES], -float("inf"), tl.float32)
     total = tl.zeros([QUERIES], tl.float32)
     output = tl.zeros([QUERIES, BLOCK_SIZE], tl.float32)
     end = keys
-    if CAUSAL:
+    if SPEC.CAUSAL:
         end = tl.minimum(keys, (block + 1) * QUERIES)
     for start in range(0, end, KEYS):
         column = start + tl.arange(0, KEYS)
-        key = _load(key_ptr, column, keys, key_row, SIZE, BLOCK_SIZE)
-        scores = tl.dot(query, tl.trans(key), input_precision=PRECISION) * (scale * UNIT)
-        scores = _masked(scores, row[:, None], column[None, :], mask_ptr, mask_row, mask_column, queries, keys, MASK,
-                         MASK_ROWS, CAUSAL, EVEN_KEYS)  # fmt: skip
+        key = _load(key_ptr, column, keys, key_row, SPEC)
+        scores = tl.dot(query, tl.trans(key), input_precision=SPEC.PRECISION) * (scale * SPEC.UNIT)
+        scores = _masked(scores, row[:, None], column[None, :], mask_ptr, mask_row, mask_column, queries, keys, SPEC)
         higher = tl.maximum(largest, tl.max(scores, 1))
         shift = tl.where(higher == -float("inf"), 0, higher)  # nothing to attend to so far
-        weights = _exp(scores - shift[:, None], UNIT)
-        shrink = _exp(largest - shift, UNIT)
+        weights = _exp(scores - shift[:, None], SPEC)
+        shrink = _exp(largest - shift, SPEC)
         largest = higher
         total = total * shrink + tl.sum(weights, 1)
-        if DROPOUT:
+        if SPEC.DROPOUT:
             kept = _kept(row[:, None], column[None, :], pair, tl.load(seed_ptr), dropout_p)
             weights = tl.where(kept, weights, 0)
-        value = _load(value_ptr, column, keys, value_row, SIZE, BLOCK_SIZE)
-        output = tl.dot(weights.to(value.dtype), value, output * shrink[:, None], input_precision=PRECISION)
+        value = _load(value_ptr, column, keys, value_row, SPEC)
+        output = tl.dot(weights.to(value.dtype), value, output * shrink[:, None], input_precision=SPEC.PRECISION)
 
     empty = total == 0
-    logsumexp = tl.where(empty, 0, largest / UNIT + tl.log(total))
+    logsumexp = tl.where(empty, 0, largest / SPEC.UNIT + tl.log(total))
     tl.store(logsumexp_ptr, logsumexp, mask=row < queries)
     output *= (1 / (tl.where(empty, 1, total) * (1 - dropout_p)))[:, None]
-    if GATE_GRAD:
+    if SPEC.GATE_GRAD:
         ungated_ptr = _at(ungated_ptr, example, head, output_example, output_head)
-        _store(ungated_ptr, output, row, queries, output_row, SIZE, BLOCK_SIZE)
-    _store(output_ptr, output * gate, row, queries, output_row, SIZE, BLOCK_SIZE)
+        _store(ungated_ptr, output, row, queries, output_row, SPEC)
+    _store(output_ptr, output * gate, row, queries, output_row, SPEC)
 
 
 @triton.jit(do_not_specialize=NUMBERS)
 def _dots_kernel(
     grad_output_ptr,
-    output_ptr,  # without gates where GATE_GRAD
+    output_ptr,  # without gates where SPEC.GATE_GRAD
     dots_ptr,  # out [B, H, queries], contiguous: sums over channels of grad_output * gated output
-    shares_ptr,  # out [B, H, blocks], contiguous: the blocks' sums of grad_output * output, if GATE_GRAD
+    shares_ptr,  # out [B, H, blocks], contiguous: the blocks' sums of grad_output * output, if SPEC.GATE_GRAD
     gate_ptr,
     grad_output_example: tl.int64, grad_output_head: tl.int64,
     output_example: tl.int64, output_head: tl.int64,
@@ -243,25 +261,24 @@ def _dots_kernel(
     grad_output_row: tl.int32, output_row: tl.int32,
     heads: tl.int32, queries: tl.int32, keys: tl.int32,
     scale: tl.float32, dropout_p: tl.float32,
-    SIZE: tl.constexpr, BLOCK_SIZE: tl.constexpr, GROUP: tl.constexpr, GATED: tl.constexpr, GATE_GRAD: tl.constexpr,
-    MASK: tl.constexpr, MASK_ROWS: tl.constexpr, CAUSAL: tl.constexpr, DROPOUT: tl.constexpr, UNIT: tl.constexpr,
-    EVEN_KEYS: tl.constexpr, PRECISION: tl.constexpr, QUERIES: tl.constexpr, KEYS: tl.constexpr,
+    SPEC: tl.constexpr,
 ):  # fmt: skip
+    QUERIES: tl.constexpr = SPEC.QUERIES
     blocks = tl.cdiv(queries, QUERIES)
     block = tl.program_id(0) % blocks
     pair = tl.program_id(0) // blocks
     example, head = (pair // heads).to(tl.int64), (pair % heads).to(tl.int64)
-    gate = _gate(gate_ptr, example, head, gate_example, gate_head, GATED)
-    if GATED and not GATE_GRAD:  # noqa: SIM102 (a branch of the compiler's)
+    gate = _gate(gate_ptr, example, head, gate_example, gate_head, SPEC)
+    if SPEC.GATED and not SPEC.GATE_GRAD:  # noqa: SIM102 (a branch of the compiler's)
         if gate == 0:
             return
     row = block * QUERIES + tl.arange(0, QUERIES)
     grad_output_ptr = _at(grad_output_ptr, example, head, grad_output_example, grad_output_head)
     output_ptr = _at(output_ptr, example, head, output_example, output_head)
-    grad_output = _load(grad_output_ptr, row, queries, grad_output_row, SIZE, BLOCK_SIZE).to(tl.float32)
-    output = _load(output_ptr, row, queries, output_row, SIZE, BLOCK_SIZE).to(tl.float32)
+    grad_output = _load(grad_output_ptr, row, queries, grad_output_row, SPEC).to(tl.float32)
+    output = _load(output_ptr, row, queries, output_row, SPEC).to(tl.float32)
     dots = tl.sum(grad_output * output, 1)
-    if GATE_GRAD:
+    if SPEC.GATE_GRAD:
         tl.store(shares_ptr + tl.program_id(0), tl.sum(dots, 0))
         dots *= gate
     tl.store(dots_ptr + pair.to(tl.int64) * queries + row, dots, mask=row < queries)
@@ -282,53 +299,53 @@ def _query_kernel(
     grad_output_row: tl.int32, query_row: tl.int32, key_row: tl.int32, value_row: tl.int32, grad_row: tl.int32,
     heads: tl.int32, queries: tl.int32, keys: tl.int32,
     scale: tl.float32, dropout_p: tl.float32,
-    SIZE: tl.constexpr, BLOCK_SIZE: tl.constexpr, GROUP: tl.constexpr, GATED: tl.constexpr, GATE_GRAD: tl.constexpr,
-    MASK: tl.constexpr, MASK_ROWS: tl.constexpr, CAUSAL: tl.constexpr, DROPOUT: tl.constexpr, UNIT: tl.constexpr,
-    EVEN_KEYS: tl.constexpr, PRECISION: tl.constexpr, QUERIES: tl.constexpr, KEYS: tl.constexpr,
+    SPEC: tl.constexpr,
 ):  # fmt: skip
     """The gradient to a block of queries."""
+    QUERIES: tl.constexpr = SPEC.QUERIES
+    KEYS: tl.constexpr = SPEC.KEYS
+    BLOCK_SIZE: tl.constexpr = SPEC.BLOCK_SIZE
     blocks = tl.cdiv(queries, QUERIES)
     block = tl.program_id(0) % blocks
     pair = tl.program_id(0) // blocks
     example, head = (pair // heads).to(tl.int64), (pair % heads).to(tl.int64)
     row = block * QUERIES + tl.arange(0, QUERIES)
     grad_ptr = _at(grad_ptr, example, head, grad_example, grad_head)
-    gate = _gate(gate_ptr, example, head, gate_example, gate_head, GATED)
-    if GATED:  # noqa: SIM102 (a branch of the compiler's)
+    gate = _gate(gate_ptr, example, head, gate_example, gate_head, SPEC)
+    if SPEC.GATED:  # noqa: SIM102 (a branch of the compiler's)
         if gate == 0:
             nothing = tl.zeros([QUERIES, BLOCK_SIZE], tl.float32)
-            _store(grad_ptr, nothing, row, queries, grad_row, SIZE, BLOCK_SIZE)
+            _store(grad_ptr, nothing, row, queries, grad_row, SPEC)
             return
 
     grad_output_ptr = _at(grad_output_ptr, example, head, grad_output_example, grad_output_head)
     query_ptr = _at(query_ptr, example, head, query_example, query_head)
-    key_ptr = _at(key_ptr, example, head // GROUP, key_example, key_head)
-    value_ptr = _at(value_ptr, example, head // GROUP, value_example, value_head)
-    mask_ptr = _mask_at(mask_ptr, example, head, mask_example, mask_head, MASK_ROWS)
+    key_ptr = _at(key_ptr, example, head // SPEC.GROUP, key_example, key_head)
+    value_ptr = _at(value_ptr, example, head // SPEC.GROUP, value_example, value_head)
+    mask_ptr = _mask_at(mask_ptr, example, head, mask_example, mask_head, SPEC)
     rows = pair.to(tl.int64) * queries + row
-    logsumexp = tl.load(logsumexp_ptr + rows, mask=row < queries, other=0) * UNIT
+    logsumexp = tl.load(logsumexp_ptr + rows, mask=row < queries, other=0) * SPEC.UNIT
     dots = tl.load(dots_ptr + rows, mask=row < queries, other=0)
-    grad_output = _load(grad_output_ptr, row, queries, grad_output_row, SIZE, BLOCK_SIZE)
-    query = _load(query_ptr, row, queries, query_row, SIZE, BLOCK_SIZE)
+    grad_output = _load(grad_output_ptr, row, queries, grad_output_row, SPEC)
+    query = _load(query_ptr, row, queries, query_row, SPEC)
     grad = tl.zeros([QUERIES, BLOCK_SIZE], tl.float32)
     end = keys
-    if CAUSAL:
+    if SPEC.CAUSAL:
         end = tl.minimum(keys, (block + 1) * QUERIES)
     for start in range(0, end, KEYS):
         column = start + tl.arange(0, KEYS)
-        key = _load(key_ptr, column, keys, key_row, SIZE, BLOCK_SIZE)
-        value = _load(value_ptr, column, keys, value_row, SIZE, BLOCK_SIZE)
-        scores = tl.dot(query, tl.trans(key), input_precision=PRECISION) * (scale * UNIT)
-        scores = _masked(scores, row[:, None], column[None, :], mask_ptr, mask_row, mask_column, queries, keys, MASK,
-                         MASK_ROWS, CAUSAL, EVEN_KEYS)  # fmt: skip
-        weights = _exp(scores - logsumexp[:, None], UNIT)
-        slopes = tl.dot(grad_output, tl.trans(value), input_precision=PRECISION) * (gate / (1 - dropout_p))
-        if DROPOUT:
+        key = _load(key_ptr, column, keys, key_row, SPEC)
+        value = _load(value_ptr, column, keys, value_row, SPEC)
+        scores = tl.dot(query, tl.trans(key), input_precision=SPEC.PRECISION) * (scale * SPEC.UNIT)
+        scores = _masked(scores, row[:, None], column[None, :], mask_ptr, mask_row, mask_column, queries, keys, SPEC)
+        weights = _exp(scores - logsumexp[:, None], SPEC)
+        slopes = tl.dot(grad_output, tl.trans(value), input_precision=SPEC.PRECISION) * (gate / (1 - dropout_p))
+        if SPEC.DROPOUT:
             kept = _kept(row[:, None], column[None, :], pair, tl.load(seed_ptr), dropout_p)
             slopes = tl.where(kept, slopes, 0)
         slopes = weights * (slopes - dots[:, None])
-        grad = tl.dot(slopes.to(key.dtype), key, grad, input_precision=PRECISION)
-    _store(grad_ptr, grad * scale, row, queries, grad_row, SIZE, BLOCK_SIZE)
+        grad = tl.dot(slopes.to(key.dtype), key, grad, input_precision=SPEC.PRECISION)
+    _store(grad_ptr, grad * scale, row, queries, grad_row, SPEC)
 
 
 @triton.jit(do_not_specialize=NUMBERS)
@@ -346,11 +363,12 @@ def _key_value_kernel(
     grad_output_row: tl.int32, query_row: tl.int32, key_row: tl.int32, value_row: tl.int32, grad_row: tl.int32,
     heads: tl.int32, queries: tl.int32, keys: tl.int32,
     scale: tl.float32, dropout_p: tl.float32,
-    SIZE: tl.constexpr, BLOCK_SIZE: tl.constexpr, GROUP: tl.constexpr, GATED: tl.constexpr, GATE_GRAD: tl.constexpr,
-    MASK: tl.constexpr, MASK_ROWS: tl.constexpr, CAUSAL: tl.constexpr, DROPOUT: tl.constexpr, UNIT: tl.constexpr,
-    EVEN_KEYS: tl.constexpr, PRECISION: tl.constexpr, QUERIES: tl.constexpr, KEYS: tl.constexpr,
+    SPEC: tl.constexpr,
 ):  # fmt: skip
     """The gradients to a block of keys and values. Tiles have keys down and queries across."""
+    QUERIES: tl.constexpr = SPEC.QUERIES
+    KEYS: tl.constexpr = SPEC.KEYS
+    BLOCK_SIZE: tl.constexpr = SPEC.BLOCK_SIZE
     blocks = tl.cdiv(keys, KEYS)
     block = tl.program_id(0) % blocks
     pair = tl.program_id(0) // blocks
@@ -358,61 +376,60 @@ def _key_value_kernel(
     column = block * KEYS + tl.arange(0, KEYS)
     grad_key_ptr = _at(grad_key_ptr, example, head, grad_example, grad_head)
     grad_value_ptr = _at(grad_value_ptr, example, head, grad_example, grad_head)
-    gate = _gate(gate_ptr, example, head, gate_example, gate_head, GATED)
-    if GATED:  # noqa: SIM102 (a branch of the compiler's)
+    gate = _gate(gate_ptr, example, head, gate_example, gate_head, SPEC)
+    if SPEC.GATED:  # noqa: SIM102 (a branch of the compiler's)
         if gate == 0:
             nothing = tl.zeros([KEYS, BLOCK_SIZE], tl.float32)
-            _store(grad_key_ptr, nothing, column, keys, grad_row, SIZE, BLOCK_SIZE)
-            _store(grad_value_ptr, nothing, column, keys, grad_row, SIZE, BLOCK_SIZE)
+            _store(grad_key_ptr, nothing, column, keys, grad_row, SPEC)
+            _store(grad_value_ptr, nothing, column, keys, grad_row, SPEC)
             return
 
     grad_output_ptr = _at(grad_output_ptr, example, head, grad_output_example, grad_output_head)
     query_ptr = _at(query_ptr, example, head, query_example, query_head)
-    key_ptr = _at(key_ptr, example, head // GROUP, key_example, key_head)
-    value_ptr = _at(value_ptr, example, head // GROUP, value_example, value_head)
-    mask_ptr = _mask_at(mask_ptr, example, head, mask_example, mask_head, MASK_ROWS)
+    key_ptr = _at(key_ptr, example, head // SPEC.GROUP, key_example, key_head)
+    value_ptr = _at(value_ptr, example, head // SPEC.GROUP, value_example, value_head)
+    mask_ptr = _mask_at(mask_ptr, example, head, mask_example, mask_head, SPEC)
     logsumexp_ptr += pair.to(tl.int64) * queries
     dots_ptr += pair.to(tl.int64) * queries
-    key = _load(key_ptr, column, keys, key_row, SIZE, BLOCK_SIZE)
-    value = _load(value_ptr, column, keys, value_row, SIZE, BLOCK_SIZE)
+    key = _load(key_ptr, column, keys, key_row, SPEC)
+    value = _load(value_ptr, column, keys, value_row, SPEC)
     grad_key = tl.zeros([KEYS, BLOCK_SIZE], tl.float32)
     grad_value = tl.zeros([KEYS, BLOCK_SIZE], tl.float32)
     begin = 0
-    if CAUSAL:
+    if SPEC.CAUSAL:
         begin = block * KEYS // QUERIES * QUERIES
     for start in range(begin, queries, QUERIES):
         row = start + tl.arange(0, QUERIES)
-        query = _load(query_ptr, row, queries, query_row, SIZE, BLOCK_SIZE)
-        grad_output = _load(grad_output_ptr, row, queries, grad_output_row, SIZE, BLOCK_SIZE)
+        query = _load(query_ptr, row, queries, query_row, SPEC)
+        grad_output = _load(grad_output_ptr, row, queries, grad_output_row, SPEC)
         # a row beyond the last has weights 0
-        logsumexp = tl.load(logsumexp_ptr + row, mask=row < queries, other=float("inf")) * UNIT
+        logsumexp = tl.load(logsumexp_ptr + row, mask=row < queries, other=float("inf")) * SPEC.UNIT
         dots = tl.load(dots_ptr + row, mask=row < queries, other=0)
-        scores = tl.dot(key, tl.trans(query), input_precision=PRECISION) * (scale * UNIT)
-        scores = _masked(scores, row[None, :], column[:, None], mask_ptr, mask_row, mask_column, queries, keys, MASK,
-                         MASK_ROWS, CAUSAL, EVEN_KEYS)  # fmt: skip
-        weights = _exp(scores - logsumexp[None, :], UNIT)
-        slopes = tl.dot(value, tl.trans(grad_output), input_precision=PRECISION) * (gate / (1 - dropout_p))
+        scores = tl.dot(key, tl.trans(query), input_precision=SPEC.PRECISION) * (scale * SPEC.UNIT)
+        scores = _masked(scores, row[None, :], column[:, None], mask_ptr, mask_row, mask_column, queries, keys, SPEC)
+        weights = _exp(scores - logsumexp[None, :], SPEC)
+        slopes = tl.dot(value, tl.trans(grad_output), input_precision=SPEC.PRECISION) * (gate / (1 - dropout_p))
         dropped = weights
-        if DROPOUT:
+        if SPEC.DROPOUT:
             kept = _kept(row[None, :], column[:, None], pair, tl.load(seed_ptr), dropout_p)
             slopes = tl.where(kept, slopes, 0)
             dropped = tl.where(kept, weights, 0)
-        grad_value = tl.dot(dropped.to(grad_output.dtype), grad_output, grad_value, input_precision=PRECISION)
+        grad_value = tl.dot(dropped.to(grad_output.dtype), grad_output, grad_value, input_precision=SPEC.PRECISION)
         slopes = weights * (slopes - dots[None, :])
-        grad_key = tl.dot(slopes.to(query.dtype), query, grad_key, input_precision=PRECISION)
+        grad_key = tl.dot(slopes.to(query.dtype), query, grad_key, input_precision=SPEC.PRECISION)
     grad_key *= scale
     grad_value *= gate / (1 - dropout_p)
-    _store(grad_key_ptr, grad_key, column, keys, grad_row, SIZE, BLOCK_SIZE)
-    _store(grad_value_ptr, grad_value, column, keys, grad_row, SIZE, BLOCK_SIZE)
+    _store(grad_key_ptr, grad_key, column, keys, grad_row, SPEC)
+    _store(grad_value_ptr, grad_value, column, keys, grad_row, SPEC)
 
 
 @triton.jit(do_not_specialize=NUMBERS)
 def _whole_kernel(
     grad_output_ptr, query_ptr, key_ptr, value_ptr,
-    output_ptr,  # without gates where GATE_GRAD
+    output_ptr,  # without gates where SPEC.GATE_GRAD
     grad_query_ptr, grad_key_ptr, grad_value_ptr,  # out
     logsumexp_ptr,
-    grad_gate_ptr,  # out [B, H], contiguous; not written unless GATE_GRAD
+    grad_gate_ptr,  # out [B, H], contiguous; not written unless SPEC.GATE_GRAD
     gate_ptr, mask_ptr, seed_ptr,
     grad_output_example: tl.int64, grad_output_head: tl.int64,
     query_example: tl.int64, query_head: tl.int64,
@@ -427,78 +444,78 @@ def _whole_kernel(
     grad_query_row: tl.int32, grad_key_row: tl.int32,
     heads: tl.int32, queries: tl.int32, keys: tl.int32,
     scale: tl.float32, dropout_p: tl.float32,
-    SIZE: tl.constexpr, BLOCK_SIZE: tl.constexpr, GROUP: tl.constexpr, GATED: tl.constexpr, GATE_GRAD: tl.constexpr,
-    MASK: tl.constexpr, MASK_ROWS: tl.constexpr, CAUSAL: tl.constexpr, DROPOUT: tl.constexpr, UNIT: tl.constexpr,
-    EVEN_KEYS: tl.constexpr, PRECISION: tl.constexpr, QUERIES: tl.constexpr, KEYS: tl.constexpr,
+    SPEC: tl.constexpr,
 ):  # fmt: skip
     """All gradients of a head whose keys fit one tile. Those to key and value have the same strides."""
+    QUERIES: tl.constexpr = SPEC.QUERIES
+    KEYS: tl.constexpr = SPEC.KEYS
+    BLOCK_SIZE: tl.constexpr = SPEC.BLOCK_SIZE
     pair = tl.program_id(0)
     example, head = (pair // heads).to(tl.int64), (pair % heads).to(tl.int64)
     column = tl.arange(0, KEYS)
     grad_output_ptr = _at(grad_output_ptr, example, head, grad_output_example, grad_output_head)
     query_ptr = _at(query_ptr, example, head, query_example, query_head)
-    key_ptr = _at(key_ptr, example, head // GROUP, key_example, key_head)
-    value_ptr = _at(value_ptr, example, head // GROUP, value_example, value_head)
+    key_ptr = _at(key_ptr, example, head // SPEC.GROUP, key_example, key_head)
+    value_ptr = _at(value_ptr, example, head // SPEC.GROUP, value_example, value_head)
     output_ptr = _at(output_ptr, example, head, output_example, output_head)
     grad_query_ptr = _at(grad_query_ptr, example, head, grad_query_example, grad_query_head)
     grad_key_ptr = _at(grad_key_ptr, example, head, grad_key_example, grad_key_head)
     grad_value_ptr = _at(grad_value_ptr, example, head, grad_key_example, grad_key_head)
-    mask_ptr = _mask_at(mask_ptr, example, head, mask_example, mask_head, MASK_ROWS)
+    mask_ptr = _mask_at(mask_ptr, example, head, mask_example, mask_head, SPEC)
     logsumexp_ptr += pair.to(tl.int64) * queries
-    gate = _gate(gate_ptr, example, head, gate_example, gate_head, GATED)
+    gate = _gate(gate_ptr, example, head, gate_example, gate_head, SPEC)
     share = 0.0
-    if GATED:  # noqa: SIM102 (a branch of the compiler's)
+    if SPEC.GATED:  # noqa: SIM102 (a branch of the compiler's)
         if gate == 0:
             nothing = tl.zeros([QUERIES, BLOCK_SIZE], tl.float32)
             for start in range(0, queries, QUERIES):
                 row = start + tl.arange(0, QUERIES)
-                _store(grad_query_ptr, nothing, row, queries, grad_query_row, SIZE, BLOCK_SIZE)
-                if GATE_GRAD:
-                    grad_output = _load(grad_output_ptr, row, queries, grad_output_row, SIZE, BLOCK_SIZE)
-                    output = _load(output_ptr, row, queries, output_row, SIZE, BLOCK_SIZE)
+                _store(grad_query_ptr, nothing, row, queries, grad_query_row, SPEC)
+                if SPEC.GATE_GRAD:
+                    grad_output = _load(grad_output_ptr, row, queries, grad_output_row, SPEC)
+                    output = _load(output_ptr, row, queries, output_row, SPEC)
                     share += tl.sum(tl.sum(grad_output.to(tl.float32) * output.to(tl.float32), 1), 0)
             nothing = tl.zeros([KEYS, BLOCK_SIZE], tl.float32)
-            _store(grad_key_ptr, nothing, column, keys, grad_key_row, SIZE, BLOCK_SIZE)
-            _store(grad_value_ptr, nothing, column, keys, grad_key_row, SIZE, BLOCK_SIZE)
-            if GATE_GRAD:
+            _store(grad_key_ptr, nothing, column, keys, grad_key_row, SPEC)
+            _store(grad_value_ptr, nothing, column, keys, grad_key_row, SPEC)
+            if SPEC.GATE_GRAD:
                 tl.store(grad_gate_ptr + pair, share)
             return
 
-    key = _load(key_ptr, column, keys, key_row, SIZE, BLOCK_SIZE)
-    value = _load(value_ptr, column, keys, value_row, SIZE, BLOCK_SIZE)
+    key = _load(key_ptr, column, keys, key_row, SPEC)
+    value = _load(value_ptr, column, keys, value_row, SPEC)
     grad_key = tl.zeros([KEYS, BLOCK_SIZE], tl.float32)
     grad_value = tl.zeros([KEYS, BLOCK_SIZE], tl.float32)
     for start in range(0, queries, QUERIES):
         row = start + tl.arange(0, QUERIES)
-        query = _load(query_ptr, row, queries, query_row, SIZE, BLOCK_SIZE)
-        grad_output = _load(grad_output_ptr, row, queries, grad_output_row, SIZE, BLOCK_SIZE)
-        output = _load(output_ptr, row, queries, output_row, SIZE, BLOCK_SIZE)
+        query = _load(query_ptr, row, queries, query_row, SPEC)
+        grad_output = _load(grad_output_ptr, row, queries, grad_output_row, SPEC)
+        output = _load(output_ptr, row, queries, output_row, SPEC)
         dots = tl.sum(grad_output.to(tl.float32) * output.to(tl.float32), 1)
-        if GATE_GRAD:
+        if SPEC.GATE_GRAD:
             share += tl.sum(dots, 0)
             dots *= gate
         # a row beyond the last has weights 0
-        logsumexp = tl.load(logsumexp_ptr + row, mask=row < queries, other=float("inf")) * UNIT
-        scores = tl.dot(key, tl.trans(query), input_precision=PRECISION) * (scale * UNIT)
-        scores = _masked(scores, row[None, :], column[:, None], mask_ptr, mask_row, mask_column, queries, keys, MASK,
-                         MASK_ROWS, CAUSAL, EVEN_KEYS)  # fmt: skip
-        weights = _exp(scores - logsumexp[None, :], UNIT)
-        slopes = tl.dot(value, tl.trans(grad_output), input_precision=PRECISION) * (gate / (1 - dropout_p))
+        logsumexp = tl.load(logsumexp_ptr + row, mask=row < queries, other=float("inf")) * SPEC.UNIT
+        scores = tl.dot(key, tl.trans(query), input_precision=SPEC.PRECISION) * (scale * SPEC.UNIT)
+        scores = _masked(scores, row[None, :], column[:, None], mask_ptr, mask_row, mask_column, queries, keys, SPEC)
+        weights = _exp(scores - logsumexp[None, :], SPEC)
+        slopes = tl.dot(value, tl.trans(grad_output), input_precision=SPEC.PRECISION) * (gate / (1 - dropout_p))
         dropped = weights
-        if DROPOUT:
+        if SPEC.DROPOUT:
             kept = _kept(row[None, :], column[:, None], pair, tl.load(seed_ptr), dropout_p)
             slopes = tl.where(kept, slopes, 0)
             dropped = tl.where(kept, weights, 0)
-        grad_value = tl.dot(dropped.to(grad_output.dtype), grad_output, grad_value, input_precision=PRECISION)
+        grad_value = tl.dot(dropped.to(grad_output.dtype), grad_output, grad_value, input_precision=SPEC.PRECISION)
         slopes = (weights * (slopes - dots[None, :])).to(query.dtype)
-        grad_key = tl.dot(slopes, query, grad_key, input_precision=PRECISION)
-        grad_query = tl.dot(tl.trans(slopes), key, input_precision=PRECISION) * scale
-        _store(grad_query_ptr, grad_query, row, queries, grad_query_row, SIZE, BLOCK_SIZE)
+        grad_key = tl.dot(slopes, query, grad_key, input_precision=SPEC.PRECISION)
+        grad_query = tl.dot(tl.trans(slopes), key, input_precision=SPEC.PRECISION) * scale
+        _store(grad_query_ptr, grad_query, row, queries, grad_query_row, SPEC)
     grad_key *= scale
     grad_value *= gate / (1 - dropout_p)
-    _store(grad_key_ptr, grad_key, column, keys, grad_key_row, SIZE, BLOCK_SIZE)
-    _store(grad_value_ptr, grad_value, column, keys, grad_key_row, SIZE, BLOCK_SIZE)
-    if GATE_GRAD:
+    _store(grad_key_ptr, grad_key, column, keys, grad_key_row, SPEC)
+    _store(grad_value_ptr, grad_value, column, keys, grad_key_row, SPEC)
+    if SPEC.GATE_GRAD:
         tl.store(grad_gate_ptr + pair, share)
 
 
@@ -530,16 +547,17 @@ def launch(
     kind = "single" if single else "half with extras" if extras else "half, sm_90" if _is_hopper() else "half"
     block_size = _block(size, MAX_SIZE)
     most_queries, most_keys, warps, stages, registers = TILES[name][kind][block_size > 64]
-    tile = {"QUERIES": _block(queries, most_queries), "KEYS": _block(keys, most_keys)}
-    if name == "dots":
-        tile["QUERIES"] = most_queries
-    taken = {"whole": 0, "key_value": tile["KEYS"]}.get(name, tile["QUERIES"])
+    query_block, key_block = most_queries if name == "dots" else _block(queries, most_queries), _block(keys, most_keys)
+    taken = {"whole": 0, "key_value": key_block}.get(name, query_block)
     programs = pairs * (triton.cdiv(rows, taken) if taken else 1)
-    compiled = globals()[f"_{name}_kernel"][(programs,)](
-        *tensors, *strides, *row_strides, *sizes, *numbers,
+    specialization = Specialization(
         SIZE=size, BLOCK_SIZE=block_size, GROUP=group, GATED=bool(gated), GATE_GRAD=bool(gate_grad),
         MASK=MASKS[mask], MASK_ROWS=bool(mask_rows), CAUSAL=bool(causal), DROPOUT=bool(dropout),
-        UNIT=1.0 if MASKS[mask] == "float" else LOG2_E.value, EVEN_KEYS=keys % tile["KEYS"] == 0,
-        PRECISION="tf32x3" if single else "tf32", **tile, num_warps=warps, num_stages=stages, maxnreg=registers,
+        UNIT=1.0 if MASKS[mask] == "float" else LOG2_E.value, EVEN_KEYS=keys % key_block == 0,
+        PRECISION="tf32x3" if single else "tf32", QUERIES=query_block, KEYS=key_block,
+    )  # fmt: skip
+    compiled = globals()[f"_{name}_kernel"][(programs,)](
+        *tensors, *strides, *row_strides, *sizes, *numbers, SPEC=specialization,
+        num_warps=warps, num_stages=stages, maxnreg=registers,
     )  # fmt: skip
     return compiled, taken

@@ -27,18 +27,63 @@ def kd_ce_loss(
 ) -> Tensor:
     log_s = F.log_softmax(student_logits / temperature, -1)
     log_t = F.log_softmax(teacher_logits / temperature, -1)
-    if divergence == "forward_kl":
-        kd = F.kl_div(log_s, log_t, reduction="none", log_target=True).sum(-1)
-    elif divergence == "reverse_kl":
-        kd = F.kl_div(log_t, log_s, reduction="none", log_target=True).sum(-1)
-    else:
-        kd = -(log_t.exp() * log_s).sum(-1)
+    kd = _divergence(log_s, log_t, divergence)
     loss = kd_weight * kd * (temperature**2 if scale_by_temperature else 1)
+    return _with_cross_entropy(loss, student_logits, labels, ce_weight, ignore_index, label_smoothing, reduction)
+
+
+def dkd_loss(
+    student_logits: Tensor,
+    teacher_logits: Tensor,
+    labels: Tensor,
+    *,
+    alpha: float = 1.0,
+    beta: float = 8.0,
+    temperature: float = 1.0,
+    kd_weight: float = 1.0,
+    ce_weight: float = 1.0,
+    divergence: str = "forward_kl",
+    scale_by_temperature: bool = True,
+    ignore_index: int = -100,
+    label_smoothing: float = 0.0,
+    reduction: str = "mean",
+) -> Tensor:
+    target = labels.long().masked_fill(labels == ignore_index, 0).unsqueeze(-1)
+    is_target = torch.zeros_like(student_logits, dtype=torch.bool).scatter(-1, target, True)
+    log_b, log_q = [], []
+    for logits in (student_logits / temperature, teacher_logits / temperature):
+        log_p = F.log_softmax(logits, -1)
+        rest = log_p.masked_fill(is_target, -torch.inf).logsumexp(-1)
+        log_b.append(torch.stack([log_p.gather(-1, target).squeeze(-1), rest], -1))
+        others = logits.masked_select(~is_target).view(*logits.shape[:-1], logits.shape[-1] - 1)
+        log_q.append(F.log_softmax(others, -1))
+    kd = alpha * _divergence(*log_b, divergence) + beta * _divergence(*log_q, divergence)
+    loss = kd_weight * kd * (temperature**2 if scale_by_temperature else 1)
+    return _with_cross_entropy(loss, student_logits, labels, ce_weight, ignore_index, label_smoothing, reduction)
+
+
+def _divergence(log_s: Tensor, log_t: Tensor, divergence: str) -> Tensor:
+    if divergence == "forward_kl":
+        return F.kl_div(log_s, log_t, reduction="none", log_target=True).sum(-1)
+    if divergence == "reverse_kl":
+        return F.kl_div(log_t, log_s, reduction="none", log_target=True).sum(-1)
+    return -(log_t.exp() * log_s).sum(-1)
+
+
+def _with_cross_entropy(
+    loss: Tensor,
+    logits: Tensor,
+    labels: Tensor | None,
+    ce_weight: float,
+    ignore_index: int,
+    label_smoothing: float,
+    reduction: str,
+) -> Tensor:
     counted = torch.ones_like(loss, dtype=torch.bool)
     if labels is not None:
         counted = labels != ignore_index
         ce = F.cross_entropy(
-            student_logits.flatten(0, -2),
+            logits.flatten(0, -2),
             labels.flatten().long(),
             ignore_index=ignore_index,
             label_smoothing=label_smoothing,
@@ -109,3 +154,19 @@ def gated_attention(
         key, value = (x.repeat_interleave(group, 1) for x in (key, value))
     output = F.scaled_dot_product_attention(query, key, value, attn_mask, is_causal=is_causal, scale=scale)
     return output if head_gate is None else output * head_gate.to(output.dtype)[..., None, None]
+
+
+def proximity_conv(
+    states: Tensor,
+    proximity: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    attention_mask: Tensor | None = None,
+) -> Tensor:
+    weighted = states * proximity.to(states.dtype).unsqueeze(-1)
+    if attention_mask is not None:
+        weighted = weighted.masked_fill(attention_mask.unsqueeze(-1) == 0, 0)
+    values = F.conv1d(weighted.mT, weight, bias, padding=weight.shape[-1] // 2)
+    if attention_mask is not None:
+        values = values.masked_fill(attention_mask.unsqueeze(1) == 0, -math.inf)
+    return values.max(-1).values

@@ -111,7 +111,7 @@ def test_an_unknown_op_is_refused() -> None:
 
 
 @pytest.mark.parametrize(
-    "only", ["kd_ce_loss", "uncertainty", "gated_attention", "gated_ffn", "accumulate_sensitivity"]
+    "only", ["kd_ce_loss", "uncertainty", "gated_attention", "gated_ffn", "accumulate_sensitivity", "proximity_conv"]
 )
 def test_one_op_has_its_tests_and_benchmarks(only: str) -> None:
     names = {path.as_posix() for path in gpu.test_files(only)}

@@ -1,5 +1,5 @@
-// Autograd for kd_ce_loss: what fastdistill/ops/kd_ce_loss.py registers where there is no compiled module, without the
-// Python frames that cost more than a small batch's arithmetic.
+// Autograd for kd_ce_loss and dkd_loss: what fastdistill/ops registers where there is no compiled module, without the Python
+// frames that cost more than a small batch's arithmetic.
 #include "dispatch.h"
 
 #include <ATen/TensorSubclassLikeUtils.h>
@@ -18,10 +18,6 @@ using at::Tensor;
 using torch::autograd::AutogradContext;
 using torch::autograd::variable_list;
 
-using LossArgs = std::tuple<Tensor, Tensor, Tensor>(
-    const Tensor&, const Tensor&, const std::optional<Tensor>&, double, double, double, std::string_view, bool, int64_t,
-    double, std::string_view, bool, bool);
-
 // The saved gradient times its upstream one: in its own memory when the graph is not retained, for this is then its last
 // use, so that a backward allocates nothing; out of place under tracing, where the compiler plans memory.
 Tensor times_grad_output(const Tensor& grad, const Tensor& grad_output) {
@@ -33,47 +29,52 @@ Tensor times_grad_output(const Tensor& grad, const Tensor& grad_output) {
   return grad;
 }
 
-class KdCeLoss : public torch::autograd::Function<KdCeLoss> {
+// Of the outputs of a loss: (loss, or with its terms behind it; gradients for an upstream gradient of one).
+class Distillation : public torch::autograd::Function<Distillation> {
  public:
+  template <typename Op>
   static variable_list forward(
       AutogradContext* ctx,
       const Tensor& student,
       const Tensor& teacher,
-      const std::optional<Tensor>& labels,
-      double temperature,
-      double kd_weight,
-      double ce_weight,
-      std::string_view divergence,
-      bool scale_by_temperature,
-      int64_t ignore_index,
-      double label_smoothing,
-      std::string_view reduction,
       bool student_grad,
-      bool teacher_grad) {
-    static const auto op = find_op<LossArgs>("fastdistill::kd_ce_loss");
+      bool teacher_grad,
+      bool return_terms,
+      const Op& op) {
     at::AutoDispatchBelowADInplaceOrView guard;
-    auto [loss, grad_student, grad_teacher] = op.call(
-        student, teacher, labels, temperature, kd_weight, ce_weight, divergence, scale_by_temperature, ignore_index,
-        label_smoothing, reduction, student_grad, teacher_grad);
+    auto [loss, grad_student, grad_teacher] = op(student_grad, teacher_grad);
     ctx->save_for_backward({grad_student, grad_teacher});
     ctx->mark_non_differentiable({grad_student, grad_teacher});
     ctx->set_materialize_grads(false);
     ctx->saved_data["student_grad"] = student_grad;
     ctx->saved_data["teacher_grad"] = teacher_grad;
+    if (return_terms)
+      ctx->saved_data["return_terms"] = true;
     return {loss, grad_student, grad_teacher};
   }
 
   static variable_list backward(AutogradContext* ctx, const variable_list& grad_outputs) {
     const variable_list saved = ctx->get_saved_variables();
-    const Tensor& grad_output = grad_outputs[0];
-    TORCH_CHECK(!at::GradMode::is_enabled(), "kd_ce_loss cannot be differentiated twice (create_graph=True)");
-    variable_list grads(13);
+    TORCH_CHECK(!at::GradMode::is_enabled(), "kd_ce_loss and dkd_loss cannot be differentiated twice (create_graph=True)");
+    Tensor grad_output = grad_outputs[0];
+    if (grad_output.defined() && ctx->saved_data.count("return_terms"))
+      grad_output = grad_output.select(0, 0); // the terms are there to be looked at
+    variable_list grads(6);
     for (const auto& [i, wanted] : {std::pair{0, "student_grad"}, std::pair{1, "teacher_grad"}})
       if (grad_output.defined() && ctx->saved_data[wanted].toBool() && ctx->needs_input_grad(i))
         grads[i] = times_grad_output(saved[i], grad_output);
     return grads;
   }
 };
+
+// The outputs of op, a function of which gradients it is to compute.
+template <typename Op>
+std::tuple<Tensor, Tensor, Tensor> with_autograd(
+    const Tensor& student, const Tensor& teacher, bool student_grad, bool teacher_grad, bool return_terms, const Op& op) {
+  const auto out = Distillation::apply(
+      student, teacher, student_grad || wants_grad(student), teacher_grad || wants_grad(teacher), return_terms, op);
+  return {out[0], out[1], out[2]};
+}
 
 std::tuple<Tensor, Tensor, Tensor> kd_ce_loss(
     const Tensor& student,
@@ -88,17 +89,46 @@ std::tuple<Tensor, Tensor, Tensor> kd_ce_loss(
     double label_smoothing,
     std::string_view reduction,
     bool student_grad,
-    bool teacher_grad) {
+    bool teacher_grad,
+    bool return_terms) {
   check_no_torch_func("kd_ce_loss");
-  const auto out = KdCeLoss::apply(
-      student, teacher, labels, temperature, kd_weight, ce_weight, divergence, scale_by_temperature, ignore_index,
-      label_smoothing, reduction, student_grad || wants_grad(student), teacher_grad || wants_grad(teacher));
-  return {out[0], out[1], out[2]};
+  static const auto op = find_op<decltype(kd_ce_loss)>("fastdistill::kd_ce_loss");
+  return with_autograd(student, teacher, student_grad, teacher_grad, return_terms, [&](bool to_student, bool to_teacher) {
+    return op.call(
+        student, teacher, labels, temperature, kd_weight, ce_weight, divergence, scale_by_temperature,
+        ignore_index, label_smoothing, reduction, to_student, to_teacher, return_terms);
+  });
+}
+
+std::tuple<Tensor, Tensor, Tensor> dkd_loss(
+    const Tensor& student,
+    const Tensor& teacher,
+    const Tensor& labels,
+    double temperature,
+    double target_weight,
+    double nontarget_weight,
+    double ce_weight,
+    std::string_view divergence,
+    bool scale_by_temperature,
+    int64_t ignore_index,
+    double label_smoothing,
+    std::string_view reduction,
+    bool student_grad,
+    bool teacher_grad,
+    bool return_terms) {
+  check_no_torch_func("dkd_loss");
+  static const auto op = find_op<decltype(dkd_loss)>("fastdistill::dkd_loss");
+  return with_autograd(student, teacher, student_grad, teacher_grad, return_terms, [&](bool to_student, bool to_teacher) {
+    return op.call(
+        student, teacher, labels, temperature, target_weight, nontarget_weight, ce_weight, divergence, scale_by_temperature,
+        ignore_index, label_smoothing, reduction, to_student, to_teacher, return_terms);
+  });
 }
 
 } // namespace
 
 TORCH_LIBRARY_IMPL(fastdistill, Autograd, m) {
+  m.impl("dkd_loss", &dkd_loss);
   m.impl("kd_ce_loss", &kd_ce_loss);
 }
 

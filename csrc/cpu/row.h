@@ -72,11 +72,17 @@ template <typename T>
 inline Vec<T> weighted(const Vec<T>& weight, const Vec<T>& x) {
   return Vec<T>::blendv(weight * x, Vec<T>(0), weight == Vec<T>(0));
 }
+inline double weighted(double weight, double x) {
+  return weight == 0 ? 0 : weight * x;
+}
 
 // max that keeps its first operand where the second is NaN: a NaN comes back with the exponentials.
 template <typename T>
 inline Vec<T> larger(const Vec<T>& a, const Vec<T>& b) {
   return at::vec::clamp_min(a, b);
+}
+inline double larger(double a, double b) {
+  return a < b ? b : a;
 }
 
 // `count` elements from `source`, the lanes beyond them filled with `fill`.
@@ -140,6 +146,9 @@ struct OneRow {
   static Stat pick(const T* values, const int64_t* labels) {
     return values[labels[0]];
   }
+  static void put(T* values, const int64_t* labels, Stat x) {
+    values[labels[0]] = x;
+  }
   static void subtract_at(T* values, const int64_t* labels, T x) {
     values[labels[0]] -= x;
   }
@@ -192,6 +201,12 @@ struct RowPerLane {
     for (int64_t lane = 0; lane < kRows; ++lane)
       picked[lane] = values[labels[lane] * kRows + lane];
     return Vec<T>::loadu(picked);
+  }
+  static void put(T* values, const int64_t* labels, const Stat& x) {
+    T each[kRows];
+    x.store(each);
+    for (int64_t lane = 0; lane < kRows; ++lane)
+      values[labels[lane] * kRows + lane] = each[lane];
   }
   static void subtract_at(T* values, const int64_t* labels, T x) {
     for (int64_t lane = 0; lane < kRows; ++lane)

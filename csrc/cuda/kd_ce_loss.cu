@@ -99,9 +99,14 @@ __device__ void leave_total(const Problem<A>& problem, double total, double divi
   }
 }
 
-// A row's loss, to where it belongs.
+// A row's loss, to where it belongs, and its terms if they are wanted.
 template <typename A>
-__device__ void leave_loss(const Problem<A>& problem, int64_t row, A loss, double& total) {
+__device__ void leave_loss(const Problem<A>& problem, int64_t row, const Terms<A>& terms, double& total) {
+  const A loss = problem.kd_weight * terms.kd + problem.ce_weight * terms.ce;
+  if (problem.terms) {
+    problem.terms[row] = terms.kd;
+    problem.terms[problem.rows + row] = terms.ce;
+  }
   if (problem.losses)
     problem.losses[row] = loss;
   else
@@ -113,11 +118,16 @@ __device__ A not_a_number() {
   return std::numeric_limits<A>::quiet_NaN();
 }
 
+template <typename A>
+__device__ Terms<A> unknown_terms() {
+  return {not_a_number<A>(), not_a_number<A>()};
+}
+
 // Few classes ------------------------------------------------------------------------------------------------------
 
 // A team of kLanes threads has a row, kSize logits of each side in each thread's registers.
 template <typename A, int kLanes, int kSize, int kBlock>
-__global__ void __launch_bounds__(kBlock, 1) few_classes(const __grid_constant__ Problem<A> problem) {
+__global__ void __launch_bounds__(kBlock, sizeof(A) == 4 && kSize == 4 ? 2 : 1) few_classes(const __grid_constant__ Problem<A> problem) {
   constexpr A kInfinity = std::numeric_limits<A>::infinity();
   constexpr int kTeams = kBlock / kLanes;
 #if __CUDA_ARCH__ >= 900
@@ -157,9 +167,9 @@ __global__ void __launch_bounds__(kBlock, 1) few_classes(const __grid_constant__
     add_lanes<kLanes>(sums);
 
     const A label_shifted = (label_logit - sums.student_reference) * problem.scale;
-    const A loss = loss_of(problem, sums, label_shifted, problem.divergence);
+    const Terms<A> terms = terms_of(problem, sums, label_shifted, problem.divergence);
     if (exists && lane == 0)
-      leave_loss(problem, row, label.counts ? label.valid ? loss : not_a_number<A>() : A(0), total);
+      leave_loss(problem, row, label.counts ? label.valid ? terms : unknown_terms<A>() : Terms<A>{0, 0}, total);
     if (!problem.student_grad && !problem.teacher_grad)
       continue;
 
@@ -203,7 +213,7 @@ __global__ void __launch_bounds__(kThreads, 1) any_rows(const __grid_constant__ 
     if (!label.counts) {
       zero_gradients(problem, share);
       if (threadIdx.x == 0)
-        leave_loss(problem, row, A(0), total);
+        leave_loss(problem, row, Terms<A>{0, 0}, total);
       continue;
     }
     const auto over_block = [&](Sums<A> sums) {
@@ -222,9 +232,9 @@ __global__ void __launch_bounds__(kThreads, 1) any_rows(const __grid_constant__ 
     if (threadIdx.x == 0) {
       const bool labelled = problem.task && label.valid;
       const A label_logit = labelled ? load_one<A>(share.student, problem.student_type, label.value) : A(0);
-      const A loss = loss_of(
+      const Terms<A> terms = terms_of(
           problem, sums, (label_logit - sums.student_reference) * problem.scale, problem.divergence);
-      leave_loss(problem, row, label.valid ? loss : not_a_number<A>(), total);
+      leave_loss(problem, row, label.valid ? terms : unknown_terms<A>(), total);
     }
     if (problem.student_grad || problem.teacher_grad) {
       const A per_row = label.valid ? static_cast<A>(1 / divisor) : not_a_number<A>();
@@ -627,7 +637,7 @@ __global__ void __launch_bounds__(kMaxStreamThreads, 1)
         if (has_edge && problem.teacher_grad)
           teacher_grad[edge] = narrow<T>(0.f);
         if (rank == 0 && thread == ring.consumers - 1)
-          leave_loss(problem, row, 0.f, total);
+          leave_loss(problem, row, Terms<float>{0, 0}, total);
         continue;
       }
 
@@ -707,8 +717,8 @@ __global__ void __launch_bounds__(kMaxStreamThreads, 1)
         const float logit = widen(label_logit);
         const float label_shifted = plain ? fmaf(logit, problem.scale, -sums.student_reference)
                                           : (logit - sums.student_reference) * problem.scale;
-        const float loss = loss_of(problem, sums, label_shifted, kDivergence);
-        leave_loss(problem, row, label.valid ? loss : not_a_number<float>(), total);
+        const Terms<float> terms = terms_of(problem, sums, label_shifted, kDivergence);
+        leave_loss(problem, row, label.valid ? terms : unknown_terms<float>(), total);
       }
 
       if (gradients) {
@@ -786,6 +796,19 @@ __global__ void __launch_bounds__(kThreads) add_up(const double* totals, int blo
   total = block_sum(total);
   if (threadIdx.x == 0)
     *loss = static_cast<A>(total / totals[blocks]);
+}
+
+// Sums, or means, of the rows' terms: a block has one of both.
+template <typename A>
+__global__ void __launch_bounds__(kThreads, 1) add_up_terms(const __grid_constant__ Problem<A> problem, A* sums) {
+  const double divisor = problem.mean ? rows_that_count(problem) : 1;
+  const A* const terms = problem.terms + blockIdx.x * problem.rows;
+  double total = 0;
+  for (int64_t row = threadIdx.x; row < problem.rows; row += kThreads)
+    total += terms[row];
+  total = block_sum(total);
+  if (threadIdx.x == 0)
+    sums[blockIdx.x] = static_cast<A>(total / divisor);
 }
 
 // Launches ---------------------------------------------------------------------------------------------------------
@@ -1072,10 +1095,10 @@ Divergence divergence_of(const std::string& name) {
 }
 
 struct Options {
-  double temperature, kd_weight, ce_weight, label_smoothing;
+  double temperature, factor, kd_weight, ce_weight, label_smoothing;
   Divergence divergence;
   int64_t ignore_index;
-  bool mean, reduced;
+  bool mean, reduced, return_terms;
 };
 
 template <typename A>
@@ -1092,7 +1115,8 @@ void run(
   problem.student = student.const_data_ptr();
   problem.teacher = none ? problem.student : teacher.const_data_ptr();
   problem.labels = labels ? labels->const_data_ptr() : nullptr;
-  (options.reduced ? problem.loss : problem.losses) = static_cast<A*>(loss.mutable_data_ptr());
+  A* const losses = static_cast<A*>(loss.mutable_data_ptr()); // the terms' behind it
+  (options.reduced ? problem.loss : problem.losses) = losses;
   problem.student_grad = pointer(student_grad);
   problem.teacher_grad = pointer(teacher_grad);
   problem.rows = student.numel() / classes;
@@ -1116,8 +1140,9 @@ void run(
   }
   problem.temperature = static_cast<A>(temperature);
   problem.scale = static_cast<A>(kLog2E / temperature);
+  problem.factor = static_cast<A>(options.factor);
   problem.kd_weight = static_cast<A>(none ? 0 : options.kd_weight);
-  problem.soft_weight = static_cast<A>(none ? 0 : options.kd_weight / temperature);
+  problem.soft_weight = static_cast<A>(none ? 0 : options.kd_weight * options.factor / temperature);
   problem.ce_weight = static_cast<A>(options.ce_weight);
   problem.label_smoothing = static_cast<A>(options.label_smoothing);
 
@@ -1135,11 +1160,23 @@ void run(
     count_labels<<<problem.count_blocks, kThreads, 0, launch.stream>>>(problem, to);
     problem.counts = to;
   }
+  std::optional<Tensor> row_terms;
+  if (options.return_terms && options.reduced) {
+    const int64_t size = 2 * problem.rows;
+    row_terms = empty({&size, 1}, loss.scalar_type(), device);
+    problem.terms = static_cast<A*>(row_terms->mutable_data_ptr());
+  } else if (options.return_terms) {
+    problem.terms = losses + problem.rows;
+  }
   A* const reduced = problem.loss;
   const int blocks = launch_rows(problem, launch);
   STD_CUDA_KERNEL_LAUNCH_CHECK();
   if (problem.totals) {
     add_up<<<1, kThreads, 0, launch.stream>>>(problem.totals, blocks, reduced);
+    STD_CUDA_KERNEL_LAUNCH_CHECK();
+  }
+  if (row_terms) {
+    add_up_terms<<<2, kThreads, 0, launch.stream>>>(problem, reduced + 1);
     STD_CUDA_KERNEL_LAUNCH_CHECK();
   }
 }
@@ -1157,7 +1194,8 @@ std::tuple<Tensor, Tensor, Tensor> kd_ce_loss(
     double label_smoothing,
     const std::string& reduction,
     bool student_grad,
-    bool teacher_grad) {
+    bool teacher_grad,
+    bool return_terms) {
   const auto evenly_spaced = [](const Tensor& x) { return row_stride(x) ? x : torch::stable::contiguous(x); };
   const Tensor student = evenly_spaced(student_logits), teacher = evenly_spaced(teacher_logits);
   std::optional<Tensor> row_labels = labels;
@@ -1172,8 +1210,10 @@ std::tuple<Tensor, Tensor, Tensor> kd_ce_loss(
   };
   const Tensor grad_student = gradient(student, student_grad), grad_teacher = gradient(teacher, teacher_grad);
   const bool reduced = reduction != "none";
-  const auto dims = reduced ? size_t{0} : shape.size() - 1;
-  const Tensor loss = empty({shape.data(), dims}, wide ? ScalarType::Double : ScalarType::Float, device);
+  std::vector<int64_t> loss_shape(shape.begin(), reduced ? shape.begin() : shape.end() - 1);
+  if (return_terms)
+    loss_shape.insert(loss_shape.begin(), 3);
+  const Tensor loss = empty(loss_shape, wide ? ScalarType::Double : ScalarType::Float, device);
   if (student.numel() == 0) {
     if (reduced)
       torch::stable::fill_(loss, reduction == "mean" ? std::numeric_limits<double>::quiet_NaN() : 0);
@@ -1181,13 +1221,15 @@ std::tuple<Tensor, Tensor, Tensor> kd_ce_loss(
   }
   const Options options{
       .temperature = temperature,
-      .kd_weight = scale_by_temperature ? kd_weight * temperature * temperature : kd_weight,
+      .factor = scale_by_temperature ? temperature * temperature : 1,
+      .kd_weight = kd_weight,
       .ce_weight = ce_weight,
       .label_smoothing = label_smoothing,
       .divergence = kd_weight == 0 ? Divergence::kNone : divergence_of(divergence),
       .ignore_index = ignore_index,
       .mean = reduction == "mean",
-      .reduced = reduced};
+      .reduced = reduced,
+      .return_terms = return_terms};
   (wide ? run<double> : run<float>)(student, teacher, row_labels, options, loss, grad_student, grad_teacher);
   return {loss, grad_student, grad_teacher};
 }

@@ -25,6 +25,7 @@ struct Problem {
   const void* labels; // [rows], integer of label_bytes; null without labels
   A* losses; // out [rows] if not reduced
   A* loss; // out [] if reduced and there are no totals
+  A* terms; // out [2, rows]: distillation, cross-entropy, without their weights; null unless wanted
   double* totals; // out [blocks + 1]: sums of losses, and behind them what to divide by; null for a single block
   void *student_grad, *teacher_grad; // out [rows, classes], contiguous; null unless wanted
   const int* counts; // [count_blocks], of labels that count; null: a block counts them itself
@@ -35,7 +36,8 @@ struct Problem {
   Divergence divergence;
   bool unsigned_labels, task, smooth, mean;
   int power; // 1 if cross-entropy's exponentials are distillation's, 0 otherwise; n > 1 if n-th powers are as good
-  A temperature, scale, kd_weight, soft_weight, ce_weight, label_smoothing; // log2(e), kd_weight over temperature
+  A temperature, scale, factor, kd_weight, soft_weight, ce_weight, label_smoothing; // scale: log2(e) over temperature;
+  // factor: of the divergence; soft_weight: kd_weight times factor over temperature
 };
 
 __device__ inline float exp2_of(float x) {
@@ -197,15 +199,21 @@ __device__ inline double quotient(double a, double b) {
   return a / b;
 }
 
+// Of a row's loss, without their weights; 0 where not computed.
 template <typename A>
-__device__ A loss_of(const Problem<A>& problem, const Sums<A>& sums, A label_shifted, Divergence divergence) {
+struct Terms {
+  A kd, ce;
+};
+
+template <typename A>
+__device__ Terms<A> terms_of(const Problem<A>& problem, const Sums<A>& sums, A label_shifted, Divergence divergence) {
   constexpr A kLn2 = 0.69314718055994530942;
-  A loss = 0;
+  Terms<A> terms = {0, 0};
   if (divergence != Divergence::kNone) {
     const bool reverse = divergence == Divergence::kReverseKl;
     const A weigher = reverse ? sums.student : sums.teacher, other = reverse ? sums.teacher : sums.student;
     const A entropy = divergence == Divergence::kSoftCe ? log(other) : log(quotient(other, weigher));
-    loss = problem.kd_weight * (quotient(sums.gap, weigher) * kLn2 + entropy);
+    terms.kd = problem.factor * (quotient(sums.gap, weigher) * kLn2 + entropy);
   }
   if (problem.task) {
     const A unshift = problem.temperature * kLn2, log_sum = log(sums.task);
@@ -214,9 +222,9 @@ __device__ A loss_of(const Problem<A>& problem, const Sums<A>& sums, A label_shi
       const A uniform = log_sum - sums.shifted / problem.classes * unshift;
       cross_entropy = (1 - problem.label_smoothing) * cross_entropy + problem.label_smoothing * uniform;
     }
-    loss += problem.ce_weight * cross_entropy;
+    terms.ce = cross_entropy;
   }
-  return loss;
+  return terms;
 }
 
 // Factors of the exponentials in the gradients of a row whose loss counts share times, the mean gap, and what to

@@ -163,7 +163,12 @@ class _Search:
         uniform = torch.full((len(names),), 1 / len(names), dtype=torch.float64)
         self.theta = [weight.clone().requires_grad_() for weight in uniform]  # apart: a step moves one and no other
         self.history, self.drawn = [uniform], list[int]()
-        self.adam = torch.optim.Adam(self.student.parameters(), settings.learning_rate, weight_decay=1e-4)
+        weights, decay = self.student.parameters(), settings.weight_decay
+        self.optimizer: torch.optim.Optimizer = (
+            torch.optim.SGD(weights, settings.learning_rate, settings.momentum, weight_decay=decay)
+            if settings.optimizer == "sgd"
+            else torch.optim.Adam(weights, settings.learning_rate, weight_decay=decay)
+        )
         self.theta_optimizer: torch.optim.Optimizer = (
             torch.optim.SGD(self.theta, settings.theta_learning_rate)
             if settings.theta_optimizer == "sgd"
@@ -219,9 +224,7 @@ class _Search:
 
     def _student_step(self, theta: Tensor, train: Batch) -> None:
         self.student.train()
-        warm = max(1, self.steps // 10)
-        rise = min((self.done + 1) / warm, (self.steps - self.done) / max(1, self.steps - warm))
-        self.adam.param_groups[0]["lr"] = self.settings.learning_rate * min(1.0, rise)
+        self.optimizer.param_groups[0]["lr"] = self.settings.rate(self.done, self.steps)
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16):
             logits = self.student(**train.features).logits
         loss = target_loss(logits, train.team, theta.to(self.device), self.settings.temperature) * train.share
@@ -233,9 +236,10 @@ class _Search:
             for buffer in self.student.buffers():
                 if buffer.is_floating_point():
                     torch.distributed.broadcast(buffer, 0)
-        nn.utils.clip_grad_norm_(self.student.parameters(), 1.0)
-        self.adam.step()
-        self.adam.zero_grad(set_to_none=True)
+        if self.settings.max_grad_norm:
+            nn.utils.clip_grad_norm_(self.student.parameters(), self.settings.max_grad_norm)
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
 
     def _forward(self, weights: Weights, features: Mapping[str, Any]) -> Tensor:
         logits: Tensor = functional_call(self.student, dict(weights), kwargs=dict(features)).logits
@@ -270,9 +274,9 @@ class _Search:
     def save(self, path: Path) -> None:
         kept = {"generator": self.draws.get_extra_state(), "history": torch.stack(self.history), "slopes": self.slopes}
         kept["drawn"] = torch.tensor(self.drawn, dtype=torch.int64)
-        for prefix, optimizer in (("adam", self.adam), ("theta_optimizer", self.theta_optimizer)):
+        for prefix, optimizer in (("optimizer", self.optimizer), ("theta_optimizer", self.theta_optimizer)):
             for place, state in optimizer.state_dict()["state"].items():
-                kept |= {f"{prefix}.{place}.{key}": value for key, value in state.items()}
+                kept |= {f"{prefix}.{place}.{key}": value for key, value in state.items() if value is not None}
         tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in (kept | self._tensors()).items()}
         save_tensors(tensors, path, {"digest": self.digest})
 
@@ -289,7 +293,7 @@ class _Search:
         self.history, self.slopes = list(tensors["history"]), tensors["slopes"]
         self.drawn = tensors["drawn"].tolist()
         self._set(self.history[-1])
-        for prefix, optimizer in (("adam", self.adam), ("theta_optimizer", self.theta_optimizer)):
+        for prefix, optimizer in (("optimizer", self.optimizer), ("theta_optimizer", self.theta_optimizer)):
             state: dict[int, dict[str, Tensor]] = {}
             for name, tensor in tensors.items():
                 if name.startswith(f"{prefix}."):

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, get_args
 
 from fastdistill.ops.checks import check_choice, check_number
 
@@ -11,6 +12,8 @@ Method = Literal["sswo", "cr"]
 METHODS = ("sswo", "cr")
 ThetaOptimizer = Literal["sgd", "adam"]
 THETA_OPTIMIZERS = ("sgd", "adam")
+Optimizer = Literal["adam", "sgd"]
+Schedule = Literal["linear", "cosine", "constant"]
 
 
 @dataclass(frozen=True)
@@ -24,8 +27,11 @@ class Settings:
         candidates: snapshots of theta in phase 2, evenly spaced; the last is the end's.
         epochs: passes over the training half, both phases together.
         batch_size: examples of each half in a step.
-        learning_rate: peak of the student's Adam (weight decay 1e-4), after a linear rise over a tenth of the steps;
-            it then falls to 0. Gradients are clipped to a norm of 1.
+        learning_rate: the student's peak.
+        optimizer: the student's, "adam" or "sgd", with this `weight_decay` and, of the latter, `momentum`.
+        lr_scheduler_type: how the student's rate falls from its peak to 0: "linear", or "cosine", or not at all:
+            "constant"; before, it rises over `warmup` steps or, below 1, that share of them.
+        max_grad_norm: the student's gradients are clipped to this norm; 0 for none.
         theta_optimizer: "sgd", whose steps are as long as the gradient; or the paper's "adam" (weight decay 1e-3),
             which moves the sampled teacher by about its rate however much better or worse it is: theta then follows the
             draws (see `Found.correlation`).
@@ -45,6 +51,12 @@ class Settings:
     epochs: float = 15.0
     batch_size: int = 32
     learning_rate: float = 3e-5
+    optimizer: Optimizer = "adam"
+    weight_decay: float = 1e-4
+    momentum: float = 0.0
+    lr_scheduler_type: Schedule = "linear"
+    warmup: float = 0.1
+    max_grad_norm: float = 1.0
     theta_optimizer: ThetaOptimizer = "sgd"
     theta_learning_rate: float = 3e-2
     theta_baseline: bool = True
@@ -55,6 +67,10 @@ class Settings:
     def __post_init__(self) -> None:
         check_choice("method", self.method, METHODS)
         check_choice("theta_optimizer", self.theta_optimizer, THETA_OPTIMIZERS)
+        check_choice("optimizer", self.optimizer, get_args(Optimizer))
+        check_choice("lr_scheduler_type", self.lr_scheduler_type, get_args(Schedule))
+        for name in ("weight_decay", "momentum", "warmup", "max_grad_norm"):
+            check_number(name, getattr(self, name), minimum=0)
         if not isinstance(self.theta_baseline, bool):
             raise TypeError(f"theta_baseline is {self.theta_baseline!r}; expected True or False")
         if self.order not in (1, 2):
@@ -69,6 +85,15 @@ class Settings:
             check_number(name, getattr(self, name), above=0)
         if self.look_ahead is not None:
             check_number("look_ahead", self.look_ahead, above=0)
+
+    def rate(self, step: int, steps: int) -> float:
+        """The student's learning rate at a step, from 0, of so many."""
+        warm = max(1, int(self.warmup if self.warmup >= 1 else self.warmup * steps)) if self.warmup else 0
+        if step < warm:
+            return self.learning_rate * (step + 1) / warm
+        left = (steps - step) / max(1, steps - warm)
+        falling = {"linear": left, "cosine": (1 - math.cos(math.pi * left)) / 2, "constant": 1.0}
+        return self.learning_rate * falling[self.lr_scheduler_type]
 
     @property
     def alpha(self) -> float:

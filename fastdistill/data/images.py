@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
+from torch.utils.data import Dataset as TorchDataset
 
 from fastdistill.data.tasks import Task
 
@@ -117,6 +118,45 @@ def _rgb(encoded: Mapping[str, Any], height: int, width: int) -> bytes:
     if rgb.size != (width, height):
         rgb = rgb.resize((width, height), Image.Resampling.BILINEAR)
     return bytes(np.asarray(rgb).transpose(2, 0, 1).tobytes())
+
+
+class Augmented(TorchDataset[dict[str, Any]]):
+    """`pixels`' examples, anew in each epoch: cropped at random out of the image with an eighth of its sides, black,
+    around it (4 of 32 pixels), and mirrored half of the time.
+
+    What an example becomes depends on the seed, the epoch and its number alone: neither on when it is read, nor on who
+    reads it.
+
+    Args:
+        epoch: which it is now; the trainer's, once there is one.
+    """
+
+    def __init__(self, examples: Dataset, size: tuple[int, int], seed: int) -> None:
+        self.examples, self.size, self.seed = examples, size, seed
+        self.epoch: Callable[[], int] = lambda: 0
+
+    def __len__(self) -> int:
+        return len(self.examples)
+
+    def __getitem__(self, row: int) -> dict[str, Any]:
+        return self.__getitems__([row])[0]
+
+    def __getitems__(self, rows: list[int]) -> list[dict[str, Any]]:
+        columns = self.examples[rows]
+        columns["pixel_values"] = [
+            self._changed(encoded, row) for encoded, row in zip(columns["pixel_values"], rows, strict=True)
+        ]
+        return [dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True)]
+
+    def _changed(self, encoded: bytes, row: int) -> bytes:
+        height, width = self.size
+        draw = np.random.default_rng((self.seed, self.epoch(), row))
+        around = (height // 8, width // 8)
+        image = np.frombuffer(encoded, np.uint8).reshape(3, height, width)
+        image = np.pad(image, ((0, 0), *((side, side) for side in around)))
+        top, left = (int(draw.integers(2 * side + 1)) for side in around)
+        image = image[:, top : top + height, left : left + width]
+        return (image[:, :, ::-1] if draw.integers(2) else image).tobytes()
 
 
 class ImageCollator:

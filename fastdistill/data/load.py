@@ -44,6 +44,7 @@ def load_task(
     max_train_examples: int | None = None,
     max_eval_examples: int | None = None,
     seed: int = 0,
+    aspects: bool = False,
 ) -> TaskData:
     """Load a task by name, or from a folder or file.
 
@@ -55,7 +56,7 @@ def load_task(
     Another holds `train.*`, `validation.*` (or `dev.*`) and perhaps `test.*` and
     `validation_mismatched.*`, each a labelled file. A single
     file is divided: of each class's rows, in an order drawn from `seed`, the second and every tenth after it
-    become validation. So it is with hub tasks that have no validation split.
+    become validation. So it is with hub tasks that have no validation split, and folders that have test in its place.
 
     Files are jsonl, jsonl.gz, csv, tsv or parquet, in UTF-8, with columns `sentence1`, for pairs `sentence2`,
     and `label`; other columns are dropped. csv and tsv have a header; csv fields may be quoted ("" for a
@@ -72,6 +73,9 @@ def load_task(
     "f1_macro" is logged beside). Labels are of one kind throughout, and a
     class that train lacks may be in no other split. `sentence2` is in every row or in none.
 
+    aspects: each row is of an aspect term: `sentence2` is in every row, and so is `start`, the place (from 0) of its
+    first character in `sentence1`, which is kept as a column, int64. Only folders and files have such rows.
+
     max_train_examples, max_eval_examples: the most examples of train, and of validation and test each. A
     subset is the beginning of a shuffle that depends on `seed` alone: it is always the same, and smaller
     subsets are part of larger ones.
@@ -87,10 +91,15 @@ def load_task(
         raise ValueError(f"seed is {seed}; expected from 0 to 2**32 - 1")
 
     if isinstance(name_or_path, str) and name_or_path in TASKS:
+        if aspects:
+            raise ValueError(
+                f"{name_or_path} is a task without aspects; expected a folder or file of rows with sentence1, "
+                "sentence2, start, label"
+            )
         task = TASKS[name_or_path]
         splits = _from_hub(task) if task.hub else _from_docstrings(task)
     else:
-        task, splits = _from_files(Path(name_or_path))
+        task, splits = _from_files(Path(name_or_path), aspects)
     if "validation" not in splits:
         splits["train"], splits["validation"] = hold_out(task, splits["train"], seed)
     for split, dataset in splits.items():
@@ -153,11 +162,14 @@ def _cast_label(dataset: Dataset, task: Task) -> Dataset:
     return dataset if dataset.features["label"] == wanted else dataset.cast_column("label", wanted)
 
 
-def _dataset(task: Task, texts: dict[str, list[str]], labels: list[Any]) -> Dataset:
+def _dataset(task: Task, texts: dict[str, list[str]], labels: list[Any], starts: list[int] | None = None) -> Dataset:
     from datasets import Dataset, Features, Value
 
-    features = Features({column: Value("string") for column in texts} | {"label": _label_feature(task)})
-    return Dataset.from_dict(texts | {"label": labels}, features=features)
+    columns: dict[str, list[Any]] = {**texts, "label": labels}
+    features = {column: Value("string") for column in texts} | {"label": _label_feature(task)}
+    if starts:
+        columns["start"], features["start"] = starts, Value("int64")
+    return Dataset.from_dict(columns, features=Features(features))
 
 
 def _subset(dataset: Dataset, size: int | None, seed: int) -> Dataset:
@@ -228,10 +240,10 @@ def _from_hub_split(task: Task, dataset: Dataset) -> Dataset:
 # From files
 
 
-def _from_files(path: Path) -> tuple[Task, dict[str, Dataset]]:
+def _from_files(path: Path, aspects: bool) -> tuple[Task, dict[str, Dataset]]:
     if not path.exists():
         raise FileNotFoundError(f"{path} is no file, no folder and no known task ({', '.join(TASKS)})")
-    if path.is_dir() and images.is_image_task(path):
+    if path.is_dir() and not aspects and images.is_image_task(path):
         return images.from_folder(path.absolute())
     name = os.path.basename(os.path.abspath(path))  # a symbolic link's own name
     if path.is_dir():
@@ -240,18 +252,19 @@ def _from_files(path: Path) -> tuple[Task, dict[str, Dataset]]:
         files = {"train": path}
         name = name.removesuffix(suffix_of(path))
     known = TASKS.get(name)
-    train = read_rows(files["train"], known.text_columns if known else None)
+    train = read_rows(files["train"], known.text_columns if known else None, aspects=aspects)
     task = known or _infer_task(name, train)
     code = _coder(task, text=any(isinstance(label, str) for label in _each(train.labels)))
     splits = {}
     for split, file in files.items():
-        rows = train if split == "train" else read_rows(file, task.text_columns)
-        splits[split] = _dataset(task, rows.texts, _codes(rows, code))
+        rows = train if split == "train" else read_rows(file, task.text_columns, aspects=aspects)
+        splits[split] = _dataset(task, rows.texts, _codes(rows, code), rows.starts)
     return task, splits
 
 
 def _split_files(folder: Path) -> dict[str, Path]:
-    files = {}
+    files: dict[str, Path] = {}
+    missing: dict[str, str] = {}
     for split, stems in SPLIT_FILES.items():
         names = [stem + suffix for stem in stems for suffix in SUFFIXES]
         found = [name for name in names if (folder / name).is_file()]
@@ -261,8 +274,11 @@ def _split_files(folder: Path) -> dict[str, Path]:
             files[split] = folder / found[0]
         elif split in ("train", "validation"):
             there = ", ".join(sorted(file.name for file in folder.iterdir())) or "nothing"
-            missing = f"{folder} has no {split} split: it holds {there}, and none of {', '.join(names)}"
-            raise FileNotFoundError(missing)
+            missing[split] = f"{folder} has no {split} split: it holds {there}, and none of {', '.join(names)}"
+    if "test" in files:
+        missing.pop("validation", None)  # of which a tenth of train then serves
+    for problem in missing.values():
+        raise FileNotFoundError(problem)
     return files
 
 

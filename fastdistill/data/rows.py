@@ -16,7 +16,7 @@ from typing import Any
 
 SUFFIXES = (".jsonl", ".jsonl.gz", ".csv", ".tsv", ".parquet")
 
-_COLUMNS = ("sentence1", "sentence2", "label")
+_COLUMNS = ("sentence1", "sentence2", "label", "start")
 _Records = Iterator[tuple[int, dict[str, Any]]]
 _Label = int | float | str | list[Any]
 
@@ -43,6 +43,8 @@ class Rows:
     lines: list[int]
     texts: dict[str, list[str]]
     labels: list[Any]  # of _Label
+    starts: list[int]
+    """Of aspects: where sentence2 begins in sentence1."""
 
 
 def suffix_of(file: Path) -> str:
@@ -52,21 +54,25 @@ def suffix_of(file: Path) -> str:
     raise ValueError(f"{file} is not of a known kind: its name must end in {', '.join(SUFFIXES)}")
 
 
-def read_rows(file: Path, text_columns: tuple[str, ...] | None) -> Rows:
-    """Read and check a file. Where `text_columns` is None, the first row says whether sentence2 is wanted."""
-    rows = Rows(file, [], {}, [])
+def read_rows(file: Path, text_columns: tuple[str, ...] | None, *, aspects: bool = False) -> Rows:
+    """Read and check a file. Where `text_columns` is None, the first row says whether sentence2 is wanted; of aspects
+    it is, and so is start."""
+    rows = Rows(file, [], {}, [], [])
+    needed = ("sentence2", "start", "label") if aspects else ("label",)
     for line, record in _READERS[suffix_of(file)](file):
         if text_columns is None:
             text_columns = _COLUMNS[:2] if "sentence2" in record else _COLUMNS[:1]
         if not rows.texts:
             rows.texts.update({column: [] for column in text_columns})
-        for column in (*text_columns, "label"):
+        for column in (*text_columns, *needed):
             if column not in record:
                 raise RowError(file, line, column, f"is missing; the columns are {', '.join(record)}")
         for column, texts in rows.texts.items():
             texts.append(_text(file, line, column, record[column]))
         if "sentence2" in record and "sentence2" not in rows.texts:
             raise RowError(file, line, "sentence2", "is here, though the task, or the first row, has none")
+        if aspects:
+            rows.starts.append(_start(file, line, record))
         rows.labels.append(_label(file, line, record["label"]))
         rows.lines.append(line)
     if not rows.lines:
@@ -100,6 +106,16 @@ def _label(file: Path, line: int, value: object) -> _Label:
     if isinstance(value, float) and not math.isfinite(value):
         raise RowError(file, line, "label", f"is {value}; expected a finite number")
     return value
+
+
+def _start(file: Path, line: int, record: dict[str, Any]) -> int:
+    text, aspect, start = (record[column] for column in ("sentence1", "sentence2", "start"))
+    if not isinstance(start, int) or isinstance(start, bool):
+        raise RowError(file, line, "start", f"is {reprlib.repr(start)}; expected an integer")
+    if start < 0 or not text.startswith(aspect, start):
+        problem = f"is {start}; expected the character of sentence1 where {reprlib.repr(aspect)} begins"
+        raise RowError(file, line, "start", problem)
+    return start
 
 
 def _lines(file: Path) -> Iterator[str]:
@@ -161,8 +177,8 @@ def _delimited(file: Path, reader: Any) -> _Records:
                 raise RowError(file, line, column, problem)
             else:
                 record: dict[str, Any] = dict(zip(header, fields, strict=True))
-                if "label" in record:
-                    record["label"] = _number(record["label"])
+                for column in {"label", "start"} & record.keys():
+                    record[column] = _number(record[column])
                 yield line, record
             line = reader.line_num + 1  # where the next row begins: a quoted field may span lines
     except csv.Error as error:
@@ -174,7 +190,7 @@ _NUMBER = re.compile(r"[+-]?((\d+\.?\d*|\.\d+)(e[+-]?\d+)?|nan|inf|infinity)", r
 
 
 def _number(text: str) -> _Label:
-    """A csv or tsv label: the number that it spells, or itself."""
+    """A csv or tsv label, or start: the number that it spells, or itself."""
     if _INTEGER.fullmatch(text):
         return int(text)
     return float(text) if _NUMBER.fullmatch(text) else text

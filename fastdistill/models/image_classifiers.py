@@ -1,4 +1,4 @@
-"""Classifiers of small images, by name: wide residual networks, and transformers' ResNet in the size that fits them."""
+"""Classifiers of small images, by name: residual networks as they were made for CIFAR, and wide ones."""
 
 from __future__ import annotations
 
@@ -8,8 +8,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForImageClassification, PreTrainedConfig, PreTrainedModel, ResNetConfig
-from transformers import ResNetForImageClassification as ResNet
+from transformers import AutoConfig, AutoModelForImageClassification, PreTrainedConfig, PreTrainedModel
 from transformers.modeling_outputs import ImageClassifierOutputWithNoAttention
 
 from fastdistill.data.tasks import Task
@@ -28,34 +27,11 @@ class WideResNetConfig(PreTrainedConfig):  # type: ignore[no-untyped-call]
     width: int = 1
 
 
-class WideResNetForImageClassification(PreTrainedModel):
-    """A wide residual network (Zagoruyko and Komodakis 2016, "Wide Residual Networks", table 1) for images of about
-    32x32 pixels, without dropout: batch norm and ReLU before each convolution.
+class _Classifier(PreTrainedModel):  # type: ignore[no-untyped-call]
+    """``model(pixel_values, labels=None)``: pixel_values ``[B, 3, H, W]``; with labels the loss is cross-entropy."""
 
-    ``model(pixel_values, labels=None)``: pixel_values ``[B, 3, H, W]``; with labels the loss is cross-entropy.
-    """
-
-    config_class = WideResNetConfig
-    config: WideResNetConfig
     main_input_name = "pixel_values"
-
-    def __init__(self, config: WideResNetConfig) -> None:
-        super().__init__(config)
-        if config.depth < 10 or config.depth % 6 != 4:
-            raise ValueError(f"depth is {config.depth}; expected 10, 16, 22 or another 6 n + 4")
-        if config.width < 1:
-            raise ValueError(f"width is {config.width}; expected 1 or more")
-        channels = [16, *(size * config.width for size in (16, 32, 64))]
-        self.stem = nn.Conv2d(3, channels[0], 3, padding=1, bias=False)
-        blocks: list[nn.Module] = []
-        for stage, (inside, outside) in enumerate(zip(channels, channels[1:], strict=False)):
-            for place in range((config.depth - 4) // 6):
-                first = place == 0
-                blocks.append(_Block(inside if first else outside, outside, stride=2 if first and stage else 1))
-        self.blocks = nn.Sequential(*blocks)
-        self.norm = nn.BatchNorm2d(channels[-1])
-        self.classifier = nn.Linear(channels[-1], len(config.id2label or ()))
-        self.post_init()  # type: ignore[no-untyped-call]
+    classifier: nn.Linear
 
     def _init_weights(self, module: nn.Module) -> None:
         if isinstance(module, nn.Conv2d):
@@ -66,16 +42,97 @@ class WideResNetForImageClassification(PreTrainedModel):
         elif isinstance(module, nn.BatchNorm2d):
             module.reset_parameters()
 
+    def features(self, pixel_values: Tensor) -> Tensor:
+        """``[B, channels, H / 4, W / 4]``."""
+        raise NotImplementedError
+
     def forward(
         self, pixel_values: Tensor, labels: Tensor | None = None, **_: Any
     ) -> ImageClassifierOutputWithNoAttention:
-        features = F.relu(self.norm(self.blocks(self.stem(pixel_values))))
-        logits = self.classifier(features.mean((2, 3)))
+        logits = self.classifier(self.features(pixel_values).mean((2, 3)))
         loss = None if labels is None else F.cross_entropy(logits, labels)
         return ImageClassifierOutputWithNoAttention(loss=loss, logits=logits)
 
 
-class _Block(nn.Module):
+def _stages(block: type[nn.Module], channels: list[int], blocks: int) -> nn.Sequential:
+    """Three stages of so many blocks; the second and the third begin with a stride of 2."""
+    made: list[nn.Module] = []
+    for stage, (inside, outside) in enumerate(zip(channels, channels[1:], strict=False)):
+        for place in range(blocks):
+            first = place == 0
+            made.append(block(inside if first else outside, outside, stride=2 if first and stage else 1))
+    return nn.Sequential(*made)
+
+
+class WideResNetForImageClassification(_Classifier):
+    """A wide residual network (Zagoruyko and Komodakis 2016, "Wide Residual Networks", table 1) for images of about
+    32x32 pixels, without dropout: batch norm and ReLU before each convolution.
+
+    ``model(pixel_values, labels=None)``: pixel_values ``[B, 3, H, W]``; with labels the loss is cross-entropy.
+    """
+
+    config_class = WideResNetConfig
+    config: WideResNetConfig
+
+    def __init__(self, config: WideResNetConfig) -> None:
+        super().__init__(config)
+        if config.depth < 10 or config.depth % 6 != 4:
+            raise ValueError(f"depth is {config.depth}; expected 10, 16, 22 or another 6 n + 4")
+        if config.width < 1:
+            raise ValueError(f"width is {config.width}; expected 1 or more")
+        channels = [16, *(size * config.width for size in (16, 32, 64))]
+        self.stem = nn.Conv2d(3, channels[0], 3, padding=1, bias=False)
+        self.blocks = _stages(_WideBlock, channels, (config.depth - 4) // 6)
+        self.norm = nn.BatchNorm2d(channels[-1])
+        self.classifier = nn.Linear(channels[-1], len(config.id2label or ()))
+        self.post_init()  # type: ignore[no-untyped-call]
+
+    def features(self, pixel_values: Tensor) -> Tensor:
+        return F.relu(self.norm(self.blocks(self.stem(pixel_values))))
+
+
+class SmallResNetConfig(PreTrainedConfig):  # type: ignore[no-untyped-call]
+    """Of a `SmallResNetForImageClassification`.
+
+    Args:
+        depth: 6 n + 2 convolutions deep: n blocks of two in each of three stages.
+        width: the stages have 16, 32 and 64 times so many channels, and the stem 16, or 32 where it is 4 (CRD's).
+    """
+
+    model_type = "small_resnet"
+    depth: int = 20
+    width: int = 1
+
+
+class SmallResNetForImageClassification(_Classifier):
+    """A residual network for images of about 32x32 pixels (He et al. 2015, "Deep Residual Learning", section 4.2), with
+    a convolution of one pixel beside the blocks whose size changes; four times as wide it is the ResNet-d×4 of CRD
+    (Tian et al. 2020), whose stem has 32 channels.
+
+    ``model(pixel_values, labels=None)``: pixel_values ``[B, 3, H, W]``; with labels the loss is cross-entropy.
+    """
+
+    config_class = SmallResNetConfig
+    config: SmallResNetConfig
+
+    def __init__(self, config: SmallResNetConfig) -> None:
+        super().__init__(config)
+        if config.depth < 8 or config.depth % 6 != 2:
+            raise ValueError(f"depth is {config.depth}; expected 8, 14, 20 or another 6 n + 2")
+        if config.width < 1:
+            raise ValueError(f"width is {config.width}; expected 1 or more")
+        channels = [32 if config.width == 4 else 16, *(size * config.width for size in (16, 32, 64))]
+        self.stem = nn.Sequential(nn.Conv2d(3, channels[0], 3, padding=1, bias=False), nn.BatchNorm2d(channels[0]))
+        self.blocks = _stages(_Block, channels, (config.depth - 2) // 6)
+        self.classifier = nn.Linear(channels[-1], len(config.id2label or ()))
+        self.post_init()  # type: ignore[no-untyped-call]
+
+    def features(self, pixel_values: Tensor) -> Tensor:
+        features: Tensor = self.blocks(F.relu(self.stem(pixel_values)))
+        return features
+
+
+class _WideBlock(nn.Module):
     """Two convolutions beside the identity or, where the size changes, beside a convolution of one pixel."""
 
     def __init__(self, inside: int, outside: int, stride: int) -> None:
@@ -94,19 +151,42 @@ class _Block(nn.Module):
         return out
 
 
-AutoConfig.register(WideResNetConfig.model_type, WideResNetConfig, exist_ok=True)
-AutoModelForImageClassification.register(WideResNetConfig, WideResNetForImageClassification, exist_ok=True)
+class _Block(nn.Module):
+    """Two convolutions, each before batch norm, beside the identity or a convolution of one pixel; ReLU after both."""
 
-NAMES = "wrn-DEPTH-WIDTH (depth 10, 16, 22, ...) or resnet-DEPTH (depth 8, 14, 20, ...)"
+    def __init__(self, inside: int, outside: int, stride: int) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(inside, outside, 3, stride, padding=1, bias=False)
+        self.norm1 = nn.BatchNorm2d(outside)
+        self.conv2 = nn.Conv2d(outside, outside, 3, padding=1, bias=False)
+        self.norm2 = nn.BatchNorm2d(outside)
+        self.shortcut: nn.Module = nn.Identity()
+        if inside != outside or stride > 1:
+            conv = nn.Conv2d(inside, outside, 1, stride, bias=False)
+            self.shortcut = nn.Sequential(conv, nn.BatchNorm2d(outside))
+
+    def forward(self, x: Tensor) -> Tensor:
+        inner = F.relu(self.norm1(self.conv1(x)))
+        return F.relu(self.norm2(self.conv2(inner)) + self.shortcut(x))
+
+
+for _config, _model in (
+    (WideResNetConfig, WideResNetForImageClassification),
+    (SmallResNetConfig, SmallResNetForImageClassification),
+):
+    AutoConfig.register(_config.model_type, _config, exist_ok=True)
+    AutoModelForImageClassification.register(_config, _model, exist_ok=True)
+
+NAMES = "wrn-DEPTH-WIDTH (depth 10, 16, 22, ...), resnet-DEPTH or resnetDEPTHxWIDTH (depth 8, 14, 20, ...)"
 
 
 def image_classifier(name: str, task: Task, *, seed: int = 0) -> PreTrainedModel:
     """A classifier of the task's labels, with weights drawn from `seed`.
 
     Args:
-        name: "wrn-16-2", a wide residual network 16 convolutions deep and twice as wide; or "resnet-20", transformers'
-            ResNet with basic blocks, as many and as wide as He et al. (2015, section 4.2) have for CIFAR-10. (Its stem
-            is that for large images, which leaves a quarter of each side.)
+        name: "wrn-16-2", a wide residual network 16 convolutions deep and twice as wide; "resnet-20", one as He et al.
+            (2015, section 4.2) have for CIFAR-10; "resnet8x4", one four times as wide. The hyphens may be underscores,
+            or that of a ResNet be left out.
 
     Raises ValueError for another name.
     """
@@ -115,16 +195,14 @@ def image_classifier(name: str, task: Task, *, seed: int = 0) -> PreTrainedModel
         "id2label": dict(enumerate(task.label_names)),
         "label2id": {label: place for place, label in enumerate(task.label_names)},
     }
-    wide, plain = re.fullmatch(r"wrn-(\d+)-(\d+)", name), re.fullmatch(r"resnet-(\d+)", name)
+    wide = re.fullmatch(r"wrn[-_](\d+)[-_](\d+)", name)
+    plain = re.fullmatch(r"resnet[-_]?(\d+)(?:x(\d+))?", name)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         if wide:
             return WideResNetForImageClassification(WideResNetConfig(depth=int(wide[1]), width=int(wide[2]), **labels))
-        if plain and int(plain[1]) >= 8 and int(plain[1]) % 6 == 2:
-            sizes: dict[str, Any] = {
-                "embedding_size": 16,
-                "hidden_sizes": [16, 32, 64],
-                "depths": [(int(plain[1]) - 2) // 6] * 3,
-            }
-            return ResNet(ResNetConfig(**sizes, layer_type="basic", **labels))
+        if plain and int(plain[1]) >= 8 and int(plain[1]) % 6 == 2 and int(plain[2] or 1):
+            return SmallResNetForImageClassification(
+                SmallResNetConfig(depth=int(plain[1]), width=int(plain[2] or 1), **labels)
+            )
     raise ValueError(f"{name!r} is no image classifier; expected {NAMES}")

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, Literal, TypeVar
 import torch
 
 from fastdistill.models.architectures import Block, blocks
+from fastdistill.models.drawing import mark_drawn
 from fastdistill.models.fit import check_finite, check_fit
 from fastdistill.models.narrowing import made_up, narrow
 from fastdistill.models.reading import load_config, reading
@@ -42,11 +43,11 @@ def from_pretrained(folder: str | Path, **options: Any) -> PreTrainedModel:
     """
     import transformers
 
-    from fastdistill.models import image_classifiers  # known to AutoConfig from here on
+    from fastdistill.models import image_classifiers, pwcn  # known to AutoConfig from here on
 
     config = load_config(folder)
     name = (config.architectures or [""])[0]
-    kind = getattr(transformers, name, None) or getattr(image_classifiers, name, None)
+    kind = getattr(transformers, name, None) or getattr(image_classifiers, name, None) or getattr(pwcn, name, None)
     if not isinstance(kind, type) or not issubclass(kind, transformers.PreTrainedModel):
         raise ValueError(f"{folder} has a config that names no model of transformers as its architecture: {name!r}")
     loader: Any = _shaped_by_config(kind, Path(folder)) if is_reshaped(config) else kind
@@ -161,7 +162,8 @@ def check_tokenizer(source: str, tokenizer: PreTrainedTokenizerBase, model: PreT
 def load_classifier(name_or_path: str, task: Task, *, seed: int = 0) -> PreTrainedModel:
     """A sequence classifier (safetensors) that answers in the task's labels.
 
-    A model that is none gets a new head, drawn from `seed`; so does one with another number of labels; a line says so.
+    A model that is none gets a new head, drawn from `seed`; so does one with another number of labels; a line says so,
+    and the model knows it (`fastdistill.models.drawing.drawn_anew`).
     Where the number is the task's the head stays as it is: whether it is of that task, `describe_head` says.
     Raises OSError where there is no such model, and ValueError where its weights and config do not go together
     otherwise, for weights that are NaN or infinite, and for a pruned model, or one with shared layers, that has another
@@ -193,7 +195,9 @@ def load_classifier(name_or_path: str, task: Task, *, seed: int = 0) -> PreTrain
             output_loading_info=True,
         )
     check_finite(source, model)
-    if (drawn := check_fit(source, model, loading, may_lack_head=not has_head)) and rank_and_number()[0] == 0:
+    drawn = check_fit(source, model, loading, may_lack_head=not has_head)
+    mark_drawn(model, drawn)
+    if drawn and rank_and_number()[0] == 0:
         print(f"{source} has no weights of these sizes for {', '.join(drawn)}, which are drawn anew")
     return model  # type: ignore[no-any-return]
 

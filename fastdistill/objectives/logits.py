@@ -40,7 +40,7 @@ class LogitsKD(Objective):
 
     def __post_init__(self) -> None:
         check_number("temperature", self.temperature, above=0)
-        _check_weights(kd_weight=self.kd_weight, ce_weight=self.ce_weight)
+        check_weights(kd_weight=self.kd_weight, ce_weight=self.ce_weight)
         check_choice("divergence", self.divergence, DIVERGENCES)
         check_choice("vocab", self.vocab, ("same", "common"))
         if not isinstance(self.scale_by_temperature, bool):
@@ -60,7 +60,7 @@ class LogitsKD(Objective):
         )
 
     def parts(self, student: Any, teacher: Any, labels: Tensor | None) -> tuple[Tensor, dict[str, Tensor]]:
-        _check_given(self, teacher, labels if self.ce_weight else True)
+        check_given(self, teacher, labels if self.ce_weight else True)
         teacher_logits = teacher.logits if self.kd_weight else None
         if (
             teacher_logits is not None
@@ -68,7 +68,7 @@ class LogitsKD(Objective):
             and teacher_logits.shape[-1] != student.logits.shape[-1]
         ):
             return weighted_sum(self._apart(student, teacher_logits, labels))
-        loss = kd_ce_loss(
+        loss, kd, ce = kd_ce_loss(
             student.logits,
             teacher_logits,
             counting(student, labels),
@@ -78,15 +78,9 @@ class LogitsKD(Objective):
             divergence=self.divergence,
             scale_by_temperature=self.scale_by_temperature,
             label_smoothing=self.label_smoothing,
+            return_terms=True,
         )
-        total = loss.detach()
-        if not self.ce_weight:
-            return loss, {"kd": total / self.kd_weight}
-        if not self.kd_weight:
-            return loss, {"ce": total / self.ce_weight}
-        with torch.no_grad():  # the kernel gives the sum; a pass for the cheaper term gives both
-            ce = kd_ce_loss(student.logits, None, labels, kd_weight=0.0, label_smoothing=self.label_smoothing)
-        return loss, {"kd": (total - self.ce_weight * ce) / self.kd_weight, "ce": ce}
+        return loss, ({"kd": kd} if self.kd_weight else {}) | ({"ce": ce} if self.ce_weight else {})
 
     def _apart(self, student: Any, teacher: Tensor, labels: Tensor | None) -> dict[str, tuple[float, Tensor]]:
         """The two terms, of which distillation is of the classes that both have."""
@@ -131,14 +125,14 @@ class MSE(Objective):
     label_weight: float = 1.0
 
     def __post_init__(self) -> None:
-        _check_weights(kd_weight=self.kd_weight, label_weight=self.label_weight)
+        check_weights(kd_weight=self.kd_weight, label_weight=self.label_weight)
 
     @property
     def needs(self) -> Needs:
         return Needs(teacher=self.kd_weight > 0, only="logits", problem="regression", labels=self.label_weight > 0)
 
     def parts(self, student: Any, teacher: Any, labels: Tensor | None) -> tuple[Tensor, dict[str, Tensor]]:
-        _check_given(self, teacher, labels if self.label_weight else True)
+        check_given(self, teacher, labels if self.label_weight else True)
         prediction = _one_output("student", student.logits)
         terms = {}
         if self.kd_weight:
@@ -180,7 +174,7 @@ class MultiLabelKD(Objective):
 
     def __post_init__(self) -> None:
         check_number("temperature", self.temperature, above=0)
-        _check_weights(kd_weight=self.kd_weight, bce_weight=self.bce_weight)
+        check_weights(kd_weight=self.kd_weight, bce_weight=self.bce_weight)
         check_choice("divergence", self.divergence, DIVERGENCES)
         check_bool("scale_by_temperature", self.scale_by_temperature)
 
@@ -189,7 +183,7 @@ class MultiLabelKD(Objective):
         return Needs(teacher=self.kd_weight > 0, only="logits", problem="multi_label", labels=self.bce_weight > 0)
 
     def parts(self, student: Any, teacher: Any, labels: Tensor | None) -> tuple[Tensor, dict[str, Tensor]]:
-        _check_given(self, teacher, labels if self.bce_weight else True)
+        check_given(self, teacher, labels if self.bce_weight else True)
         if labels is not None:
             labels = _of_each_class(student.logits, labels)
         terms = {}
@@ -236,7 +230,7 @@ class TaskLoss(Objective):
         return Needs(teacher=False, problem="classification" if self.label_smoothing else None, labels=True)
 
     def parts(self, student: Any, teacher: Any, labels: Tensor | None) -> tuple[Tensor, dict[str, Tensor]]:
-        _check_given(self, teacher, labels)
+        check_given(self, teacher, labels)
         logits = student.logits
         assert labels is not None
         is_multi_label = labels.is_floating_point() and logits.shape[-1] > 1
@@ -253,14 +247,14 @@ class TaskLoss(Objective):
         return loss, {}
 
 
-def _check_weights(**weights: float) -> None:
+def check_weights(**weights: float) -> None:
     for name, weight in weights.items():
         check_number(name, weight, minimum=0)
     if not any(weights.values()):
         raise ValueError(f"{' and '.join(weights)} are both 0; expected a positive one")
 
 
-def _check_given(objective: Objective, teacher: Any, labels: object) -> None:
+def check_given(objective: Objective, teacher: Any, labels: object) -> None:
     if objective.needs.teacher and teacher is None:
         raise ValueError(f"teacher is None; {objective} needs its outputs")
     if labels is None:

@@ -5,13 +5,21 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
-from fastdistill.recipes.settings import AutoSKDSettings, DeKDSettings, KDSettings, PeaKDSettings, StarkSettings
+from fastdistill.recipes.settings import (
+    AutoSKDSettings,
+    DeKDSettings,
+    KDSettings,
+    PeaKDSettings,
+    PWCNSettings,
+    StarkSettings,
+)
 
 if TYPE_CHECKING:
     from fastdistill.recipes.methods.autoskd import autoskd
     from fastdistill.recipes.methods.dekd import dekd
     from fastdistill.recipes.methods.kd import kd
     from fastdistill.recipes.methods.peakd import peakd
+    from fastdistill.recipes.methods.pwcn import pwcn
     from fastdistill.recipes.methods.stark import stark
     from fastdistill.recipes.report import Report
 
@@ -19,6 +27,7 @@ __all__ = [
     "AutoSKDSettings",
     "DeKDSettings",
     "KDSettings",
+    "PWCNSettings",
     "PeaKDSettings",
     "Report",
     "StarkSettings",
@@ -26,6 +35,7 @@ __all__ = [
     "dekd",
     "kd",
     "peakd",
+    "pwcn",
     "stark",
 ]
 

@@ -11,6 +11,7 @@ from fastdistill.models.students import parameter_pruned
 from fastdistill.objectives.base import Objective, WeightedSum
 from fastdistill.objectives.ckd import CKD
 from fastdistill.objectives.distilbert import DistilBERT, OneLabel
+from fastdistill.objectives.dkd import DKD
 from fastdistill.objectives.logits import TaskLoss
 from fastdistill.objectives.metakd import MetaKD
 from fastdistill.objectives.pkd import PKD
@@ -72,6 +73,7 @@ Rule = tuple[Callable[[Asked], Objective], Callable[[Asked], Teacher]]
 BASELINES: dict[Baseline, Rule] = {
     "none": (lambda asked: TaskLoss(asked.smoothing), lambda asked: None),
     "kd": (lambda asked: asked.kd, Asked.taught_by),
+    "dkd": (lambda asked: DKD(label_smoothing=asked.smoothing), Asked.taught_by),
     "pkd": (lambda asked: WeightedSum({"logits": (1.0, asked.kd), "pkd": (100.0, PKD())}), Asked.taught_by),
     "ckd": (lambda asked: WeightedSum({"logits": (1.0, asked.kd), "ckd": (1.0, CKD())}), Asked.taught_by),
     "distilbert": (lambda asked: DistilBERT(label_smoothing=asked.smoothing, problem=asked.problem), Asked.taught_by),

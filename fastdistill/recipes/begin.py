@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 from transformers import PreTrainedModel
@@ -13,6 +13,7 @@ from fastdistill.models.loading import check_tokenizer, describe_head, load_clas
 from fastdistill.objectives.logits import TaskLoss
 from fastdistill.processes import join
 from fastdistill.recipes.examples import Examples, of_text
+from fastdistill.recipes.optimization import optimization_of
 from fastdistill.recipes.settings import RecipeSettings
 from fastdistill.recipes.splits import Splits, splits_of
 from fastdistill.recipes.stages import Stages
@@ -47,7 +48,7 @@ class Beginning:
     def record(self) -> dict[str, Any]:
         """The settings for results.json, with what they left open."""
         filled = {name: getattr(self, name) for name in ("teacher_epochs", "student_from", *RATES)}
-        return self.settings.record() | filled | self.data.names
+        return self.settings.record() | filled | asdict(optimization_of(self.settings)) | self.data.names
 
     def stages(self) -> Stages:
         assert self.settings.teacher is not None
@@ -67,7 +68,7 @@ class Beginning:
         )
 
 
-def load(settings: RecipeSettings) -> Splits:
+def load(settings: RecipeSettings, *, aspects: bool = False) -> Splits:
     """The data that is asked for."""
     join()
     data = load_task(
@@ -75,6 +76,7 @@ def load(settings: RecipeSettings) -> Splits:
         max_train_examples=settings.max_train_examples,
         max_eval_examples=settings.max_eval_examples,
         seed=settings.seed,
+        aspects=aspects,
     )
     return splits_of(settings, data)
 
@@ -89,6 +91,7 @@ def stages_of(settings: RecipeSettings, examples: Examples) -> Stages:
         checkpoints=settings.checkpoints,
         tensorboard=settings.tensorboard,
         patience=settings.early_stopping,
+        optimization=optimization_of(settings, is_of_images=examples.task.is_of_images),
     )
 
 
@@ -104,6 +107,7 @@ def begin(settings: RecipeSettings, data: Splits | None = None) -> Beginning:
         )
     if settings.teacher is None:
         raise ValueError(f"--teacher is None; expected a model for {data.task.name}")
+    optimization_of(settings)  # if it cannot be, say so before anything is loaded
     teacher_epochs = _teacher_epochs(settings.teacher, settings.teacher_epochs, data.task)
     pretrained = load_classifier(settings.teacher, data.task, seed=settings.seed)
     narrow = min(1.0, WIDTH / pretrained.config.hidden_size) ** 2

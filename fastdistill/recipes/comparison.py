@@ -19,7 +19,7 @@ from fastdistill.objectives.logits import MSE, LogitsKD
 from fastdistill.ops.kd_ce_loss import Divergence
 from fastdistill.recipes.begin import Beginning
 from fastdistill.recipes.bootstrap import bootstrap
-from fastdistill.recipes.executors import Trial, executor_of
+from fastdistill.recipes.executors import Trial, executor_of, picked
 from fastdistill.recipes.gradients import Norms, gradient_norms, gradients_table
 from fastdistill.recipes.predictions import PREDICTIONS, load_predictions
 from fastdistill.recipes.report import Report, Told, finish, summary
@@ -56,6 +56,7 @@ class Comparison:
         student_from: whose first layers students and assistants begin as: "teacher" for the teacher's, "pretrained" for
             `source`'s; None where they are no cuts.
         candidates: of the method, for each seed; baselines are trained as often, with other batches.
+        references: students from which the others' differences are told.
     """
 
     def __init__(
@@ -70,9 +71,13 @@ class Comparison:
         source: PreTrainedModel | None = None,
         candidates: int = 1,
         in_place: bool = False,
+        references: Sequence[str] = ("kd", "finetuned"),
     ) -> None:
         self.started = time.perf_counter()
+        if stages.task.is_regression and settings.compares_with("dkd"):
+            raise ValueError(f"--baselines has dkd, of classes, but {stages.task.name} is regression; leave it out")
         self.settings, self.stages, self.kd, self.own_source = settings, stages, kd, source
+        self.references = references
         self.told = Told(
             seeds=len(settings.seeds or (settings.seed,)),
             select_on=splits.select_on,
@@ -87,6 +92,8 @@ class Comparison:
         self.points = [Point(*each) for each in grid]
         self.runs = settings.baseline_runs or candidates
         self.executor = executor_of(settings)
+        if settings.executor == "auto":
+            stages.console.print("executor: {}, since {}".format(*picked()), highlight=False, soft_wrap=True)
         seeds = settings.seeds or (settings.seed,)
         self.seeded = [stages] if in_place and settings.seeds is None else [stages.seeded(seed) for seed in seeds]
         self.results: dict[str, Any] = {}
@@ -123,9 +130,10 @@ class Comparison:
         """A student's to compare with: the best of as many as the method has candidates."""
         return replace(self.training(name, model, learner), runs=self.runs)
 
-    def teach(self, teacher: Training) -> Trained:
-        """The teacher, whose first layers the assistants are."""
-        self._assistants[()] = trained = self.stages.train(self.measured(self.stages, teacher))
+    def teach(self, teacher: Training, stages: Stages | None = None) -> Trained:
+        """The teacher, whose first layers the assistants are; by stages of its own if it has another tokenizer."""
+        stages = stages or self.stages
+        self._assistants[()] = trained = stages.train(self.measured(stages, teacher))
         self.results[teacher.name] = trained.result
         return trained
 
@@ -160,6 +168,10 @@ class Comparison:
             rest = islice(trained, numbers.popleft() - 1)
             yield max(chain((first,), rest), key=lambda one: one.result["selection"])
 
+    def each(self, trials: Iterable[tuple[Stages, Training]]) -> Iterator[Trained]:
+        """The same, but as they are, once: teachers, with rates of their own."""
+        return self.executor.in_turn(Trial(stages, self.measured(stages, training)) for stages, training in trials)
+
     def _several(self, training: Training) -> list[Training]:
         several = []
         for point, run in product(self.points, range(training.runs)):
@@ -173,7 +185,7 @@ class Comparison:
         """The same; with `debug_gradients` its terms' gradients are measured, once."""
         if self.settings.debug_gradients and training.epochs and training.name not in self.gradients:
             examples = stages.examples
-            self.gradients[training.name] = gradient_norms(training, examples.train, examples.collate)
+            self.gradients[training.name] = gradient_norms(training, examples.train, examples.collate, stages.seed)
         return training
 
     def students(self, trainings: Iterable[Training]) -> None:
@@ -215,8 +227,8 @@ class Comparison:
         return kept[0][0], [outputs for _, outputs in kept]
 
     def _compare_with_baselines(self) -> None:
-        """Into each student's result, how it differs from plain distillation and from no teacher."""
-        for reference in (name for name in ("kd", "finetuned") if name in self._students):
+        """Into each student's result, how it differs from those that are referred to."""
+        for reference in (name for name in self.references if name in self._students):
             labels, theirs = self._outputs(self._students[reference])
             for name, kept in self._students.items():
                 if kept == self._students[reference]:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -10,15 +12,17 @@ import pyarrow.compute as pc
 import torch
 from transformers import DataCollatorWithPadding
 
-from fastdistill.data.images import ImageCollator, pixels, size_of
+from fastdistill.data.aspects import AspectCollator, measured
+from fastdistill.data.images import Augmented, ImageCollator, pixels, size_of
 from fastdistill.data.load import tokenize
+from fastdistill.data.parsing import Parser
 from fastdistill.data.tasks import Task
 from fastdistill.recipes.splits import Splits
 from fastdistill.teachers.store import Collate
 
 if TYPE_CHECKING:
     from datasets import Dataset
-    from transformers import PreTrainedTokenizerBase
+    from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 
 @dataclass(frozen=True)
@@ -35,6 +39,8 @@ class Examples:
     """Is saved beside models."""
     mismatched: Dataset | None = None
     """Of which the task's metric is told beside, as "mismatched_" and its name."""
+    augment: Callable[..., Augmented] | None = None
+    """Makes of training examples, and a seed, those that students see, others in each epoch."""
 
     def tokens(self) -> torch.Tensor | None:
         """The ids that models may be given, padding's among them; None for images."""
@@ -59,8 +65,22 @@ def of_text(data: Splits, tokenizer: PreTrainedTokenizerBase, max_length: int | 
     return Examples(data.task, train, *evaluated, DataCollatorWithPadding(tokenizer), tokenizer, mismatched)
 
 
-def of_images(data: Splits) -> Examples:
-    """All of the first training image's size."""
+def of_aspects(data: Splits, tokenizer: PreTrainedTokenizerFast, parser: Parser | None) -> Examples:
+    """Words and their distances from the aspect; all but `train` are in the order of their length."""
+
+    def by_length(split: Dataset) -> Dataset:
+        found = measured(split, tokenizer, parser)
+        return found.select(np.argsort(found["length"][:], kind="stable"))
+
+    train = measured(data.train, tokenizer, parser)
+    mismatched = None if data.mismatched is None else by_length(data.mismatched)
+    evaluated = (by_length(data.select), by_length(data.report))
+    return Examples(data.task, train, *evaluated, AspectCollator(), tokenizer, mismatched)
+
+
+def of_images(data: Splits, *, augment: bool = False) -> Examples:
+    """All of the first training image's size; with `augment` they are cropped and mirrored at random in training."""
     size = size_of(data.train)
     train, validation, report = (pixels(split, size) for split in (data.train, data.select, data.report))
-    return Examples(data.task, train, validation, report, ImageCollator(size))
+    augmented = partial(Augmented, size=size) if augment else None
+    return Examples(data.task, train, validation, report, ImageCollator(size), augment=augmented)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Generator, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import partial
@@ -17,13 +17,16 @@ from transformers import PreTrainedModel, TrainerState
 from transformers.integrations.fsdp import is_fsdp_enabled
 from transformers.trainer_callback import ProgressCallback
 
+from fastdistill.data.images import Augmented
 from fastdistill.data.metrics import compute_metrics
+from fastdistill.models.drawing import draw_anew
 from fastdistill.models.first_token import first_token_only
 from fastdistill.models.vocabulary import can_compact, compact_vocabulary
 from fastdistill.objectives.metakd import MetaKD
 from fastdistill.objectives.selection import EXAMPLE
 from fastdistill.recipes.best import BestEpoch
 from fastdistill.recipes.examples import Examples
+from fastdistill.recipes.optimization import Optimization
 from fastdistill.recipes.training import Teacher, Training
 from fastdistill.training.config import DistillationConfig
 from fastdistill.training.meta import MetaTrainer
@@ -53,6 +56,39 @@ class Fitted:
     mismatched: dict[str, float]
 
 
+@dataclass(frozen=True)
+class Prepared:
+    """A model that is ready to be trained: a copy of the training's, with the embeddings of its data alone."""
+
+    training: Training
+    trainer: DistillationTrainer
+    best: BestEpoch
+    checkpoint: str | None
+
+    @property
+    def student(self) -> PreTrainedModel:
+        student: PreTrainedModel = self.trainer.accelerator.unwrap_model(self.trainer.model)
+        return student
+
+    def hide_progress(self) -> None:
+        """Show no bar of its own."""
+        self.trainer.remove_callback(_ProgressBar)
+
+    def train(self) -> Any:
+        """To the end, or to where there has been no better epoch for too long; what the trainer's `train` returns, or
+        None where that is reached already."""
+        checkpoint, before = self.checkpoint, None
+        if checkpoint is not None:
+            before = TrainerState.load_from_json(str(Path(checkpoint) / "trainer_state.json"))
+        if before is not None and not self.best.can_go_on(before):
+            before = checkpoint = None  # the best so far is lost: it begins anew
+        if before is not None and self.best.is_over(before.log_history):
+            self.trainer.state = before
+            self.trainer.state.global_step = -1  # the model has the weights of no step
+            return None
+        return self.trainer.train(resume_from_checkpoint=checkpoint)
+
+
 def fit(
     training: Training,
     examples: Examples,
@@ -61,8 +97,13 @@ def fit(
     config: DistillationConfig,
     checkpoint: str | None,
     patience: int | None = None,
-) -> Fitted:
-    """Train a copy of the model, from its checkpoint on, evaluate it after each epoch, and take the best.
+    kind: type[DistillationTrainer] = DistillationTrainer,
+) -> Generator[Prepared, None, Fitted]:
+    """Train a copy of the model, from its checkpoint on, evaluate it after each epoch, and take the best. What of it is
+    not pretrained is drawn by the training's own seed.
+
+    It stops where the copy is to be trained, and gives it: whoever goes on has trained it, with its trainer, which is
+    of that `kind`. With no epochs there is nothing to train, and it does not stop.
 
     `train_data` has what the teacher says as columns where `teacher` is None. Processes (torchrun, accelerate launch)
     share each batch, and find what one alone would, within rounding, but for dropout, whose numbers are each process's
@@ -70,25 +111,29 @@ def fit(
     parameters are gathered.
     """
     student = copy.deepcopy(training.model)
+    draw_anew(student, config.seed)
     objective, callbacks = copy.deepcopy((training.objective, training.callbacks))  # which may learn, or remember
-    make: Callable[..., DistillationTrainer] = DistillationTrainer
+    make: Callable[..., DistillationTrainer] = kind
     if EXAMPLE in objective.needs.columns:
         train_data = train_data.add_column(EXAMPLE, np.arange(len(train_data)))
     if isinstance(objective, MetaKD):
         held_out = train_data.train_test_split(test_size=objective.quiz, seed=config.seed)
         train_data, make = held_out["train"], partial(MetaTrainer, quiz_dataset=held_out["test"])
+    shown = train_data if examples.augment is None else examples.augment(train_data, seed=config.seed)
     trainer = make(
         model=student,
         teacher_model=teacher,
         objective=objective,
         args=config,
-        train_dataset=train_data,
+        train_dataset=shown,
         eval_dataset=examples.validation,
         processing_class=examples.tokenizer,
         data_collator=examples.collate,
         compute_metrics=compute_metrics(examples.task),
         callbacks=list(callbacks),
     )
+    if isinstance(shown, Augmented):
+        shown.epoch = lambda: int(trainer.state.epoch or 0)
     metric = examples.task.metric
     best = BestEpoch(trainer, Path(str(config.output_dir)), metric, training.best, patience)
     trainer.remove_callback(ProgressCallback)
@@ -100,7 +145,7 @@ def fit(
         first_token_only(*(() if objective.needs.all_tokens else (student, *teachers))),
     ):
         if training.epochs:
-            _train(trainer, best, checkpoint)
+            yield Prepared(training, trainer, best, checkpoint)
         if not best.evaluations(trainer.state.log_history):  # there was nothing to train
             trainer.evaluate()
         log = trainer.state.log_history
@@ -133,20 +178,15 @@ def _compact(
     return compact_vocabulary(student, tokens)
 
 
-def _train(trainer: DistillationTrainer, best: BestEpoch, checkpoint: str | None) -> None:
-    """To the end, or to where there has been no better epoch for too long."""
-    before = None if checkpoint is None else TrainerState.load_from_json(str(Path(checkpoint) / "trainer_state.json"))
-    if before is not None and not best.can_go_on(before):
-        before = checkpoint = None  # the best so far is lost: it begins anew
-    if before is not None and best.is_over(before.log_history):
-        trainer.state = before
-        trainer.state.global_step = -1  # the model has the weights of no step
-    else:
-        trainer.train(resume_from_checkpoint=checkpoint)
-
-
 def config_of(
-    training: Training, folder: Path, *, seed: int, bf16: bool, checkpoints: int, tensorboard: bool
+    training: Training,
+    folder: Path,
+    optimization: Optimization,
+    *,
+    seed: int,
+    bf16: bool,
+    checkpoints: int,
+    tensorboard: bool,
 ) -> DistillationConfig:
     """Trainer's arguments; `checkpoints` are how often it saves its state on its way."""
     return DistillationConfig(
@@ -155,8 +195,7 @@ def config_of(
         learning_rate=training.learning_rate,
         per_device_train_batch_size=training.batch_size // PartialState().num_processes,
         per_device_eval_batch_size=max(64, training.batch_size),
-        weight_decay=0.01,
-        warmup_steps=0.1,
+        **optimization.arguments(),
         seed=(seed + training.run * RUNS_APART) % 2**32,
         bf16=bf16,
         use_cpu=not torch.accelerator.is_available(),

@@ -13,6 +13,7 @@ from accelerate.utils import send_to_device  # type: ignore[import-untyped]
 from rich.table import Table
 
 from fastdistill.models.attention_scores import call
+from fastdistill.models.drawing import draw_anew
 from fastdistill.models.first_token import first_token_only
 from fastdistill.models.inputs import inputs_of
 from fastdistill.objectives.base import as_needed
@@ -31,10 +32,12 @@ Norms = Mapping[str, Mapping[str, float]]
 """By term: its "loss", weighted, and the l2 norm of its "gradient" with respect to the student's parameters."""
 
 
-def gradient_norms(training: Training, data: Dataset, collate: Collate) -> Norms:
-    """Of the terms whose sum is the objective's loss, on the first batch of the data; models are in eval mode."""
+def gradient_norms(training: Training, data: Dataset, collate: Collate, seed: int = 0) -> Norms:
+    """Of the terms whose sum is the objective's loss, on the first batch of the data; models are in eval mode.
+    What of the student is not pretrained is drawn by the seed."""
     device = PartialState().device
     objective, student = copy.deepcopy((training.objective, training.model))
+    draw_anew(student, seed)
     student.to(device)
     if isinstance(objective, DeKD) and objective.select_per == "epoch":
         objective = replace(objective, select_per="batch")  # there is no choice yet

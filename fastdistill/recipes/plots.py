@@ -26,6 +26,9 @@ def require_matplotlib() -> None:
 LEAST_SPAN = 0.1
 """Of a metric's axis: what is noise must not look like more."""
 
+MOST_TICKS = 12
+"""So many places of curves are told each by itself."""
+
 Levels = tuple[float, float, float]
 """A metric, and its interval."""
 
@@ -55,13 +58,32 @@ def metric_by_share(
             axes.axhspan(100 * low, 100 * high, color="grey", alpha=0.1, linewidth=0)
     bottom, top = axes.get_ylim()
     more = max(0.0, 100 * LEAST_SPAN - (top - bottom)) / 2
-    axes.set_ylim(bottom - more, top + more)
+    above = max(0.0, top + more - 100)  # of which there is nothing
+    axes.set_ylim(bottom - more - above, top + more - above)
+    places = sorted({share for points in curves.values() for share in points})
+    if len(places) <= MOST_TICKS:
+        axes.set_xticks(places, [f"{place:g}" for place in places])
     _legend(axes)
-    figure.text(0.5, -0.02, f"{caption}; bands hold 95 % of resamples", ha="center", va="top", fontsize="small")
+    _caption(figure, f"{caption}; bands hold 95 % of resamples")
     return _save(figure, path)
 
 
-def heat_map(path: Path, layers: Sequence[Tensor], label: str) -> Path:
+def levels(path: Path, metric: str, of: Mapping[str, Levels], caption: str) -> Path:
+    """A model a row, the first above: its metric, and its interval, a bar."""
+    figure, axes = _figure(f"{metric} %", "")
+    for place, (value, low, high) in enumerate(of.values()):
+        axes.hlines(place, 100 * low, 100 * high, color="grey")
+        axes.plot(100 * value, place, marker="o", color="C0")
+    axes.set_yticks(range(len(of)), list(of))
+    axes.set_ylim(len(of) - 0.5, -0.5)
+    left, right = axes.get_xlim()
+    more = max(0.0, 100 * LEAST_SPAN - (right - left)) / 2
+    axes.set_xlim(left - more, right + more)
+    _caption(figure, f"{caption}; bars hold 95 % of resamples")
+    return _save(figure, path)
+
+
+def heat_map(path: Path, layers: Sequence[Tensor], label: str, caption: str) -> Path:
     """A layer a row, the first at the bottom, and a head a column; heads that are not there are left out."""
     figure, axes = _figure("head", "layer")
     width = max(len(layer) for layer in layers)
@@ -70,10 +92,11 @@ def heat_map(path: Path, layers: Sequence[Tensor], label: str) -> Path:
     axes.set_xticks([place + 0.5 for place in range(1, width + 1)], [str(n) for n in range(1, width + 1)])
     axes.set_yticks([place + 0.5 for place in range(1, len(layers) + 1)], [str(n) for n in range(1, len(layers) + 1)])
     figure.colorbar(colours, label=label)
+    _caption(figure, caption)
     return _save(figure, path)
 
 
-def densities(path: Path, values: Mapping[str, Tensor], of: str) -> Path:
+def densities(path: Path, values: Mapping[str, Tensor], of: str, caption: str) -> Path:
     """The densities of scores by name and, of the first, the first peak and the share of them up to each number."""
     figure, axes = _figure(f"score of {of}, of length 1 in each layer", "density")
     for name, numbers in values.items():
@@ -86,11 +109,15 @@ def densities(path: Path, values: Mapping[str, Tensor], of: str) -> Path:
     steps = [(place + 1) / len(main) for place in range(len(main))]
     axes.plot([], [], color="C0", linestyle=":", label="share at or below")
     shares.plot(main.sort().values, steps, color="C0", linestyle=":")
+    axes.set_ylim(bottom=0)
     _legend(axes)
+    _caption(figure, caption)
     return _save(figure, path)
 
 
-def shares_over_time(path: Path, log: Log, prefix: str, label: str, ticks: Sequence[str], *, at_once: int = 1) -> Path:
+def shares_over_time(
+    path: Path, log: Log, prefix: str, label: str, ticks: Sequence[str], caption: str, *, at_once: int = 1
+) -> Path:
     """A map of the `shares` of what was counted as "`prefix`/0", "`prefix`/1", ... (one row each, named by `ticks`)
     over the epochs."""
     figure, axes = _figure("epoch", label)
@@ -99,6 +126,7 @@ def shares_over_time(path: Path, log: Log, prefix: str, label: str, ticks: Seque
     colours = axes.pcolormesh(edges, range(len(rows) + 1), rows, cmap="viridis", vmin=0)
     axes.set_yticks([place + 0.5 for place in range(len(rows))], [ticks[place] for place in range(len(rows))])
     figure.colorbar(colours, label="share")
+    _caption(figure, caption)
     return _save(figure, path)
 
 
@@ -111,7 +139,7 @@ def shares(log: Log, prefix: str, at_once: int = 1) -> list[list[float]]:
     return [[entry.get(name, 0.0) / total for entry, total in zip(entries, totals, strict=True)] for name in names]
 
 
-def probabilities_over_steps(path: Path, names: Sequence[str], theta: Tensor, selected_at: int) -> Path:
+def probabilities_over_steps(path: Path, names: Sequence[str], theta: Tensor, selected_at: int, caption: str) -> Path:
     """Probabilities ``[steps + 1, n]``, a line for each of n teachers; a mark where teachers were selected."""
     figure, axes = _figure("step", "probability")
     for place, name in enumerate(names):
@@ -119,6 +147,7 @@ def probabilities_over_steps(path: Path, names: Sequence[str], theta: Tensor, se
     axes.axvline(selected_at, color="grey", linestyle="--", label="teacher selection")
     axes.set_ylim(bottom=0)
     _legend(axes)
+    _caption(figure, caption)
     return _save(figure, path)
 
 
@@ -138,6 +167,11 @@ def _figure(x: str, y: str) -> tuple[Figure, Any]:
 def _legend(axes: Any) -> None:
     """Above, where it covers nothing."""
     axes.figure.legend(*axes.get_legend_handles_labels(), loc="outside upper center", ncols=3, fontsize="small")
+
+
+def _caption(figure: Figure, text: str) -> None:
+    """Below: of how many seeds and examples it is."""
+    figure.text(0.5, -0.02, text, ha="center", va="top", fontsize="small")
 
 
 def _save(figure: Figure, path: Path) -> Path:

@@ -37,6 +37,11 @@ class Told:
     report_examples: int
     student_from: str | None = None
 
+    @property
+    def first_seed(self) -> str:
+        """What of the first seed alone is of."""
+        return "1 seed" if self.seeds == 1 else f"the first of {self.seeds} seeds"
+
     def __str__(self) -> str:
         seeds = "1 seed" if self.seeds == 1 else f"{self.seeds} seeds"
         slice_of = "held out of " if self.select_on == "train" else ""
@@ -50,8 +55,12 @@ class Told:
         """What a student without a teacher is."""
         if self.student_from is None:
             return "finetuned has no teacher, and begins with weights at random"
-        whose = {"teacher": "fine-tuned teacher", "pretrained": "pretrained encoder"}[self.student_from]
-        return f"finetuned learns from the labels alone; like all students it begins as a cut of the {whose}"
+        begins = {
+            "teacher": "a cut of the fine-tuned teacher",
+            "pretrained": "a cut of the pretrained encoder",
+            "another": "a pretrained encoder that is none of the teachers'",
+        }[self.student_from]
+        return f"finetuned learns from the labels alone; like all students it begins as {begins}"
 
 
 @dataclass(frozen=True)
@@ -150,7 +159,7 @@ def against(result: Mapping[str, Any], reference: str) -> str:
 
 def differences_table(task: Task, results: Results) -> Table | None:
     """One row a student: its differences from the baselines, where there are any."""
-    references = [name for name in ("kd", "finetuned") if any(name in of.get("against", {}) for of in results.values())]
+    references = list(dict.fromkeys(name for of in results.values() for name in of.get("against", {})))
     if not references:
         return None
     table = Table("student", title=f"{task.name}: differences in points, with 95 % intervals")

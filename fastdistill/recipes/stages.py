@@ -9,8 +9,8 @@ from __future__ import annotations
 import json
 import os
 import time
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Generator, Mapping
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -20,12 +20,14 @@ from transformers import EvalPrediction, PreTrainedModel
 
 from fastdistill.data.metrics import compute_metrics
 from fastdistill.digest import digest, model_digest
+from fastdistill.models.drawing import drawn_anew
 from fastdistill.models.first_token import first_token_only
 from fastdistill.recipes import memory
 from fastdistill.recipes.examples import Examples
-from fastdistill.recipes.fitting import check_processes, config_of, fit
+from fastdistill.recipes.fitting import Prepared, check_processes, config_of, fit
 from fastdistill.recipes.folder import UNFINISHED, Folder
 from fastdistill.recipes.measuring import Scoring, examples_per_second
+from fastdistill.recipes.optimization import Optimization
 from fastdistill.recipes.predictions import PREDICTIONS, save_predictions
 from fastdistill.recipes.report import versions
 from fastdistill.recipes.training import Teacher, Trained, Training
@@ -34,12 +36,26 @@ from fastdistill.sensitivity.weights import WeightSensitivities
 from fastdistill.teachers.store import store
 from fastdistill.teachers.team import TeacherTeam
 from fastdistill.training.checks import TEACHER
+from fastdistill.training.trainer import DistillationTrainer
 
 if TYPE_CHECKING:
     from datasets import Dataset
     from torch import Tensor
 
     from fastdistill.data.tasks import Task
+
+
+@dataclass(frozen=True)
+class Waiting:
+    """A stage that is not done: its folder, what it comes from, the training data with what the teachers say, and these
+    where they say more; and the seconds that were spent on it."""
+
+    training: Training
+    folder: Folder
+    came_from: Mapping[str, Any]
+    data: Dataset
+    teacher: Teacher
+    seconds: float
 
 
 @dataclass(frozen=True, eq=False)
@@ -55,6 +71,7 @@ class Stages:
         checkpoints: how often a stage saves its state on its way.
         tensorboard: whether to write TensorBoard logs.
         patience: epochs without a better one after which a training ends; None for none.
+        optimization: how weights are moved.
         stored: where teachers' outputs are kept; by default "stored" in `output`.
         data: a digest of the examples; by default it is computed.
     """
@@ -67,6 +84,7 @@ class Stages:
     checkpoints: int = 3
     tensorboard: bool = False
     patience: int | None = None
+    optimization: Optimization = Optimization()
     stored: Path | None = None
     data: str = ""
 
@@ -93,11 +111,19 @@ class Stages:
         """The same with another seed, in the folder "seed-N"."""
         return replace(self, output=self.output / f"seed-{seed}", seed=seed)
 
-    def with_team(self, team: TeacherTeam) -> Stages:
-        """The same with a team's logits as columns of the training data: no stage then runs these teachers."""
-        examples, device = self.examples, PartialState().device
-        train = team.store(examples.train, collate=examples.collate, folder=self.stored, device=device, bf16=self.bf16)
-        return self._on(replace(examples, train=train))
+    def with_team(self, team: TeacherTeam, shown: Mapping[str, Examples] | None = None) -> Stages:
+        """The same with a team's logits as columns of the training data: no stage then runs these teachers. `shown` are
+        by teacher the same examples in another form, as by its own tokenizer."""
+        own, shown = self.examples, shown or {}
+        train = team.store(
+            own.train,
+            collate={name: shown.get(name, own).collate for name in team},
+            inputs={name: one.train for name, one in shown.items() if one is not own},
+            folder=self.stored,
+            device=PartialState().device,
+            bf16=self.bf16,
+        )
+        return self._on(replace(own, train=train))
 
     def relabelled(self, task: Task, train: Tensor, validation: Tensor) -> Stages:
         """The same examples with other labels, those of another task, in the same folder; what selects is reported."""
@@ -130,25 +156,45 @@ class Stages:
 
         Raises ValueError where the folder is not a stage's, and where the processes cannot share a batch evenly.
         """
+        waiting = self.prepare(training)
+        for prepared in self.begin(waiting) if waiting else ():
+            prepared.train()
+        return self.load(training.name)
+
+    def prepare(self, training: Training) -> Waiting | None:
+        """What several stages' `train` would do at the same time if each ran in a process of its own: store what their
+        teachers say. Returns what is left to do, or None where the stage is done already."""
         check_processes(training.batch_size)
+        started = time.perf_counter()
         folder, came_from, done = self._open(training)
         if done:
-            return self.load(training.name)
+            return None
+        data, teacher = self._taught(training)
+        return Waiting(training, folder, came_from, data, teacher, time.perf_counter() - started)
+
+    def begin(
+        self, waiting: Waiting, kind: type[DistillationTrainer] = DistillationTrainer
+    ) -> Generator[Prepared, None, None]:
+        """The rest of `train`, which stops where it gives what is to be trained, if anything is, by a trainer of that
+        kind: whoever goes on has trained it."""
+        training, folder = waiting.training, waiting.folder
+        started = time.perf_counter() - waiting.seconds
         checkpoint = folder.last_checkpoint()
         if checkpoint:
             self.console.print(f"{training.name}: going on from {checkpoint}")
-        started = time.perf_counter()
         memory.reset_peak()
         config = config_of(
             training,
             folder.path,
+            self.optimization,
             seed=self.seed,
             bf16=self.bf16,
             checkpoints=self.checkpoints,
             tensorboard=self.tensorboard,
         )
         examples, metric = self.examples, self.task.metric
-        fitted = fit(training, examples, *self._taught(training), config, checkpoint, self.patience)
+        data, teacher = waiting.data, waiting.teacher
+        fitted = yield from fit(training, examples, data, teacher, config, checkpoint, self.patience, kind)
         with first_token_only(None if training.objective.needs.all_tokens else fitted.model):
             speed = examples_per_second(fitted.model, examples.report, examples.collate, self.batch_size)
         reached = compute_metrics(self.task)(EvalPrediction(fitted.outputs, fitted.labels))
@@ -172,16 +218,7 @@ class Stages:
             if examples.tokenizer is not None:
                 examples.tokenizer.save_pretrained(folder.path)
 
-        folder.close(came_from, result, fitted.log, save)
-        return self.load(training.name)
-
-    def prepare(self, training: Training) -> bool:
-        """What several stages' `train` would do at the same time if each ran in a process of its own: store what their
-        teachers say. Returns whether the stage is done already."""
-        _, _, done = self._open(training)
-        if not done:
-            self._taught(training)
-        return done
+        folder.close(waiting.came_from, result, fitted.log, save)
 
     def load(self, name: str) -> Trained:
         """A stage that is done. Raises ValueError if it is not."""
@@ -258,8 +295,11 @@ class Stages:
             "best": training.best,
             "run": training.run,
             "patience": self.patience,
+            "optimization": asdict(self.optimization),
+            "augmented": self.examples.augment is not None,
             "objective": training.objective.fingerprint,
             "model": model_digest(training.model),
+            "drawn": list(drawn_anew(training.model)),
             "teacher": _digests(training.teacher),
         }
         folder = Folder(self.output / training.name)
@@ -271,10 +311,11 @@ class Stages:
         return folder, came_from, "result" in found
 
     def _taught(self, training: Training) -> tuple[Dataset, Teacher]:
-        """The training data with what the teachers say, and no teacher, if the objective looks at nothing else."""
+        """The training data with what the teachers say, and no teacher, if the objective looks at nothing else, and the
+        examples are the same in each epoch."""
         objective, teacher = training.objective, training.teacher
         states = training.store_hidden_states and objective.needs.hidden_states and not objective.needs.all_tokens
-        if not training.epochs or teacher is None or not (objective.needs.only or states):
+        if not training.epochs or teacher is None or self.examples.augment or not (objective.needs.only or states):
             return self.examples.train, teacher
         first, *_ = objective.needs.teachers or (TEACHER,)
         return self.outputs_of(teacher, states_of=first if states else None), None

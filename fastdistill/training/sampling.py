@@ -14,7 +14,10 @@ POOL = 50
 
 class LengthGroupedSampler(Sampler[int]):
     """Indices whose every `batch_size` have similar lengths: random pools are sorted by length and cut into
-    batches, and the batches shuffled. The order depends on `seed` and `epoch()` alone."""
+    batches, and the batches shuffled. The order depends on `seed` and `epoch()` alone.
+
+    Which lengths follow each other depends on the epoch alone: students that are trained side by side with different
+    seeds then have batches of about the same length in each step, and hardly any padding by each other."""
 
     def __init__(self, lengths: list[int], batch_size: int, seed: int, epoch: Callable[[], int]) -> None:
         self.lengths, self.batch_size, self.seed, self.epoch = lengths, batch_size, seed, epoch
@@ -30,7 +33,8 @@ class LengthGroupedSampler(Sampler[int]):
         for start in range(0, whole * size, pool):
             end = min(start + pool, whole * size)
             shuffled[start:end] = sorted(shuffled[start:end], key=self.lengths.__getitem__)
-        for batch in torch.randperm(whole, generator=generator).tolist():
+        of_epoch = torch.Generator().manual_seed(self.epoch())
+        for batch in torch.randperm(whole, generator=of_epoch).tolist():
             yield from shuffled[batch * size : (batch + 1) * size]
         yield from shuffled[whole * size :]
 

@@ -285,11 +285,12 @@ class DistillationTrainer(ResumableTrainer):
 
     # Parts of the loss: summed on their device, read when Trainer logs
 
-    def _count(self, parts: dict[str, Tensor], share: Tensor) -> None:
+    def _count(self, parts: dict[str, Tensor], share: Tensor | None = None) -> None:
         if not self._parts:
             self._parts_since = self.state.global_step
         for name, value in parts.items():
-            self._parts[name] = self._parts.get(name, 0) + (_weighted(value, share) if _is_mean(value) else value)
+            one = value if share is None or not _is_mean(value) else _weighted(value, share)
+            self._parts[name] = self._parts.get(name, 0) + one
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         if "loss" in logs or "train_loss" in logs:

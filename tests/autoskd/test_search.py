@@ -142,8 +142,15 @@ def test_batches_are_those_of_either_half() -> None:
     torch.testing.assert_close(batch.team, expected)
 
 
-def test_a_cut_off_search_goes_on_and_ends_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    whole, file, step = search(), tmp_path / "search.safetensors", autoskd._Search.step
+SGD: dict[str, Any] = {"optimizer": "sgd", "momentum": 0.9, "lr_scheduler_type": "cosine", "warmup": 0.0}
+
+
+@pytest.mark.parametrize("options", [{}, SGD])
+def test_a_cut_off_search_goes_on_and_ends_the_same(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, options: dict[str, Any]
+) -> None:
+    settings = replace(SETTINGS, **options)
+    whole, file, step = search(settings), tmp_path / "search.safetensors", autoskd._Search.step
     done: list[int] = []
     stops = [5, 14]  # before the selection, and after it
 
@@ -156,17 +163,31 @@ def test_a_cut_off_search_goes_on_and_ends_the_same(tmp_path: Path, monkeypatch:
     monkeypatch.setattr(autoskd._Search, "step", cut)
     while stops:
         with pytest.raises(KeyboardInterrupt):
-            search(checkpoint=file, checkpoints=4)
-    again = search(checkpoint=file, checkpoints=4)
+            search(settings, checkpoint=file, checkpoints=4)
+    again = search(settings, checkpoint=file, checkpoints=4)
     torch.testing.assert_close(again.theta, whole.theta, **EXACT)
     torch.testing.assert_close(again.candidates, whole.candidates, **EXACT)
     assert done == [*range(5), *range(3, 14), *range(12, 15)]
-    other = search(replace(SETTINGS, seed=1), checkpoint=file)
+    other = search(replace(settings, seed=1), checkpoint=file)
     assert done[-15:] == list(range(15))  # of other settings: begun anew
     assert not torch.equal(other.theta, whole.theta)
     file.write_bytes(b"x")
     with pytest.raises(ValueError, match="damaged"):
-        search(checkpoint=file)
+        search(settings, checkpoint=file)
+
+
+@pytest.mark.parametrize(
+    "options, rates",
+    [
+        ({}, [1.0, 1.0, 8 / 9, 5 / 9, 1 / 9]),
+        ({"lr_scheduler_type": "cosine", "warmup": 0.0}, [1.0, 0.97553, 0.90451, 0.5, 0.02447]),
+        ({"lr_scheduler_type": "constant", "warmup": 2.0}, [0.5, 1.0, 1.0, 1.0, 1.0]),
+    ],
+)
+def test_the_students_rate(options: dict[str, Any], rates: list[float]) -> None:
+    """Of ten steps the first three, the sixth and the last; linear, it rises over a tenth of them."""
+    settings = Settings(learning_rate=2.0, **options)
+    assert [settings.rate(step, 10) / 2 for step in (0, 1, 2, 5, 9)] == pytest.approx(rates, abs=1e-4)
 
 
 def test_what_was_found_is_kept(tmp_path: Path) -> None:
@@ -187,6 +208,9 @@ def test_what_was_found_is_kept(tmp_path: Path) -> None:
         ({"candidates": 8}, "phase 2 has 7 of the 15 steps"),
         ({"epochs": 0}, "epochs is 0"),
         ({"theta_optimizer": "lion"}, "theta_optimizer is 'lion'"),
+        ({"optimizer": "lion"}, "optimizer is 'lion'"),
+        ({"lr_scheduler_type": "step"}, "lr_scheduler_type is 'step'"),
+        ({"momentum": -0.1}, "momentum is -0.1"),
         ({"theta_learning_rate": -1.0}, "theta_learning_rate is -1.0"),
     ],
 )

@@ -15,6 +15,7 @@ from fastdistill import (
     gated_ffn,
     hidden_entropy,
     kd_ce_loss,
+    proximity_conv,
     select_uncertain,
     uncertainty,
 )
@@ -49,6 +50,14 @@ def ffn(*gate: int) -> Inputs:
     return {
         "x": normal(8, 16, 64), "w_in": normal(256, 64, scale=0.1), "b_in": normal(256),
         "w_out": normal(64, 256, scale=0.06), "b_out": normal(64), "gate": normal(*gate),
+    }  # fmt: skip
+
+
+def convolution() -> Inputs:
+    return {
+        "states": normal(8, 30, 72), "proximity": torch.rand(8, 30, device="cuda"),
+        "weight": normal(48, 72, 3, scale=0.07), "bias": normal(48),
+        "attention_mask": torch.arange(30, device="cuda") < lengths(8, 30)[:, None],
     }  # fmt: skip
 
 
@@ -88,6 +97,7 @@ CASES: dict[str, tuple[Function, Callable[[], Inputs], tuple[str, ...]]] = {
     ),
     "gated_ffn": (gated_ffn, lambda: ffn(256), ("x", "w_in", "b_in", "w_out", "b_out", "gate")),
     "gated_ffn, gates by example": (gated_ffn, lambda: ffn(8, 256), ("x", "gate")),
+    "proximity_conv": (proximity_conv, convolution, ("states", "proximity", "weight", "bias")),
 }  # fmt: skip
 
 

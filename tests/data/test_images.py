@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 
 import datasets
@@ -12,7 +13,7 @@ from datasets import Dataset, load_from_disk
 from PIL import Image
 
 from fastdistill import load_task, store, tokenize
-from fastdistill.data.images import ImageCollator, pixels, size_of
+from fastdistill.data.images import Augmented, ImageCollator, pixels, size_of
 from fastdistill.models.image_classifiers import image_classifier
 from fastdistill.recipes.examples import Examples, of_images
 from fastdistill.recipes.splits import Splits
@@ -62,6 +63,36 @@ def test_pixels_are_those_that_files_have_now(folder: Path, tmp_path: Path) -> N
     Image.new("RGB", (8, 8), 51).save(sorted((folder / "train" / "high").iterdir())[0])
     after = pixels(data, (8, 8))["pixel_values"][:]
     assert [old != new for old, new in zip(before, after, strict=True)] == [True] + [False] * 23
+
+
+def test_augmented_images_are_crops_of_a_margin(folder: Path) -> None:
+    """Of 8 pixels a margin of 1: each is one of 9 places, mirrored or not; labels stay."""
+    examples = pixels(load_task(folder).train, (8, 8))
+    augmented, found = Augmented(examples, (8, 8), seed=3), set()
+    image = np.frombuffer(examples[5]["pixel_values"], np.uint8).reshape(3, 8, 8)
+    around = np.pad(image, ((0, 0), (1, 1), (1, 1)))
+    places = {
+        around[:, top : top + 8, left : left + 8][:, :, ::step].tobytes(): (top, left, step)
+        for top in range(3)
+        for left in range(3)
+        for step in (1, -1)
+    }
+    for epoch in range(40):
+        augmented.epoch = partial(int, epoch)
+        assert augmented[5]["labels"] == examples[5]["labels"]
+        found.add(places[augmented[5]["pixel_values"]])
+    assert {top for top, _, _ in found} == {left for _, left, _ in found} == {0, 1, 2}
+    assert {step for _, _, step in found} == {1, -1}
+
+
+def test_an_augmented_image_depends_on_seed_epoch_and_number_alone(folder: Path) -> None:
+    examples = pixels(load_task(folder).train, (8, 8))
+    first, again = Augmented(examples, (8, 8), seed=3), Augmented(examples, (8, 8), seed=3)
+    wanted = [first[row] for row in range(24)]
+    assert again.__getitems__([7, 2, 19]) == [wanted[row] for row in (7, 2, 19)]
+    again.epoch = partial(int, 1)
+    assert [again[row] for row in range(24)] != wanted
+    assert [Augmented(examples, (8, 8), seed=4)[row] for row in range(24)] != wanted
 
 
 def test_what_a_teacher_says_is_of_the_pixels(folder: Path, tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""Calls of kd_ce_loss and its gradient, for `tests.kernels.compiled`."""
+"""Calls of kd_ce_loss, dkd_loss and their gradient, for `tests.kernels.compiled`."""
 
 from __future__ import annotations
 
@@ -9,11 +9,13 @@ import torch
 from fastdistill.kernels import kd_ce_loss as module
 
 OPTIONS = {
-    "temperature": 2.0, "kd_weight": 0.5, "ce_weight": 0.5, "divergence": "forward_kl", "scale_by_temperature": True,
-    "ignore_index": -100, "label_smoothing": 0.0, "reduction": "mean", "student_grad": True, "teacher_grad": False,
+    "temperature": 2.0, "target_weight": None, "kd_weight": 0.5, "ce_weight": 0.5, "divergence": "forward_kl",
+    "scale_by_temperature": True, "ignore_index": -100, "label_smoothing": 0.0, "reduction": "mean",
+    "student_grad": True, "teacher_grad": False,
 }  # fmt: skip
 HALF, SINGLE, DOUBLE = (torch.bfloat16,) * 2, (torch.float32,) * 2, (torch.float64,) * 2
-EVERYTHING = {"teacher_grad": True, "label_smoothing": 0.1, "temperature": 3.7}
+EVERYTHING = {"teacher_grad": True, "label_smoothing": 0.1, "temperature": 3.7, "return_terms": True}
+APART = {"target_weight": 1.0}  # dkd_loss
 CASES: list[tuple[int, int, tuple[torch.dtype, torch.dtype], dict[str, Any]]] = [
     (32, 2, HALF, {}),
     (32, 2, SINGLE, {}),
@@ -31,15 +33,24 @@ CASES: list[tuple[int, int, tuple[torch.dtype, torch.dtype], dict[str, Any]]] = 
     (2, 128256, (torch.bfloat16, torch.float32), {"divergence": "soft_ce", "temperature": 3.7}),
     (2, 128256, SINGLE, {}),
     (2, 128256, DOUBLE, EVERYTHING),
+    (32, 2, SINGLE, APART),
+    (4096, 100, HALF, APART),
+    (8, 1000, HALF, EVERYTHING | APART),
+    (8, 1000, DOUBLE, EVERYTHING | APART),
+    (2, 32000, HALF, APART),
+    (2, 128256, SINGLE, APART),
+    (2, 128256, HALF, EVERYTHING | APART),
+    (2, 128256, HALF, EVERYTHING | APART | {"divergence": "reverse_kl"}),
+    (2, 128256, DOUBLE, EVERYTHING | APART),
 ]
-FEW = [*CASES[:2], CASES[4], CASES[12]]
+FEW = [*CASES[:2], CASES[4], CASES[12], CASES[18], CASES[22]]
 
 
 def launches(cases: list[Any]) -> Iterator[str]:
     for rows, classes, dtypes, changes in cases:
         student, teacher = (torch.zeros(rows, classes, dtype=dtype) for dtype in dtypes)
         labels = torch.zeros(rows, dtype=torch.int64)
-        _, grad, _ = module.kd_ce_loss(student, teacher, labels, **{**OPTIONS, **changes})
+        _, grad, _ = module._launch(student, teacher, labels, **{**OPTIONS, **changes})
         if grad.numel():
             module.scale_rows_(grad, torch.ones(()))
             module.scale_rows(grad, torch.ones(rows))

@@ -9,6 +9,8 @@ import transformers
 from torch import Tensor
 from transformers import AutoModelForImageClassification, AutoModelForSequenceClassification
 
+import fastdistill
+
 SHAPE = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 24}
 TEXT = {
     **SHAPE,
@@ -71,3 +73,16 @@ def batch_of(kind: str) -> dict[str, Tensor]:
         return {"pixel_values": torch.rand(3, 3, 8, 8)}
     mask = torch.tensor([[1] * 9, [1] * 4 + [0] * 5, [1] * 8 + [0]])
     return {"input_ids": torch.randint(5, 60, (3, 9)) * mask + (1 - mask), "attention_mask": mask}
+
+
+def logits_of(model: Any, batch: dict[str, Tensor]) -> Tensor:
+    """Of tokens that are there."""
+    with torch.no_grad():
+        logits: Tensor = model(**batch).logits
+    return logits[batch["attention_mask"].bool()] if logits.dim() == 3 else logits
+
+
+def with_gates(model: Any, heads: list[Tensor], neurons: list[Tensor], batch: dict[str, Tensor]) -> Tensor:
+    with fastdistill.gate(model) as gates:
+        gates.heads[:], gates.neurons[:] = heads, neurons
+        return logits_of(model, batch)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import dataclasses
 import json
 from pathlib import Path
 from typing import Any
@@ -21,25 +20,12 @@ from fastdistill.models.narrowing import without
 from fastdistill.models.registering import check_architecture
 from fastdistill.models.scores import Scores
 from tests import tiny
-from tests.models.known import NO_CLASSIFIER, SHAPE, TEXT, batch_of, model_of
+from tests.models.known import NO_CLASSIFIER, batch_of, logits_of, model_of, with_gates
 
 DECODERS = (
     *("gemma", "gemma2", "gemma3_text", "gpt2", "gpt_neox", "granite", "llama", "mistral", "qwen2", "qwen3"),
     *("smollm3", "starcoder2"),
 )
-
-
-def logits_of(model: Any, batch: dict[str, Tensor]) -> Tensor:
-    """Of tokens that are there."""
-    with torch.no_grad():
-        logits: Tensor = model(**batch).logits
-    return logits[batch["attention_mask"].bool()] if logits.dim() == 3 else logits
-
-
-def with_gates(model: Any, heads: list[Tensor], neurons: list[Tensor], batch: dict[str, Tensor]) -> Tensor:
-    with fastdistill.gate(model) as gates:
-        gates.heads[:], gates.neurons[:] = heads, neurons
-        return logits_of(model, batch)
 
 
 def multiplied(model: Any, heads: list[Tensor], neurons: list[Tensor]) -> Any:
@@ -381,93 +367,3 @@ def test_albert_has_no_layers_to_choose() -> None:
         fastdistill.first_layers(model_of("albert"), 1, layers=[1])
     with pytest.raises(ValueError, match="model applies 2 groups"):
         fastdistill.first_layers(model_of("albert", num_hidden_groups=2), 1)
-
-
-# Others
-
-OPT = fastdistill.Architecture(
-    layers="decoder.layers",
-    attention="self_attn",
-    head_in=("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
-    head_out="self_attn.out_proj",
-    neuron_in=("fc1",),
-    neuron_out="fc2",
-    width="ffn_dim",
-)
-
-
-def test_an_architecture_that_a_user_registers(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    settings = {"ffn_dim": 24, "word_embed_proj_dim": 32, **TEXT}
-    model = transformers.OPTForSequenceClassification(transformers.OPTConfig(**settings, num_labels=3)).eval()
-    with pytest.raises(ValueError, match="model is a opt; .* fastdistill.register_architecture makes another known"):
-        fastdistill.first_layers(model, 1)
-    table = dict(ARCHITECTURES)
-    for module in ("architectures", "registering"):
-        monkeypatch.setattr(f"fastdistill.models.{module}.ARCHITECTURES", table)
-    fastdistill.register_architecture("opt", OPT)  # on transformers' default config
-    assert table["opt"] == OPT
-    fastdistill.register_architecture("opt", OPT, model=model)
-    batch = batch_of("opt")
-    kept = [torch.tensor([0, 3]), torch.tensor([1])], [torch.arange(3), torch.arange(24)]
-    smaller = without(model, *kept)
-    masks = [
-        [torch.zeros(number).index_fill(0, own, 1) for own in group]
-        for number, group in zip((4, 24), kept, strict=True)
-    ]
-    torch.testing.assert_close(logits_of(smaller, batch), with_gates(model, *masks, batch))
-    smaller.save_pretrained(tmp_path)
-    torch.testing.assert_close(logits_of(fastdistill.from_pretrained(tmp_path), batch), logits_of(smaller, batch))
-
-
-@pytest.mark.parametrize(
-    "change, message",
-    [
-        ({"layers": "layers"}, "layers is 'layers', which OPTModel does not have; it has decoder"),
-        ({"layers": "decoder.embed_tokens"}, "layers is 'decoder.embed_tokens', a Embedding; expected a ModuleList"),
-        ({"attention": "attn"}, "attention is 'attn', which OPTDecoderLayer does not have; it has activation_fn, "),
-        ({"attention": ""}, "attention is ''; expected a module's name"),
-        ({"head_out": "self_attn.o_proj"}, "head_out is 'self_attn.o_proj', which OPTDecoderLayer does not have; it"),
-        ({"head_in": ("self_attn.q_proj",) * 2}, "head_in is .*; expected one name, or query, key and value"),
-        ({"head_in": ("self_attn.q_proj",)}, "head_in is .* with 32 rows and head_out is .* with 32 columns"),
-        ({"head_parts": 3}, "head_parts is 3; expected 1, or 3 where head_in is one linear map"),
-        ({"neuron_in": ()}, "neuron_in is (); expected one name or two"),
-        ({"neuron_parts": 2}, "neuron_in is 'fc1' with 24 rows and neuron_out is 'fc2' with 24 columns; expected 2 "),
-        ({"neuron_out": "final_layer_norm"}, "neuron_out is 'final_layer_norm', a LayerNorm; expected a Linear or "),
-        ({"alone": "norm"}, "alone is 'norm', which OPTDecoderLayer does not have"),
-    ],
-)
-def test_names_that_are_not_the_models(change: dict[str, Any], message: str) -> None:
-    settings = {"ffn_dim": 24, "word_embed_proj_dim": 32, **TEXT}
-    model = transformers.OPTModel(transformers.OPTConfig(**settings))
-    with pytest.raises(ValueError, match=message.replace("()", r"\(\)")):
-        fastdistill.register_architecture("opt", dataclasses.replace(OPT, **change), model=model)
-    assert "opt" not in ARCHITECTURES
-
-
-def test_types_that_cannot_be_registered() -> None:
-    for arguments, error, message in [
-        (("bert", OPT), ValueError, "model_type is 'bert', which is known with other names"),
-        (
-            ("nowhere", OPT),
-            ValueError,
-            "model_type is 'nowhere', of which AutoModel makes no model; expected one",
-        ),
-        (("", OPT), TypeError, "model_type is ''; expected a text"),
-        (("opt", {}), TypeError, "architecture is a dict; expected a fastdistill.Architecture"),
-    ]:
-        with pytest.raises(error, match=message):
-            fastdistill.register_architecture(*arguments)  # type: ignore[arg-type]
-    with pytest.raises(ValueError, match="model is a bert; expected a opt, which is model_type"):
-        fastdistill.register_architecture("opt", OPT, model=tiny.bert())
-    fastdistill.register_architecture("bert", ARCHITECTURES["bert"], model=tiny.bert())  # as it is known
-
-
-@pytest.mark.parametrize("kind", ["beit", "swin", "olmo2", "t5"])
-def test_what_the_table_does_not_carry(kind: str) -> None:
-    """Biases of positions, or norms, that are of all heads; stages of different widths; a decoder beside an encoder."""
-    sizes = {"swin": {"embed_dim": 8, "depths": [1], "num_heads": [2]}, "t5": {"d_model": 8, "num_layers": 1}}
-    settings = sizes.get(kind, {**SHAPE, "image_size": 8, "patch_size": 4, "vocab_size": 10})
-    with torch.device("meta"):
-        model = transformers.AutoModel.from_config(transformers.CONFIG_MAPPING[kind](**settings))
-    with pytest.raises(ValueError, match=f"model is a {kind}; its layers are known for albert, bert"):
-        fastdistill.gate(model).__enter__()

@@ -6,11 +6,16 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import ResNetForImageClassification
 
 import fastdistill
 from fastdistill.data.tasks import Task
-from fastdistill.models.image_classifiers import WideResNetConfig, WideResNetForImageClassification, image_classifier
+from fastdistill.models.image_classifiers import (
+    SmallResNetConfig,
+    SmallResNetForImageClassification,
+    WideResNetConfig,
+    WideResNetForImageClassification,
+    image_classifier,
+)
 
 TASK = Task("squares", (), ("a", "b", "c"), "accuracy", 1)
 
@@ -24,7 +29,24 @@ def test_wide_residual_networks_have_the_papers_sizes(name: str, millions: float
     assert image_classifier(name, ten).num_parameters() / 1e6 == pytest.approx(millions, abs=0.06)
 
 
-@pytest.mark.parametrize("name", ["wrn-10-1", "wrn-10-2", "resnet-8"])
+@pytest.mark.parametrize(
+    "name, parameters",
+    [
+        ("resnet20", 278_324),
+        ("resnet-56", 861_620),
+        ("resnet8x4", 1_233_540),
+        ("resnet32x4", 7_433_860),
+        ("wrn_16_2", 703_284),
+        ("wrn_40_2", 2_255_156),
+    ],
+)
+def test_sizes_are_those_of_crds_code(name: str, parameters: int) -> None:
+    """Of Tian et al. (2020), for CIFAR-100."""
+    hundred = Task("hundred", (), tuple(str(n) for n in range(100)), "accuracy", 1)
+    assert image_classifier(name, hundred).num_parameters() == parameters
+
+
+@pytest.mark.parametrize("name", ["wrn-10-1", "wrn-10-2", "resnet-8", "resnet8x4"])
 def test_classifiers_train_save_and_load(name: str, tmp_path: Path) -> None:
     model = image_classifier(name, TASK)
     images, labels = torch.randn(6, 3, 32, 32), torch.tensor([0, 1, 2, 0, 1, 2])
@@ -49,7 +71,9 @@ def test_a_wide_network_halves_each_side_twice() -> None:
     model = image_classifier("wrn-16-2", TASK)
     assert isinstance(model, WideResNetForImageClassification)
     assert model.blocks(model.stem(torch.randn(2, 3, 32, 32))).shape == (2, 128, 8, 8)
-    assert isinstance(image_classifier("resnet-14", TASK), ResNetForImageClassification)
+    model = image_classifier("resnet14x2", TASK)
+    assert isinstance(model, SmallResNetForImageClassification)
+    assert model.features(torch.randn(2, 3, 32, 32)).shape == (2, 128, 8, 8)
 
 
 def test_weights_are_of_the_seed() -> None:
@@ -59,7 +83,7 @@ def test_weights_are_of_the_seed() -> None:
     assert torch.equal(torch.random.get_rng_state(), state)
 
 
-@pytest.mark.parametrize("name", ["wrn-16", "resnet-19", "resnet-2", "vgg-16", "wrn-16-1x"])
+@pytest.mark.parametrize("name", ["wrn-16", "resnet-19", "resnet-2", "resnet8x0", "resnet8x", "vgg-16", "wrn-16-1x"])
 def test_unknown_names(name: str) -> None:
     with pytest.raises(ValueError, match=f"'{name}' is no image classifier; expected wrn-DEPTH-WIDTH"):
         image_classifier(name, TASK)
@@ -69,3 +93,9 @@ def test_unknown_names(name: str) -> None:
 def test_sizes_that_cannot_be(sizes: tuple[int, int], said: str) -> None:
     with pytest.raises(ValueError, match=said):
         WideResNetForImageClassification(WideResNetConfig(depth=sizes[0], width=sizes[1]))
+
+
+@pytest.mark.parametrize("sizes, said", [((10, 1), "depth is 10"), ((2, 1), "depth is 2"), ((8, 0), "width is 0")])
+def test_sizes_of_a_resnet_that_cannot_be(sizes: tuple[int, int], said: str) -> None:
+    with pytest.raises(ValueError, match=said):
+        SmallResNetForImageClassification(SmallResNetConfig(depth=sizes[0], width=sizes[1]))

@@ -11,6 +11,7 @@ from torch import Tensor
 from transformers.modeling_outputs import SequenceClassifierOutput
 
 from fastdistill import PKD, TeacherOutputs
+from fastdistill.objectives import logits
 from fastdistill.objectives.base import Needs, Objective, WeightedSum, as_objective
 from fastdistill.objectives.logits import MSE, LogitsKD, TaskLoss
 from fastdistill.ops import kd_ce_loss
@@ -65,6 +66,13 @@ def test_the_parts_of_logits_kd_add_up(kd_weight: float, ce_weight: float) -> No
     torch.testing.assert_close(loss.detach(), sum(weights[name] * parts[name] for name in weights))
     if ce_weight:
         torch.testing.assert_close(parts["ce"], F.cross_entropy(STUDENT.logits, LABELS))
+
+
+def test_the_logits_are_swept_once_a_step(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls = []
+    monkeypatch.setattr(logits, "kd_ce_loss", lambda *a, **options: calls.append(1) or kd_ce_loss(*a, **options))
+    LogitsKD().parts(STUDENT, TEACHER, LABELS)
+    assert len(calls) == 1
 
 
 def test_logits_kd_needs_what_its_weights_ask_for() -> None:

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastdistill import kd_ce_loss
+import fastdistill
 from tests import eager
 from tests.accuracy import assert_accurate
 
@@ -36,11 +36,14 @@ def with_gradients(function: Any, student: Tensor, teacher: Tensor, labels: Tens
     return loss, *(torch.zeros_like(x) if g is None else g for g, x in zip(grads, (student, teacher), strict=True))
 
 
-def check_against_eager(student: Tensor, teacher: Tensor, labels: Tensor | None, **options: Any) -> None:
+def check_against_eager(
+    student: Tensor, teacher: Tensor, labels: Tensor | None, loss: str = "kd_ce_loss", **options: Any
+) -> None:
+    function, in_pytorch = getattr(fastdistill, loss), getattr(eager, loss)
     exact_inputs = [x.detach().double().requires_grad_() for x in (student, teacher)]
     same_dtype = [x.detach().clone().requires_grad_() for x in (student, teacher)]
-    ours = with_gradients(kd_ce_loss, student, teacher, labels, **options)
-    exact = with_gradients(eager.kd_ce_loss, *exact_inputs, labels, **options)
-    plain = with_gradients(eager.kd_ce_loss, *same_dtype, labels, **options)
+    ours = with_gradients(function, student, teacher, labels, **options)
+    exact = with_gradients(in_pytorch, *exact_inputs, labels, **options)
+    plain = with_gradients(in_pytorch, *same_dtype, labels, **options)
     for what, *values in zip(("loss", "student gradient", "teacher gradient"), ours, exact, plain, strict=True):
         assert_accurate(*values, what=what)

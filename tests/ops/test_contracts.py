@@ -47,7 +47,17 @@ def operands(op: str, layout: str, grad: bool) -> list[tuple[Any, ...]]:
         labels = torch.tensor([[0, 1, -100], [2, 3, 4]])
         options = (2.0, 1.0, 0.5, "reverse_kl", True, -100, 0.1, "mean", grad, grad)
         few = (leaf(2, 3, 5), leaf(2, 3, 5), labels, *options)
-        return [few, (leaf(6, 70), leaf(6, 70), None, 2.0, 1.0, 0.0, "forward_kl", True, -100, 0.0, "none", grad, grad)]
+        return [
+            few,
+            (*few, True),
+            (leaf(6, 70), leaf(6, 70), None, 2.0, 1.0, 0.0, "forward_kl", True, -100, 0.0, "none", grad, grad),
+        ]
+    if op == "dkd_loss":
+        labels = torch.tensor([[0, 1, -100], [2, 3, 4]])
+        options = (2.0, 0.7, 3.0, 0.5, "reverse_kl", True, -100, 0.1, "mean", grad, grad)
+        few = (leaf(2, 3, 5), leaf(2, 3, 5), labels, *options)
+        many = (leaf(6, 70), leaf(6, 70), labels.view(6), 2.0, 1.0, 8.0, 0.0, "forward_kl", True, -100, 0.0, "none")
+        return [few, (*few, True), (*many, grad, grad), (*many, grad, grad, True)]
     if op == "scale_rows":
         return [(plain(5, 7), torch.tensor(2.0)), (plain(5, 7), draw(5))]
     if op == "scale_rows_":
@@ -79,6 +89,17 @@ def operands(op: str, layout: str, grad: bool) -> list[tuple[Any, ...]]:
             (plain(4, 3, 20), plain(4, 3, 20), plain(20), plain(4, 20), "gelu_tanh", grad, grad),
             (plain(4, 20), plain(4, 20), None, None, "relu", False, False),
         ]
+    if op in ("proximity_conv", "proximity_conv_backward"):
+        mask = torch.arange(7) < torch.tensor([7, 4, 1])[:, None]
+        found = []
+        for bias, given in ((None, None), (leaf(6), mask)):
+            args = (leaf(3, 7, 5), leaf(3, 7), leaf(6, 5, 3), bias, given)
+            if op == "proximity_conv_backward":
+                args = tuple(x.detach() if isinstance(x, Tensor) else x for x in args)
+                output, positions = torch.ops.fastdistill.proximity_conv(*args)
+                args = (output, *args[:3], given, positions, True, grad, grad, bias is not None)
+            found.append(args)
+        return found
     if op == "uncertainty":
         return [(leaf(4, 3, 5), "entropy", True), (leaf(4, 70), "margin", False)]
     if op == "uncertainty_backward":
@@ -134,6 +155,11 @@ FUNCTIONS: dict[str, tuple[Callable[..., Tensor], list[tuple[int, ...]]]] = {
     ),
     "kd_ce_loss": (
         lambda student, teacher: fastdistill.kd_ce_loss(student, teacher, LABELS[:4], temperature=2.0),
+        [(4, 5), (4, 5)],
+    ),
+    "proximity_conv": (fastdistill.proximity_conv, [(4, 7, 5), (4, 7), (6, 5, 3), (6,)]),
+    "dkd_loss": (
+        lambda student, teacher: fastdistill.dkd_loss(student, teacher, LABELS[:4], temperature=2.0),
         [(4, 5), (4, 5)],
     ),
     "uncertainty": (fastdistill.uncertainty, [(4, 3, 5)]),
@@ -278,10 +304,14 @@ def odd_tensors() -> dict[str, Callable[[Tensor], Tensor]]:
 def calls() -> dict[str, Callable[[Callable[[Tensor], Any]], Any]]:
     """By function and argument, a call in which that argument is made odd."""
     x, q, logits, weight = draw(4, 5), draw(4, 2, 3, 8), draw(4, 5), draw(5, 5)
+    states, taps = draw(4, 5, 6), draw(4, 6, 3)
     found: dict[str, Callable[[Callable[[Tensor], Any]], Any]] = {
         "kd_ce_loss: student_logits": lambda odd: fastdistill.kd_ce_loss(odd(logits), logits),
         "kd_ce_loss: teacher_logits": lambda odd: fastdistill.kd_ce_loss(logits, odd(logits)),
         "kd_ce_loss: labels": lambda odd: fastdistill.kd_ce_loss(logits, logits, odd(logits)),
+        "dkd_loss: student_logits": lambda odd: fastdistill.dkd_loss(odd(logits), logits, LABELS[:4]),
+        "dkd_loss: teacher_logits": lambda odd: fastdistill.dkd_loss(logits, odd(logits), LABELS[:4]),
+        "dkd_loss: labels": lambda odd: fastdistill.dkd_loss(logits, logits, odd(logits)),
         "uncertainty: logits": lambda odd: fastdistill.uncertainty(odd(logits)),
         "hidden_entropy: hidden_states": lambda odd: fastdistill.hidden_entropy(odd(draw(2, 4, 5))),
         "select_uncertain: logits": lambda odd: fastdistill.select_uncertain(odd(logits), 0.5),
@@ -300,6 +330,11 @@ def calls() -> dict[str, Callable[[Callable[[Tensor], Any]], Any]]:
             x, weight, None, weight, None, w_gate=weight, b_gate=odd(weight)
         ),
         "gated_ffn: neuron_gate": lambda odd: fastdistill.gated_ffn(x, weight, None, weight, None, odd(x)),
+        "proximity_conv: states": lambda odd: fastdistill.proximity_conv(odd(states), x, taps),
+        "proximity_conv: proximity": lambda odd: fastdistill.proximity_conv(states, odd(x), taps),
+        "proximity_conv: weight": lambda odd: fastdistill.proximity_conv(states, x, odd(taps)),
+        "proximity_conv: bias": lambda odd: fastdistill.proximity_conv(states, x, taps, odd(x)),
+        "proximity_conv: attention_mask": lambda odd: fastdistill.proximity_conv(states, x, taps, None, odd(x)),
         "ActiveNeurons: neuron_gate": lambda odd: ActiveNeurons(odd(x)),
         "accumulate_sensitivity_: totals": lambda odd: fastdistill.accumulate_sensitivity_([odd(x)], [x]),
         "accumulate_sensitivity_: grads": lambda odd: fastdistill.accumulate_sensitivity_([x.clone()], [odd(x)]),
@@ -324,6 +359,8 @@ def test_meta_tensors_have_shapes(name: str) -> None:
         function = lambda x, gate: fastdistill.gated_ffn(x, *weights, None, gate)  # noqa: E731
     if name == "kd_ce_loss":
         function = lambda s, t: fastdistill.kd_ce_loss(s, t, LABELS[:4].to("meta"))  # noqa: E731
+    if name == "dkd_loss":
+        function = lambda s, t: fastdistill.dkd_loss(s, t, LABELS[:4].to("meta"))  # noqa: E731
     inputs = [draw(*shape) for shape in shapes]
     on_meta = function(*(x.to("meta") for x in inputs))
     expected = FUNCTIONS[name][0](*inputs)

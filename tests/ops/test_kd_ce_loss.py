@@ -92,6 +92,29 @@ def test_cross_entropy_alone_needs_no_teacher(device: str) -> None:
     torch.testing.assert_close(torch.autograd.grad(loss, student), torch.autograd.grad(expected, student))
 
 
+@pytest.mark.parametrize("classes", [4, 40])
+@pytest.mark.parametrize("reduction", REDUCTIONS)
+def test_terms_are_each_loss_alone(device: str, classes: int, reduction: str, nan_filled: None) -> None:
+    student, teacher, labels = make(9, classes, device=device, dtypes=(torch.float32, torch.float32))
+    options: dict[str, Any] = dict(temperature=2.0, label_smoothing=0.1, reduction=reduction)
+    loss, kd, ce = kd_ce_loss(student, teacher, labels, kd_weight=0.7, ce_weight=0.3, return_terms=True, **options)
+    plain = kd_ce_loss(student, teacher, labels, kd_weight=0.7, ce_weight=0.3, **options)
+    assert torch.equal(loss, plain) and not kd.requires_grad and not ce.requires_grad
+    torch.testing.assert_close(kd, kd_ce_loss(student, teacher, labels, ce_weight=0.0, **options))
+    torch.testing.assert_close(ce, kd_ce_loss(student, None, labels, kd_weight=0.0, **options))
+    upstream = torch.rand_like(loss)
+    grads = (torch.autograd.grad(x, (student, teacher), upstream) for x in (loss, plain))
+    assert all(torch.equal(a, b) for a, b in zip(*grads, strict=True))
+
+
+def test_a_term_that_is_not_computed_is_0(device: str) -> None:
+    student, teacher, labels = make(9, 40, device=device)
+    assert kd_ce_loss(student, None, labels, kd_weight=0.0, return_terms=True)[1] == 0
+    assert kd_ce_loss(student, teacher, labels, ce_weight=0.0, return_terms=True)[2] == 0
+    loss, kd, ce = kd_ce_loss(student, teacher, temperature=200.0, kd_weight=0.5, return_terms=True)
+    assert ce == 0 and kd > 0 and torch.allclose(loss, 0.5 * kd)
+
+
 @pytest.mark.parametrize("dtypes", [d for d in itertools.product(DTYPES, DTYPES) if d[0] != d[1]])
 def test_mixed_dtypes(device: str, dtypes: tuple, nan_filled: None) -> None:
     student, teacher, labels = make(9, 40, device=device, dtypes=dtypes)
@@ -262,6 +285,7 @@ def logits(*shape: int, **options: Any) -> Tensor:
         ((logits(4, 3), logits(4, 3)), dict(kd_weight=10**400), ValueError, "kd_weight is an int of 1329 bits"),
         ((logits(4, 3), logits(4, 3)), dict(scale_by_temperature="no"), TypeError, "scale_by_temperature is 'no'"),
         ((logits(4, 3), logits(4, 3)), dict(scale_by_temperature=1), TypeError, "scale_by_temperature is 1; exp"),
+        ((logits(4, 3), logits(4, 3)), dict(return_terms=1), TypeError, "return_terms is 1; expected a bool"),
         ((logits(4, 3), logits(4, 3)), dict(ignore_index=10**30), ValueError, "ignore_index is 1000.*int of 64 bits"),
         ((logits(4, 3), logits(4, 3)), dict(ignore_index=True), TypeError, "ignore_index is True; expected an int"),
         ((logits(4, 3), [[1.0, 2.0], [1.0]]), {}, TypeError, "teacher_logits is a list; expected a torch.Tensor"),

@@ -25,6 +25,10 @@ def loss(student: Tensor, teacher: Tensor) -> Tensor:
     return fastdistill.kd_ce_loss(student, teacher, torch.arange(5000) % 70, reduction="none")
 
 
+def decoupled(student: Tensor, teacher: Tensor) -> Tensor:
+    return fastdistill.dkd_loss(student, teacher, torch.arange(5000) % 70, reduction="none")
+
+
 def accumulate(grad: Tensor) -> list[Tensor]:
     total = torch.zeros_like(grad)
     fastdistill.accumulate_sensitivity_([total], [grad], [draw(*grad.shape)])
@@ -33,9 +37,13 @@ def accumulate(grad: Tensor) -> list[Tensor]:
 
 CALLS: dict[str, Callable[[], list[Tensor]]] = {
     "kd_ce_loss": lambda: with_gradients(loss, draw(5000, 70), draw(5000, 70).flip(0)),
+    "dkd_loss": lambda: with_gradients(decoupled, draw(5000, 70), draw(5000, 70).flip(0)),
     "uncertainty": lambda: with_gradients(fastdistill.uncertainty, draw(5000, 70)),
     "select_uncertain": lambda: [fastdistill.select_uncertain(draw(5000, 70), 0.3)],
     "gated_attention": lambda: with_gradients(fastdistill.gated_attention, *[draw(4, 6, 70, 32)] * 3, draw(4, 6)),
+    "proximity_conv": lambda: with_gradients(
+        fastdistill.proximity_conv, draw(60, 40, 64), draw(60, 40), draw(96, 64, 3), draw(96)
+    ),
     "accumulate_sensitivity_": lambda: accumulate(draw(700, 501)),
 }  # of gated_ffn: in its own file
 

@@ -18,9 +18,9 @@ from fastdistill import LogitsKD
 from fastdistill.cli import main
 from fastdistill.data.load import load_task
 from fastdistill.objectives.base import Objective
-from fastdistill.recipes import executors
 from fastdistill.recipes.examples import of_text
 from fastdistill.recipes.executors import Local, Ray, Trial
+from fastdistill.recipes.executors import ray as trials_of_ray
 from fastdistill.recipes.splits import Splits
 from fastdistill.recipes.stages import Stages
 from fastdistill.recipes.training import Training
@@ -106,7 +106,7 @@ def test_ray_trains_what_local_does(tmp_path: Path) -> None:
 @pytest.mark.slow
 def test_a_trial_that_fails_tells_its_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The others are trained."""
-    monkeypatch.setattr(executors, "RETRIES", 0)  # a process more takes seconds
+    monkeypatch.setattr(trials_of_ray, "RETRIES", 0)  # a process more takes seconds
     begun = stages(tmp_path, "ray")
     right = Training(
         name="right",
@@ -140,7 +140,7 @@ def test_stark(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_ray_where_it_cannot_be(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("fastdistill.recipes.executors.importlib.util.find_spec", lambda name: None)
+    monkeypatch.setattr("fastdistill.recipes.executors.ray.importlib.util.find_spec", lambda name: None)
     with pytest.raises(ImportError, match=r"pip install 'fastdistill\[ray\]'"):
         Ray(tmp_path)
     monkeypatch.undo()

@@ -14,6 +14,7 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from fastdistill import recipes
 from fastdistill.cli import main
+from fastdistill.models.drawing import draw_anew
 from fastdistill.models.students import first_layers
 from fastdistill.recipes import KDSettings, fitting, folder
 from fastdistill.recipes.begin import begin
@@ -113,8 +114,10 @@ def test_both_students_begin_as_the_same_first_layers(
     assert main(command(sources, tmp_path / "run", "--epochs", "1", "--teacher-epochs", "1", *options)) == 0
     asked = KDSettings(task=str(sources / "task"), teacher=str(sources / "encoder"), student_layers=1, output="o")
     source = model(tmp_path / "run" / "teacher") if whose == "teacher" else begin(asked).pretrained
+    student = first_layers(source, 1)
+    draw_anew(student, seed=0)
     for name in ("finetuned", "distilled"):
-        torch.testing.assert_close(begun[name], first_layers(source, 1).state_dict(), rtol=0, atol=0)
+        torch.testing.assert_close(begun[name], student.state_dict(), rtol=0, atol=0)
     found, said = results(tmp_path / "run"), " ".join(capsys.readouterr().out.split())
     of = {"teacher": "fine-tuned teacher", "pretrained": "pretrained encoder"}[whose]
     assert f"cut of the {of}" in said
@@ -129,6 +132,30 @@ def test_both_students_begin_as_the_same_first_layers(
         assert "gradients before the first step" in said
     assert len(seen["finetuned"]) == len(seen["distilled"])
     assert all(map(torch.equal, seen["finetuned"], seen["distilled"]))
+
+
+@pytest.mark.slow
+def test_each_seed_draws_a_head_of_its_own(sources: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The same for all students of that seed; all else is pretrained."""
+    begun: dict[tuple[str, str], dict[str, torch.Tensor]] = {}
+    compute = fitting.DistillationTrainer.compute_loss
+
+    def watched(self: Any, model: Any, *args: Any, **kwargs: Any) -> Any:
+        *_, seed, name = Path(self.args.output_dir).parts
+        begun.setdefault((seed, name), {key: value.clone() for key, value in model.state_dict().items()})
+        return compute(self, model, *args, **kwargs)
+
+    monkeypatch.setattr(fitting.DistillationTrainer, "compute_loss", watched)
+    monkeypatch.setattr(fitting, "can_compact", lambda model: False)
+    options = ("--student-from", "pretrained", "--seeds", "3,4", "--epochs", "0.2", "--teacher-epochs", "0.2")
+    assert main(command(sources, tmp_path / "run", *options)) == 0
+    same = [
+        torch.equal(begun["seed-3", "distilled"][name], other) for name, other in begun["seed-4", "distilled"].items()
+    ]
+    heads = [name.startswith("classifier.weight") for name in begun["seed-4", "distilled"]]
+    assert [not head for head in heads] == same
+    for seed in ("seed-3", "seed-4"):
+        torch.testing.assert_close(begun[seed, "finetuned"], begun[seed, "distilled"], rtol=0, atol=0)
 
 
 class Cut(BaseException):
@@ -276,7 +303,9 @@ def test_changed_data_repeat_everything(sources: Path, finished: Path, tmp_path:
     shutil.copytree(finished, output)
     shutil.copytree(sources / "task", task)
     lines = (task / "train.jsonl").read_text().splitlines(keepends=True)
-    (task / "train.jsonl").write_text("".join([lines[1], lines[0], *lines[2:]]))
+    first = json.loads(lines[0])
+    changed = json.dumps(first | {"label": 1 - first["label"]}) + "\n"
+    (task / "train.jsonl").write_text("".join([changed, *lines[1:]]))
     before = metrics(output)
     assert main(command(tmp_path, output, teacher=os.path.relpath(sources / "encoder", tmp_path))) == 0
     assert {name for name in STAGES if metrics(output)[name]["loss"] == before[name]["loss"]} == set()

@@ -54,10 +54,32 @@ def test_noise_looks_like_noise(drawn: list[Any]) -> None:
 
 def test_legends_cover_nothing(drawn: list[Any]) -> None:
     scores = {"I, knowledgeable": torch.rand(40), "P, expressiveness": torch.rand(40)}
-    plots.densities(Path("x.svg"), scores, "heads")
-    plots.probabilities_over_steps(Path("x.svg"), ("a", "b"), torch.full((9, 2), 0.5), 5)
+    plots.densities(Path("x.svg"), scores, "heads", "90 examples")
+    plots.probabilities_over_steps(Path("x.svg"), [f"layers_{n}" for n in range(14)], torch.rand(9, 14), 5, "a seed")
     assert not any(covered(figure) for figure in drawn)
+    assert drawn[0].axes[0].get_ylim()[0] == 0
     assert {text.get_text() for text in drawn[0].legends[0].get_texts()} >= scores.keys()
+
+
+def test_every_plot_says_of_what_it_is(drawn: list[Any]) -> None:
+    """Below its axes, where it covers nothing."""
+    log = [{"loss": 1.0, "epoch": epoch, "layer/0": 3.0, "layer/1": 1.0} for epoch in (0.5, 1.0)]
+    plots.heat_map(Path("x.svg"), [torch.rand(4), torch.rand(3)], "score", TOLD.first_seed)
+    plots.densities(Path("x.svg"), {"I": torch.rand(40)}, "heads", TOLD.first_seed)
+    plots.shares_over_time(Path("x.svg"), log, "layer", "layer", ["1", "2"], TOLD.first_seed)
+    plots.probabilities_over_steps(Path("x.svg"), ("a", "b"), torch.full((9, 2), 0.5), 5, TOLD.first_seed)
+    for figure in drawn:
+        (caption,) = figure.texts
+        assert caption.get_text() == "the first of 3 seeds"
+        assert caption.get_window_extent().y1 <= min(axes.get_tightbbox().y0 for axes in figure.axes)
+
+
+def test_no_percentage_is_above_100(drawn: list[Any]) -> None:
+    plots.metric_by_share(Path("x.svg"), "rank", "accuracy", {"learned": {1: (0.99, 0.98, 1.0)}}, {}, str(TOLD))
+    (axes,) = drawn[0].axes
+    assert axes.get_ylim()[1] == pytest.approx(100)
+    assert axes.get_ylim()[0] <= 90
+    assert [tick.get_text() for tick in axes.get_xticklabels()] == ["1"]
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,7 @@ import torch.multiprocessing
 from torch import Tensor
 
 import fastdistill
-from fastdistill import CKD, MSE, PKD, LogitsKD, WeightedSum
+from fastdistill import CKD, DKD, MSE, PKD, LogitsKD, WeightedSum
 from fastdistill.objectives.logits import TaskLoss
 from fastdistill.sensitivity import units
 from tests.tiny import batches, pair
@@ -43,6 +43,7 @@ def one_by_one(teacher: Any, data: Any, student: Any, objective: Any, reduce: st
 OBJECTIVES = {
     "default": None,
     "kl with labels": LogitsKD(temperature=3.0),
+    "decoupled": DKD(temperature=3.0),
     "patient": WeightedSum({"pkd": (2.0, PKD("last")), "kd": (1.0, LogitsKD(ce_weight=0.0))}),
     "function": lambda student, teacher, labels: (student.logits - teacher.logits).square().mean(),
 }

@@ -11,12 +11,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from transformers import (
-    DataCollatorForSeq2Seq,
     DataCollatorWithPadding,
     DistilBertConfig,
     DistilBertForSequenceClassification,
     EarlyStoppingCallback,
-    Seq2SeqTrainer,
 )
 
 import fastdistill
@@ -24,24 +22,15 @@ from fastdistill import (
     MSE,
     DistillationTrainer,
     LogitsKD,
-    Seq2SeqDistillationConfig,
-    Seq2SeqDistillationTrainer,
 )
-from fastdistill.data.sequence_metrics import answer_metrics, entity_metrics, text_metrics
 from fastdistill.models.heads import head_of
 from fastdistill.models.inputs import inputs_of
-from fastdistill.objectives.logits import TaskLoss
 from tests import heads, tiny
-from tests.training.trained import log, trainer
+from tests.training.trained import GENERATORS, log, trainer, without_labels
 
 PER_TOKEN = ("BertForTokenClassification", "BertForMaskedLM", "LlamaForCausalLM", "GPT2LMHeadModel")
-GENERATORS = ("T5ForConditionalGeneration", "BartForConditionalGeneration")
 ALL = (*PER_TOKEN, *GENERATORS, "BertForQuestionAnswering", "BertForSequenceClassification")
 KD = LogitsKD(ce_weight=0.0)
-
-
-def without_labels(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    return [{k: v for k, v in row.items() if k not in ("labels", "start_positions", "end_positions")} for row in rows]
 
 
 # The task's own loss
@@ -213,156 +202,6 @@ def test_each_decoder_begins_with_its_own_token(tmp_path: Path, name: str) -> No
     assert begun == [[5]] * 2
 
 
-# Labels that are none
-
-
-def test_a_label_that_is_nan_is_unlabelled(tmp_path: Path) -> None:
-    data = tiny.dataset(8, regression=True)
-    labels = [float("nan"), *data["labels"][1:]]
-    states = []
-    for kept in (data.remove_columns("labels").add_column("labels", labels), data.select(range(1, 8))):
-        options = {"args": tiny.config(tmp_path, max_steps=1, logging_steps=1, optim="sgd")}
-        options |= {"processing_class": tiny.tokenizer()}
-        models = (tiny.bert(seed, num_labels=1, dropout=0.0) for seed in (1, 2))
-        t = DistillationTrainer(next(models), teacher_model=next(models), train_dataset=kept, **options)
-        states.append((log(t), t.model.state_dict()))
-    assert states[0][0] == pytest.approx(states[1][0], rel=1e-5)
-    torch.testing.assert_close(states[0][1], states[1][1], rtol=1e-4, atol=1e-6)
-
-
-def test_without_any_label_a_regression_teaches_nothing() -> None:
-    logits = torch.randn(3, 1, requires_grad=True)
-    outputs = type("Outputs", (), {"logits": logits})
-    loss = MSE()(outputs, outputs, torch.full((3,), torch.nan))
-    loss.backward()
-    assert loss.item() == 0
-    assert logits.grad is not None and logits.grad.eq(0).all()
-
-
-@pytest.mark.parametrize("objective", [LogitsKD(), LogitsKD(ce_weight=0.0), TaskLoss()])
-@pytest.mark.parametrize("wrong", [2, -1])
-def test_a_label_that_is_no_class_is_an_error_that_names_the_row(tmp_path: Path, objective: Any, wrong: int) -> None:
-    """Found in the collator: on every device before it is there, and before weights change."""
-    data = tiny.dataset(8)
-    labels = [*data["labels"][:5], wrong, *data["labels"][6:]]
-    data = data.remove_columns("labels").add_column("labels", labels)
-    t = DistillationTrainer(
-        tiny.bert(1),
-        teacher_model=tiny.bert(2) if objective.needs.teacher else None,
-        objective=objective,
-        train_dataset=data,
-        eval_dataset=data,
-        args=tiny.config(tmp_path, max_steps=1),
-        processing_class=tiny.tokenizer(),
-    )
-    message = f"row 5 of the dataset: labels holds {wrong}; expected 0 <= label < 2, or -100"
-    with pytest.raises(ValueError, match=message):
-        t.train()
-    torch.testing.assert_close(t.model.state_dict(), tiny.bert(1).state_dict(), rtol=0, atol=0)
-    with pytest.raises(ValueError, match=message):
-        t.evaluate()
-
-
-def test_a_token_that_is_no_class_is_an_error(tmp_path: Path) -> None:
-    rows = heads.rows("BertForTokenClassification", 4)
-    rows[2]["labels"][1] = 5
-    t = trainer(tmp_path, "BertForTokenClassification", train_dataset=rows)
-    with pytest.raises(ValueError, match="row 2 of the dataset: labels holds 5; expected 0 <= label < 5, or -100"):
-        t.train()
-
-
-# Lengths
-
-
-class Endless(torch.utils.data.Dataset[dict[str, Any]]):
-    """Never raises IndexError, as datasets that make their examples do not."""
-
-    def __init__(self) -> None:
-        self.asked: list[int] = []
-
-    def __len__(self) -> int:
-        return 8
-
-    def __getitem__(self, place: int) -> dict[str, Any]:
-        self.asked.append(place)
-        assert len(self.asked) < 100
-        return {"input_ids": [5] * (place % 8 + 2), "labels": place % 3}
-
-
-@pytest.mark.parametrize("read", [False, True])
-def test_a_dataset_that_makes_its_examples_is_read_when_asked_only(tmp_path: Path, read: bool) -> None:
-    data = Endless()
-    args = {"max_steps": 1, "read_lengths": read}
-    t = trainer(tmp_path, "BertForSequenceClassification", train_dataset=data, args=args)
-    before = len(data.asked)
-    order = list(t._get_train_sampler())
-    assert sorted(order) == list(range(8))
-    assert len(data.asked) - before == (9 if read else 0)
-    t.train()
-
-
-def test_a_transform_is_not_run_for_lengths(tmp_path: Path) -> None:
-    asked = []
-
-    def transform(batch: dict[str, Any]) -> dict[str, Any]:
-        asked.append(len(batch["length"]))
-        return batch
-
-    data = tiny.dataset(8)
-    known, unknown = (d.with_transform(transform) for d in (data, data.remove_columns("labels")))
-    orders = [fastdistill.training.sampling.lengths_of(d, c) for d, c in ((known, "length"), (unknown, "size"))]
-    assert orders == [data["length"][:], None]
-    assert asked == []
-
-
-# Evaluation without labels
-
-
-def test_without_labels_the_objective_is_evaluated(tmp_path: Path) -> None:
-    data, unseen = (tiny.dataset(16, seed=s).remove_columns("labels") for s in (1, 2))
-    student, teacher = tiny.bert(1, dropout=0.0), tiny.bert(2)
-    t = DistillationTrainer(
-        student,
-        teacher_model=teacher,
-        objective=KD,
-        train_dataset=data,
-        eval_dataset=unseen,
-        args=tiny.config(
-            tmp_path,
-            max_steps=4,
-            eval_strategy="steps",
-            eval_steps=2,
-            save_strategy="steps",
-            save_steps=2,
-            metric_for_best_model="eval_loss",
-            load_best_model_at_end=True,
-            per_device_eval_batch_size=16,
-        ),
-        processing_class=tiny.tokenizer(),
-    )
-    t.train()
-    batch = DataCollatorWithPadding(tiny.tokenizer())(list(unseen.remove_columns("length")))
-    with torch.no_grad():
-        p, q = ((m.eval()(**batch).logits.double() / 2).softmax(-1) for m in (teacher, t.model))
-    expected = 4 * (p * (p / q).log()).sum(-1).mean().item()
-    assert t.evaluate()["eval_loss"] == pytest.approx(expected, rel=1e-4)
-    assert t.state.best_metric is not None
-    stored = fastdistill.store(
-        unseen, teacher, collate=DataCollatorWithPadding(tiny.tokenizer()), cache_file=tmp_path / "x.arrow"
-    )
-    teacher.forward = None
-    assert t.evaluate(stored)["eval_loss"] == pytest.approx(expected, rel=1e-4)
-    assert t.predict(unseen).metrics.keys().isdisjoint({"test_loss"})  # which runs no teacher
-    with pytest.raises(ValueError, match="metric_for_best_model is 'eval_loss', but eval_dataset has no labels"):
-        DistillationTrainer(
-            tiny.bert(1),
-            teacher_model=tiny.bert(2),
-            train_dataset=tiny.dataset(8),
-            eval_dataset=unseen,
-            args=tiny.config(tmp_path, metric_for_best_model="eval_loss"),
-        )
-
-
 # Refused when constructed
 
 
@@ -431,57 +270,6 @@ def test_pkd_of_decoders_is_of_the_token_that_the_head_takes(tmp_path: Path, nam
     torch.testing.assert_close(given, teacher.logits)
     expected = F.normalize(teacher.hidden_states[1][:, 0], dim=-1) - F.normalize(student.hidden_states[1][:, 0], dim=-1)
     assert t.state.log_history[0]["loss"] == pytest.approx(expected.square().mean().item(), rel=1e-5)
-
-
-# Metrics in evaluation
-
-
-@pytest.mark.parametrize("name", GENERATORS)
-def test_texts_are_generated_as_by_transformers_own_trainer(tmp_path: Path, name: str) -> None:
-    options = vars(tiny.config(tmp_path))
-    kept = ("output_dir", "use_cpu", "disable_tqdm", "log_level", "save_strategy", "dataloader_pin_memory")
-    args = Seq2SeqDistillationConfig(
-        **{k: options[k] for k in kept}, max_steps=1, predict_with_generate=True, generation_max_length=6
-    )
-    tokenizer, rows = tiny.tokenizer(), heads.rows(name, 4)
-    given = {"args": args, "eval_dataset": rows, "compute_metrics": text_metrics(tokenizer)}
-    student = heads.model(name, 1)
-    collate = DataCollatorForSeq2Seq(tokenizer, student)
-    t = Seq2SeqDistillationTrainer(
-        student, teacher_model=heads.model(name, 2), train_dataset=rows, data_collator=collate, **given
-    )
-    found = t.evaluate()
-    expected = Seq2SeqTrainer(heads.model(name, 1), data_collator=collate, **given).evaluate()
-    metrics = ("eval_loss", "eval_exact_match", "eval_f1", "eval_rouge_l")
-    assert [found[k] for k in metrics] == pytest.approx([expected[k] for k in metrics], rel=1e-5)
-    assert t.train().training_loss > 0
-    with pytest.raises(TypeError, match="args is a DistillationConfig; expected Seq2SeqDistillationConfig"):
-        Seq2SeqDistillationTrainer(student, tiny.config(tmp_path))
-
-
-def test_a_decoder_without_labels_is_refused(tmp_path: Path) -> None:
-    rows = without_labels(heads.rows("T5ForConditionalGeneration"))
-    with pytest.raises(ValueError, match="train_dataset has no column 'labels', of which a decoder's inputs are made"):
-        trainer(tmp_path, "T5ForConditionalGeneration", train_dataset=rows)
-
-
-def test_entities_and_answers_are_measured(tmp_path: Path) -> None:
-    """Over batches of several lengths, with padding that is no answer."""
-    name = "BertForTokenClassification"
-    names = ("O", "B-PER", "I-PER", "B-LOC", "I-LOC")
-    args = {"per_device_eval_batch_size": 3}
-    t = trainer(tmp_path, name, eval_dataset=heads.rows(name), compute_metrics=entity_metrics(names), args=args)
-    assert 0 < t.evaluate()["eval_accuracy"] < 1
-    name = "BertForQuestionAnswering"
-    rows = heads.rows(name)
-    t = trainer(tmp_path, name, eval_dataset=rows, compute_metrics=answer_metrics(), args=args)
-    collators = (heads.collate, partial(heads.collate, more=9))
-    found = []
-    for t.data_collator in collators:
-        found.append(t.evaluate())
-    assert [found[1][k] for k in ("eval_f1", "eval_exact_match", "eval_loss")] == pytest.approx(
-        [found[0][k] for k in ("eval_f1", "eval_exact_match", "eval_loss")], rel=1e-5
-    )
 
 
 # What Trainer's options do

@@ -19,19 +19,22 @@ from fastdistill.autoskd.settings import Settings
 from fastdistill.autoskd.theta import random_distributions
 from fastdistill.data.tasks import Task
 from fastdistill.digest import model_digest
+from fastdistill.objectives.base import Objective
 from fastdistill.objectives.logits import TaskLoss
 from fastdistill.objectives.team import MTBERT, AvgKD, SampledTeacher
 from fastdistill.recipes import plots
 from fastdistill.recipes.baselines import baselines
 from fastdistill.recipes.comparison import Comparison, Learner
 from fastdistill.recipes.folder import UNFINISHED
-from fastdistill.recipes.methods.teams import Team, team_of
+from fastdistill.recipes.methods.teams import Member, stored, taught_by, team_of, through
+from fastdistill.recipes.optimization import optimization_of
 from fastdistill.recipes.output import of_one_run
 from fastdistill.recipes.report import Report, percent
 from fastdistill.recipes.settings import AutoSKDSettings
 from fastdistill.recipes.stages import Stages
 from fastdistill.recipes.training import Trained, Training
-from fastdistill.teachers.team import TeacherTeam
+
+ADAM_DECAY = 1e-4
 
 Theta = dict[str, float]
 """How likely each teacher is."""
@@ -44,10 +47,10 @@ Tried = dict[str, list[dict[str, dict[str, Any]]]]
 def autoskd(settings: AutoSKDSettings) -> Report:
     """Do the recipe, and write results.json and the plots.
 
-    1. The team is trained. Of text: the teacher is fine-tuned on the task, unless it is a classifier of it already, and
-       so are first layers of the pretrained encoder, or of the teacher. Of images: networks are, from weights at
-       random.
-    2. The team's logits on the training data are stored; no teacher runs from here on.
+    1. The team is trained. Of text: encoders are fine-tuned on the task, each with its own tokenizer, unless they are
+       classifiers of it already; and so are first layers of one. Of images: networks are, from weights at random.
+    2. The team's logits on the training data are stored; no teacher runs from here on, but on images that are others
+       in each epoch.
     3. Search: the probabilities learn on one half of the data while a student learns on the other; after half of the
        steps the weakest teachers are dropped. Snapshots of the rest of the way are the candidates.
     4. With each candidate a student learns from the beginning, from one sampled teacher a step. The best on the
@@ -58,35 +61,35 @@ def autoskd(settings: AutoSKDSettings) -> Report:
     if not settings.no_plots:
         plots.require_matplotlib()
     source = team_of(settings)
-    task = source.data.task
+    settings, task = source.settings, source.data.task
     if settings.drop is not None and settings.drop >= source.teachers:
         raise ValueError(f"--drop is {settings.drop}; expected fewer than the {source.teachers} teachers")
     rate = (settings.learning_rate_grid or (source.learning_rate,))[0]
-    _search_settings(settings, rate, drop=settings.drop or 0).schedule(len(source.data.train))
+    _search_settings(settings, task, rate, drop=settings.drop or 0).schedule(len(source.data.train))
     comparison = source.comparison()
 
     team = source.train(comparison)
-    strongest = max(team, key=lambda name: team[name].result["selection"])
+    strongest = max(team, key=lambda name: team[name].trained.result["selection"])
     students = {stages.seed: source.student(stages.seed) for stages in comparison.seeded}
-    _train_baselines(settings, comparison, source, students, team[strongest])
+    _train_baselines(settings, comparison, source.chain, students, team, strongest)
     finetuned = comparison.results["finetuned"]["selection"]
-    weak = sum(one.result["selection"] <= finetuned for one in team.values())  # as the student itself is
+    weak = sum(one.trained.result["selection"] <= finetuned for one in team.values())  # as the student itself is
     drop = min(max(1, weak), len(team) - 1) if settings.drop is None else settings.drop
 
-    with_logits = comparison.stages.with_team(TeacherTeam({name: one.model for name, one in team.items()}))
+    with_logits = stored(comparison.stages, team)
     runs = [
         _Run(
             comparison,
             with_logits.seeded(stages.seed),
             students[stages.seed],
-            tuple(team),
-            _search_settings(settings, rate, drop, stages.seed),
+            team,
+            _search_settings(settings, task, rate, drop, stages.seed),
         )
         for stages in comparison.seeded
     ]
     candidates = _try(settings, comparison, runs, tuple(team), strongest)
 
-    searches = [run.record([one.result[task.metric] for one in team.values()]) for run in runs]
+    searches = [run.record([one.trained.result[task.metric] for one in team.values()]) for run in runs]
     tables = [
         _theta_table(task, comparison.results, runs[0].found),
         _correlations_table(task, searches),
@@ -100,51 +103,68 @@ def autoskd(settings: AutoSKDSettings) -> Report:
 def _train_baselines(
     settings: AutoSKDSettings,
     comparison: Comparison,
-    source: Team,
+    chain: tuple[int, ...],
     students: Mapping[int, PreTrainedModel],
-    strongest: Trained,
+    team: Mapping[str, Member],
+    strongest: str,
 ) -> None:
-    """Those of one teacher at most: without, from the strongest, and from an assistant."""
-    learners: dict[str, Learner] = {"finetuned": (TaskLoss(settings.smoothing), None)}
-    learners |= baselines(comparison, source.chain, strongest.model)
+    """Those of one teacher at most: without, from an assistant, from the strongest, and down the team."""
+    own = comparison.stages
+    learners: dict[str, tuple[Stages, Learner]] = {"finetuned": (own, (TaskLoss(settings.smoothing), None))}
+    for name, learner in baselines(comparison, chain, team[strongest].model).items():
+        learners[name] = own, learner
+    teachers = {"kd": team[strongest]} if "kd" in learners else {}
+    if settings.team_chain:
+        teachers["takd-team"] = through(comparison, team)
+    for name, member in teachers.items():
+        stages, teacher = taught_by(own, member)
+        learners[name] = stages, (comparison.kd, teacher)
     train = comparison.baseline if settings.baselines else comparison.training  # whom the weak are told by
     trained = comparison.train(
-        (stages, train(name, students[stages.seed], learner))
-        for name, learner in learners.items()
-        for stages in comparison.seeded
+        (stages.seeded(seed), train(name, student, learner))
+        for name, (stages, learner) in learners.items()
+        for seed, student in students.items()
     )
     for name in learners:
-        comparison.summarize(name, [next(trained).result for _ in comparison.seeded])
+        comparison.summarize(name, [next(trained).result for _ in students])
 
 
 def _try(
     settings: AutoSKDSettings, comparison: Comparison, runs: Sequence[_Run], names: tuple[str, ...], strongest: str
 ) -> Tried:
-    """Students of all teachers at once, if baselines are asked for, and of what was learned or drawn; the best of each
-    kind go into the results."""
+    """Students of single teachers and of all at once, if they are asked for, and of what was learned or drawn; the best
+    of each kind go into the results."""
     thetas = {"autoskd": [run.learned() for run in runs]}
+    if settings.phase_1_candidates:
+        thetas["phase-1"] = [run.phase_1(settings.phase_1_candidates) for run in runs]
     if settings.random_candidates:
         thetas["random"] = [run.random(settings.random_candidates) for run in runs]
+    temperature, wanted = settings.temperature, set(settings.baselines or ())
+    mixed: dict[str, Objective] = {}
+    if settings.each_teacher:
+        mixed = {f"single-{name}": AvgKD((name,), temperature) for name in names}
+        wanted.discard("single")
     team = {
-        "single": AvgKD((strongest,), settings.temperature),
-        "avgkd": AvgKD(names, settings.temperature),
-        "mtbert": MTBERT(names, settings.temperature),
+        "single": AvgKD((strongest,), temperature),
+        "avgkd": AvgKD(names, temperature),
+        "mtbert": MTBERT(names, temperature),
     }
-    wanted: set[str] = set(settings.baselines or ())
-    mixed = {name: objective for name, objective in team.items() if name in wanted}
+    mixed |= {name: objective for name, objective in team.items() if name in wanted}
 
     def trials() -> Iterator[tuple[Stages, Training]]:
         for name, objective in mixed.items():
             for run in runs:
-                yield run.stages, comparison.baseline(name, run.student, (objective, None))
+                yield run.taught, comparison.baseline(name, run.student, run.learner(objective))
         for by_seed in thetas.values():
             for run, named in zip(runs, by_seed, strict=True):
                 for name, theta in named.items():
-                    yield run.stages, run.training(name, theta)
+                    yield run.taught, run.training(name, theta)
 
     trained = comparison.train(trials())
     for name in mixed:
         comparison.summarize(name, [next(trained).result for _ in runs])
+    if settings.baselines and settings.each_teacher:
+        comparison.name_too(f"single-{strongest}", "single")
     return {kind: _best(comparison, kind, by_seed, trained) for kind, by_seed in thetas.items()}
 
 
@@ -168,18 +188,21 @@ def _best(
 
 
 class _Run:
-    """The method with one seed."""
+    """The method with one seed; the stages' training data have what the team says."""
 
     def __init__(
         self,
         comparison: Comparison,
         stages: Stages,
         student: PreTrainedModel,
-        names: tuple[str, ...],
+        team: Mapping[str, Member],
         settings: Settings,
     ) -> None:
         self.comparison, self.stages, self.student = comparison, stages, student
-        self.names, self.settings = names, settings
+        self.names, self.settings = tuple(team), settings
+        self.runs_teachers = stages.examples.augment is not None  # what they say to images as they are is stored
+        self.taught = comparison.stages.seeded(stages.seed) if self.runs_teachers else stages
+        self.team = team
         self.found = self._search()
 
     def record(self, reached: Sequence[float]) -> dict[str, Any]:
@@ -197,7 +220,16 @@ class _Run:
 
     def learned(self) -> dict[str, Theta]:
         """By what each candidate is called; of equal ones the first alone."""
-        named = {f"autoskd-{place}": self._named(theta) for place, theta in enumerate(self.found.candidates, 1)}
+        return self._different("autoskd", self.found.candidates)
+
+    def phase_1(self, number: int) -> dict[str, Theta]:
+        """As many from before teachers were selected, evenly spaced, the last just before (table 5)."""
+        last = self.found.selected_at - 1
+        places = [round(last * place / number) for place in range(1, number + 1)]
+        return self._different("phase-1", self.found.theta[places])
+
+    def _different(self, kind: str, thetas: Tensor) -> dict[str, Theta]:
+        named = {f"{kind}-{place}": self._named(theta) for place, theta in enumerate(thetas, 1)}
         first = {tuple(theta.values()): name for name, theta in reversed(named.items())}
         return {name: theta for name, theta in named.items() if first[tuple(theta.values())] == name}
 
@@ -207,8 +239,13 @@ class _Run:
         return {f"random-{place}": self._named(theta) for place, theta in enumerate(drawn, 1)}
 
     def training(self, name: str, theta: Theta) -> Training:
-        objective = SampledTeacher(theta, self.settings.temperature, self.stages.seed)
-        return self.comparison.training(name, self.student, (objective, None))
+        learner = self.learner(SampledTeacher(theta, self.settings.temperature, self.stages.seed))
+        return self.comparison.training(name, self.student, learner)
+
+    def learner(self, objective: Objective) -> Learner:
+        """With the teachers that it names, where what they say is not stored."""
+        names = objective.needs.teachers if self.runs_teachers else ()
+        return objective, {name: self.team[name].model for name in names} or None
 
     def _named(self, theta: Tensor) -> Theta:
         return dict(zip(self.names, theta.tolist(), strict=True))
@@ -235,15 +272,25 @@ class _Run:
         return Found.load(stages.keep("search", came_from, make) / "theta.safetensors")
 
 
-def _search_settings(settings: AutoSKDSettings, learning_rate: float, drop: int, seed: int = 0) -> Settings:
+def _search_settings(settings: AutoSKDSettings, task: Task, learning_rate: float, drop: int, seed: int = 0) -> Settings:
+    """Its student is optimized as others are, but by Adam in place of AdamW, with the paper's weight decay."""
+    optimization = optimization_of(settings, is_of_images=task.is_of_images)
+    is_sgd = optimization.optim == "sgd"
+    decay = optimization.weight_decay if is_sgd or settings.weight_decay is not None else ADAM_DECAY
     return Settings(
         method=settings.method,
         order=settings.order,
         drop=drop,
         candidates=settings.candidates,
-        epochs=settings.search_epochs or 15.0,
+        epochs=settings.search_epochs or (50.0 if task.is_of_images else 15.0),
         batch_size=settings.batch_size,
         learning_rate=learning_rate,
+        optimizer="sgd" if is_sgd else "adam",
+        weight_decay=decay,
+        momentum=optimization.momentum or 0.0,
+        lr_scheduler_type=optimization.lr_scheduler_type,
+        warmup=optimization.warmup_steps,
+        max_grad_norm=optimization.max_grad_norm,
         theta_optimizer=settings.theta_optimizer,
         theta_learning_rate=settings.theta_rate,
         theta_baseline=not settings.no_theta_baseline,
@@ -306,7 +353,8 @@ def _plot(output: Path, comparison: Comparison, found: Found, candidates: Tried)
     names = ("finetuned", "kd", "single", "avgkd", "mtbert")
     lines = {name: comparison.interval({"stage": results[name]["stages"][0]}) for name in names if name in results}
     told = str(replace(comparison.told, seeds=1))
+    searched = f"search on {len(comparison.stages.examples.train):,} training examples, {comparison.told.first_seed}"
     return [
-        plots.probabilities_over_steps(output / "theta.svg", found.names, found.theta, found.selected_at),
+        plots.probabilities_over_steps(output / "theta.svg", found.names, found.theta, found.selected_at, searched),
         plots.metric_by_share(output / "candidates.svg", "rank of the distribution", metric, curves, lines, told),
     ]

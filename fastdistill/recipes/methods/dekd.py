@@ -179,9 +179,10 @@ def _plot(settings: DeKDSettings, depth: int, comparison: Comparison, variants: 
     log = comparison.seeded[0].log(first)
     bins = [f"{i / 10:g} to {(i + 1) / 10:g}" for i in range(10)]
     of = "entropy of the examples that query"
-    drawn.append(plots.shares_over_time(output / "entropy.svg", log, "entropy", of, bins))
+    told = f"{first}: {len(comparison.stages.examples.train):,} training examples, {comparison.told.first_seed}"
+    drawn.append(plots.shares_over_time(output / "entropy.svg", log, "entropy", of, bins, told))
     if objective.da_weight:
         numbers = [str(layer) for layer in range(1, depth + 1)]
         of, layers = "teacher's layer aligned", objective.layers or settings.student_layers
-        drawn.append(plots.shares_over_time(output / "layers.svg", log, "layer", of, numbers, at_once=layers))
+        drawn.append(plots.shares_over_time(output / "layers.svg", log, "layer", of, numbers, told, at_once=layers))
     return drawn

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, TypeVar
 import torch
 from torch import Tensor
 
+from fastdistill.models.drawing import drawn_anew, mark_drawn
 from fastdistill.models.widths import plain_config
 
 if TYPE_CHECKING:
@@ -83,6 +84,7 @@ def with_body_of(student: Model, pretrained: Model) -> Model:
     model, own = copy.deepcopy(student), output_parameters(student)
     state = {name: value for name, value in pretrained.state_dict().items() if name not in own}
     model.load_state_dict(state, strict=False)
+    mark_drawn(model, own & {*drawn_anew(student)})
     return model
 
 

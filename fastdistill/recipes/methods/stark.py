@@ -331,11 +331,15 @@ def _plot(
     if not isinstance(run.found, Sensitivities):
         return drawn
     mixed = run.found.knowledgeable(settings.tradeoff[0])
-    drawn.append(plots.heat_map(output / "heads.svg", mixed.heads, "knowledgeable score"))
+    scored = run.stages.examples.train if settings.score_on == "train" else run.stages.examples.validation
+    split = "train" if settings.score_on == "train" else comparison.told.select_on
+    of_scores = f"{len(scored):,} examples of {split}, {comparison.told.first_seed}"
+    drawn.append(plots.heat_map(output / "heads.svg", mixed.heads, "knowledgeable score", of_scores))
     found = {"P, expressiveness": run.found.expressiveness, "Q, student-friendliness": run.found.friendliness}
     parts = {name: scores.normalized() for name, scores in found.items() if scores is not None}
     for units in UNITS:
         values = {name: torch.cat(list(getattr(scores, units))) for name, scores in parts.items()}
         of = torch.cat(list(getattr(mixed, units)))
-        drawn.append(plots.densities(output / f"density-{units}.svg", {"I, knowledgeable": of, **values}, units))
+        curves_of = {"I, knowledgeable": of, **values}
+        drawn.append(plots.densities(output / f"density-{units}.svg", curves_of, units, of_scores))
     return drawn

@@ -17,7 +17,7 @@ def add_arguments(parser: argparse.ArgumentParser, settings: type[Settings]) -> 
     titled = [owner for owner in settings.__mro__ if issubclass(owner, Settings) and "title" in vars(owner)]
     for owner in sorted(titled, key=lambda owner: owner.title != "what to run"):
         group = parser.add_argument_group(owner.title)
-        for field in dataclasses.fields(settings):
+        for field in _offered(settings):
             if owner is next(each for each in reversed(titled) if field.name in each.__annotations__):
                 option: Option = field.metadata["option"]
                 name = f"--{field.name.replace('_', '-')}"
@@ -25,7 +25,11 @@ def add_arguments(parser: argparse.ArgumentParser, settings: type[Settings]) -> 
 
 
 def from_arguments(settings: type[Asked], arguments: argparse.Namespace) -> Asked:
-    return settings(**{field.name: getattr(arguments, field.name) for field in dataclasses.fields(settings)})
+    return settings(**{field.name: getattr(arguments, field.name) for field in _offered(settings)})
+
+
+def _offered(settings: type[Settings]) -> list[dataclasses.Field[Any]]:
+    return [field for field in dataclasses.fields(settings) if field.name not in settings.unused]
 
 
 def _action(option: Option, default: Any) -> dict[str, Any]:

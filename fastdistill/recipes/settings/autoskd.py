@@ -41,16 +41,38 @@ class AutoSKDSettings(RecipeSettings, PlotSettings):
         "method's loss (single), or from all teachers at once (avgkd, mtbert); none is always there (without a NAME: "
         "kd,single,avgkd,mtbert)",
     )
+    each_teacher: bool = flag("a student of each of the team alone, with this method's loss (single-NAME)")
+    team_chain: bool = flag(
+        "a student down a chain from the strongest of the team to the weakest, each by plain distillation (takd-team)"
+    )
+    batch_size: int = option(  # None until the task is known
+        None,
+        kind=Integer(1),
+        metavar="N",
+        help="examples in a training batch, all processes' together (default: 32; 64 for images)",
+    )
     team: tuple[str, ...] | None = option(
         None,
         kind=Listed(Text()),
-        metavar="K,K[,...]",
-        help="layers of each of the team: first layers as --student-from says, trained as a student is; its own "
-        "number is the teacher itself (default: 1,2,... to the teacher's); for images networks, as "
-        "wrn-16-1,wrn-16-2,resnet-20",
+        metavar="WHICH,WHICH[,...]",
+        help="each of the team: an encoder as --teacher may be, with its own tokenizer, which is fine-tuned as the "
+        "teacher is; or a number of the teacher's first layers, as --student-from says, trained as a student is; its "
+        "own number is the teacher itself (default: 1,2,... to the teacher's); for images networks, as "
+        "wrn-16-1,wrn-16-2,resnet8x4",
     )
     student: str | None = option(
-        None, kind=Text(), metavar="NETWORK", help="for images, which network the student is, as wrn-10-1"
+        None,
+        kind=Text(),
+        metavar="WHICH",
+        help="what the student begins as: an encoder as --teacher may be, or its first --student-layers (default: the "
+        "teacher's); for images a network, as wrn-16-2",
+    )
+    augmentation: Literal["crop-flip", "none"] | None = option(
+        None,
+        kind=Choice(("crop-flip", "none")),
+        help="of images in training: cropped at random within a margin of an eighth, and mirrored half of the time; "
+        "teachers then run in each step, on what the student sees. The search takes images as they are (default: "
+        "crop-flip)",
     )
     team_from: Literal["labels", "teacher"] = option(
         "labels",
@@ -100,8 +122,15 @@ class AutoSKDSettings(RecipeSettings, PlotSettings):
         metavar="N",
         help="students of random distributions, to compare with (default: %(default)s)",
     )
+    phase_1_candidates: int = option(
+        0,
+        kind=Integer(0),
+        metavar="N",
+        help="students of distributions from the search's first half, before weak teachers are dropped, to compare "
+        "with (default: %(default)s)",
+    )
     search_epochs: float | None = option(
-        None, kind=POSITIVE, metavar="N", help="of the search, over half the data (default: 15)"
+        None, kind=POSITIVE, metavar="N", help="of the search, over half the data (default: 15; 50 for images)"
     )
     theta_optimizer: Literal["sgd", "adam"] = option(
         "sgd",
@@ -126,7 +155,7 @@ class AutoSKDSettings(RecipeSettings, PlotSettings):
 
     def check(self) -> None:
         super().check()
-        uses_kd = self.distils or self.team_from == "teacher"
+        uses_kd = self.distils or self.team_chain or self.team_from == "teacher"
         if self.no_theta_baseline and self.method == "cr":
             raise ValueError("--no-theta-baseline would have no effect: --method cr has none; leave it out")
         if self.kd_temperature is not None and not uses_kd:

@@ -204,10 +204,16 @@ class Settings:
     """What is asked of a recipe; it never changes. Each class that adds fields has a `title` for them in the help."""
 
     title: ClassVar[str]
+    unused: ClassVar[tuple[str, ...]] = ()
+    """Fields of the classes that it is made of which mean nothing here: not offered, and refused."""
 
     def __post_init__(self) -> None:
         for field in dataclasses.fields(self):
             value = getattr(self, field.name)
+            if field.name in self.unused and value != field.default:
+                raise ValueError(
+                    f"{field.name} is {value!r}, for which {type(self).__name__} has no use; expected none"
+                )
             if value is not None or field.default is not None:
                 object.__setattr__(self, field.name, field.metadata["option"].converted(field.name, value))
         self.check()

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any, ClassVar, Literal, get_args
 
 from fastdistill.recipes.settings.fields import Choice, Folder, Integer, Listed, Number, Settings, Text, flag, option
+from fastdistill.recipes.settings.optimization import OptimizationSettings
 
 SEED = Integer(0, 2**32 - 1)
 POSITIVE = Number(above=0)
@@ -20,15 +21,16 @@ STUDENT_LAYERS = "the teacher's layers that the student has"
 
 Divergence = Literal["forward_kl", "soft_ce", "reverse_kl"]
 
-Baseline = Literal["none", "kd", "pkd", "ckd", "distilbert", "tinybert", "metakd", "takd-pruned", "takd"]
+Baseline = Literal["none", "kd", "dkd", "pkd", "ckd", "distilbert", "tinybert", "metakd", "takd-pruned", "takd"]
 """What a method can be compared with; `fastdistill.recipes.baselines` says how each learns."""
 
 BASELINES_HELP = (
-    "students to compare with: without a teacher (none), by plain distillation (kd), with hidden states beside it, of "
-    "the first token (pkd) or the relations of all (ckd), by the losses of DistilBERT (distilbert) or TinyBERT "
-    "(tinybert), by plain distillation from a teacher that learns from how its student does on a tenth of the training "
-    "examples (metakd), or from an assistant midway between student and teacher, of first layers (takd; as --chain "
-    "says, if it does) or the teacher without its least expressive heads and neurons (takd-pruned)"
+    "students to compare with: without a teacher (none), by plain distillation (kd), of the label's class apart from "
+    "the others (dkd), with hidden states beside it, of the first token (pkd) or the relations of all (ckd), by the "
+    "losses of DistilBERT (distilbert) or TinyBERT (tinybert), by plain distillation from a teacher that learns from "
+    "how its student does on a tenth of the training examples (metakd), or from an assistant midway between student "
+    "and teacher, of first layers (takd; as --chain says, if it does) or the teacher without its least expressive "
+    "heads and neurons (takd-pruned)"
 )
 
 
@@ -195,12 +197,14 @@ class ComparisonSettings(Settings):
         metavar="X",
         help="of plain distillation: the assistants', the baseline's and the chain's (default: 2)",
     )
-    executor: Literal["local", "ray"] = option(
+    executor: Literal["auto", "local", "ray", "stacked"] = option(
         "local",
-        kind=Choice(("local", "ray")),
-        help="train students one after another (local), or as many at a time as a Ray cluster has GPUs, or else CPUs "
-        "(ray: the cluster of RAY_ADDRESS, or this machine; --output and HF_HOME must be on a file system that all its "
-        "machines share) (default: %(default)s)",
+        kind=Choice(("auto", "local", "ray", "stacked")),
+        help="train students one after another (local), those of one shape side by side, as one batched model, each "
+        "with its own teacher's stored logits, rate, seed and early stopping (stacked: for a GPU; what cannot be is "
+        "trained one after another, and it says why), or as many at a time as a Ray cluster has GPUs, or "
+        "else CPUs (ray: the cluster of RAY_ADDRESS, or this machine; --output and HF_HOME must be on a file system "
+        "that all its machines share); auto: stacked where there is a GPU, else local (default: %(default)s)",
     )
 
     def compares_with(self, *names: str) -> bool:
@@ -210,12 +214,12 @@ class ComparisonSettings(Settings):
     @property
     def distils(self) -> bool:
         """Whether a baseline learns by plain distillation, of which `kd_temperature` is."""
-        own = {"none", "distilbert", "tinybert"}  # whose losses have temperatures of their own, or none
+        own = {"none", "dkd", "distilbert", "tinybert"}  # whose losses have temperatures of their own, or none
         return self.chain is not None or self.compares_with(*(name for name in get_args(Baseline) if name not in own))
 
 
 @dataclass(frozen=True, kw_only=True)
-class RecipeSettings(RunSettings, TrainingSettings, ComparisonSettings):
+class RecipeSettings(RunSettings, TrainingSettings, OptimizationSettings, ComparisonSettings):
     """What every recipe is asked."""
 
     command: ClassVar[str]

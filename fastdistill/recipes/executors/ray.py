@@ -1,4 +1,4 @@
-"""Where a recipe's many independent trainings run: in turn here, or as trials of Ray Tune on a machine or a cluster."""
+"""Trainings as trials of Ray Tune, on a machine or a cluster."""
 
 from __future__ import annotations
 
@@ -7,7 +7,6 @@ import importlib.util
 import logging
 import os
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -17,7 +16,7 @@ from rich.console import Console
 from transformers import PreTrainedModel
 
 from fastdistill.processes import join
-from fastdistill.recipes.settings import RecipeSettings
+from fastdistill.recipes.executors.local import Local, Trial
 from fastdistill.recipes.stages import Stages
 from fastdistill.recipes.training import Trained, Training
 
@@ -29,30 +28,6 @@ ENVIRONMENT = {
     "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",  # stages keep their own logs
     "TUNE_DISABLE_SIGINT_HANDLER": "1",  # an interruption ends the run; Tune would go on as if all trials were done
 }
-
-
-@dataclass(frozen=True)
-class Trial:
-    """A training that none of the others waits for, and the stages that keep it."""
-
-    stages: Stages
-    training: Training
-
-    def train(self) -> Trained:
-        return self.stages.train(self.training)
-
-
-class Local:
-    """Trains one after another, in this process."""
-
-    def in_turn(self, trials: Iterable[Trial]) -> Iterator[Trained]:
-        """What was trained, in the trials' order. Neither their models nor those of what was trained are held, and
-        nothing is done before it is asked for."""
-        for trial in trials:
-            yield trial.train()
-
-    def __call__(self, trials: Iterable[Trial]) -> list[Trained]:
-        return list(self.in_turn(trials))
 
 
 class Ray(Local):
@@ -87,7 +62,7 @@ class Ray(Local):
         with contextlib.ExitStack() as started:
             for trial in trials:
                 places.append((trial.stages, trial.training.name))
-                if not trial.stages.prepare(trial.training):
+                if trial.stages.prepare(trial.training) is not None:
                     if not ray.is_initialized():
                         ray.init(log_to_driver=False, logging_level=logging.ERROR, include_dashboard=False)
                         started.callback(ray.shutdown)
@@ -125,11 +100,6 @@ class Ray(Local):
                 cause = getattr(error, "cause", None) or error
                 kind = next((kind for kind in (ValueError, OSError) if isinstance(cause, kind)), RuntimeError)
                 raise kind(f"{name}: {cause}") from error
-
-
-def executor_of(settings: RecipeSettings) -> Local:
-    """The one that is asked for; nothing is written or started yet."""
-    return Ray(settings.folder / "ray") if settings.executor == "ray" else Local()
 
 
 def _train(config: Mapping[str, Any], trials: Mapping[str, Any]) -> None:
