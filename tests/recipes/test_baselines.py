@@ -42,13 +42,13 @@ def test_each_learns_by_its_objective_and_from_its_teacher(sources: Path, tmp_pa
     assert all(norm["gradient"] > 0 for name in ("pkd", "distilbert", "tinybert") for norm in gradients[name].values())
     found = results(tmp_path)
     assert list(found) == [
-        "teacher", "assistant-0.25", "assistant-3", "finetuned", "kd", "pkd", "ckd", "distilbert", "tinybert",
-        "metakd", "takd-pruned", "takd", "distilled",
+        "teacher", "assistant-0.25", "assistant-3", "finetuned", "kd", "dkd", "pkd", "ckd", "distilbert",
+        "tinybert", "metakd", "takd-pruned", "takd", "distilled",
     ]  # fmt: skip
     assert all({"kd", "finetuned"} - {name} <= found[name]["against"].keys() for name in ("pkd", "ckd", "takd"))
     teacher = learned_by(tmp_path, "kd")["teacher"]
     assert learned_by(tmp_path, "finetuned")["teacher"] is None
-    for name in ("pkd", "ckd", "distilbert", "tinybert", "metakd", "assistant-3", "assistant-0.25"):
+    for name in ("dkd", "pkd", "ckd", "distilbert", "tinybert", "metakd", "assistant-3", "assistant-0.25"):
         assert learned_by(tmp_path, name)["teacher"] == teacher
     assert len({learned_by(tmp_path, name)["teacher"] for name in ("kd", "takd", "takd-pruned")}) == 3
     plain = learned_by(tmp_path, "kd")["objective"]
@@ -109,7 +109,7 @@ def test_what_cannot_be_is_said_before_anything_is_trained(
     assert "no assistant between the student's 4 layers and the teacher's 4" in asked(
         "--student-layers", "4", "--baselines", "takd-pruned"
     )
-    assert "'dk' is not among none, kd, pkd" in asked("--student-layers", "2", "--baselines", "kd,dk")
+    assert "'dk' is not among none, kd, dkd" in asked("--student-layers", "2", "--baselines", "kd,dk")
     assert "tinybert, of all heads' attention" in asked(
         "--student-sparsity", "0.7", "--baselines", "tinybert", recipe="stark"
     )

@@ -93,7 +93,7 @@ def test_what_is_offered_is_what_the_ops_have() -> None:
         (
             KDSettings,
             {"baselines": ("dk",)},
-            r"baselines is \('dk',\); expected one or more, each one of none, kd, pkd",
+            r"baselines is \('dk',\); expected one or more, each one of none, kd, dkd",
         ),
         (KDSettings, {"baselines": "kd"}, "baselines is 'kd'; expected one or more"),
         (KDSettings, {"student_layers": 1, "baselines": ("ckd",)}, "--student-layers is 1; --baselines ckd relates"),

@@ -214,7 +214,7 @@ class ComparisonSettings(Settings):
     @property
     def distils(self) -> bool:
         """Whether a baseline learns by plain distillation, of which `kd_temperature` is."""
-        own = {"none", "distilbert", "tinybert"}  # whose losses have temperatures of their own, or none
+        own = {"none", "dkd", "distilbert", "tinybert"}  # whose losses have temperatures of their own, or none
         return self.chain is not None or self.compares_with(*(name for name in get_args(Baseline) if name not in own))
 
 
