@@ -116,7 +116,7 @@ def test_pruned_is_masked_and_comes_back(
     torch.testing.assert_close(loaded.state_dict(), smaller.state_dict(), rtol=0, atol=0)
     torch.testing.assert_close(logits_of(loaded, batch), logits_of(smaller, batch))
     assert smaller.state_dict().keys() == model.state_dict().keys()
-    with pytest.raises((RuntimeError, transformers.integrations.heterogeneity.AmbiguousGlobalPerLayerAttributeError)):
+    with pytest.raises(RuntimeError):
         type(model).from_pretrained(tmp_path)
 
 
