@@ -181,7 +181,13 @@ def _subset(dataset: Dataset, size: int | None, seed: int) -> Dataset:
 
 def hold_out(task: Task, dataset: Dataset, seed: int, every: int = 10) -> tuple[Dataset, Dataset]:
     """Divide into nine tenths and one tenth, class by class, or with another number in the place of ten; every class
-    keeps its first row for training."""
+    keeps its first row for training. Aspects of one sentence stay together: by the class of the first of them."""
+    if "start" in dataset.column_names:
+        sentences = np.asarray(dataset["sentence1"][:])
+        first = np.sort(np.unique(sentences, return_index=True)[1])
+        _, chosen = hold_out(task, dataset.select(first).remove_columns("start"), seed, every)
+        held_out = np.isin(sentences, chosen["sentence1"][:])
+        return dataset.select(np.flatnonzero(~held_out)), dataset.select(np.flatnonzero(held_out))
     alike = task.is_regression or task.multi_label
     labels = np.zeros(len(dataset)) if alike else np.asarray(dataset["label"][:])
     order = np.random.RandomState(seed).permutation(len(dataset))

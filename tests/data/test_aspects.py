@@ -42,9 +42,22 @@ def test_rows_say_where_their_aspect_begins(tmp_path: Path, suffix: str) -> None
     assert set(plain.train.column_names) == {"sentence1", "sentence2", "label"}
 
 
+def test_aspects_of_a_sentence_are_in_one_split(tmp_path: Path) -> None:
+    words = [f"food service {place}" for place in range(100)]
+    rows = [
+        {"sentence1": text, "sentence2": aspect, "start": start, "label": (place + start) % 2}
+        for place, text in enumerate(words)
+        for aspect, start in (("food", 0), ("service", 5))
+    ]
+    data = load(folder(tmp_path / "mine", train=rows, test=rows[:1]))
+    assert (len(data.train), len(data.validation)) == (180, 20)
+    assert set(data.train["sentence1"]).isdisjoint(data.validation["sentence1"])
+
+
 def test_a_tenth_of_train_validates_where_there_is_test_alone(tmp_path: Path) -> None:
     data = load(folder(tmp_path / "mine", train=ROWS, test=ROWS[:2]))
     assert (len(data.train), len(data.validation), len(data.test)) == (9, 3, 2)
+    assert set(data.train["sentence1"]).isdisjoint(data.validation["sentence1"])
     (tmp_path / "mine" / "test.jsonl").unlink()
     with pytest.raises(FileNotFoundError, match="has no validation split"):
         load(tmp_path / "mine")
