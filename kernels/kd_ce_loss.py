@@ -311,6 +311,8 @@ def _launch(
             weigher_grad = student_grad if divergence == "reverse_kl" else teacher_grad
             warps, registers = (32 if classes >= LONG_ROW else 16), 64
             parts = 1 if weigher_grad or alignment < width or student.dtype != teacher.dtype else 2
+            if apart and weigher_grad:  # needs a few registers more
+                warps, registers = 16, 128
             if dtype == torch.float64:
                 warps, registers, parts = 8, 128, 1
             _sweep_kernel[(rows,)](
