@@ -25,7 +25,7 @@ test: $(VENV)/ready
 lowest:
 	rm -rf build/lowest
 	git clone -q . build/lowest
-	TORCH_CUDA_ARCH_LIST=9.0 $(MAKE) -C build/lowest fast VENV=$(CURDIR)/.venv-lowest CONSTRAINTS=constraints-lowest.txt
+	FASTDISTILL_ISA=native $(MAKE) -C build/lowest fast VENV=$(CURDIR)/.venv-lowest CONSTRAINTS=constraints-lowest.txt
 
 bench: $(VENV)/ready
 	mkdir -p runs
