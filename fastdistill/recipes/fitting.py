@@ -112,29 +112,8 @@ def fit(
     """
     student = copy.deepcopy(training.model)
     draw_anew(student, config.seed)
-    objective, callbacks = copy.deepcopy((training.objective, training.callbacks))  # which may learn, or remember
-    make: Callable[..., DistillationTrainer] = kind or DistillationTrainer
-    if EXAMPLE in objective.needs.columns:
-        train_data = train_data.add_column(EXAMPLE, np.arange(len(train_data)))
-    if isinstance(objective, MetaKD):
-        held_out = train_data.train_test_split(test_size=objective.quiz, seed=config.seed)
-        train_data, make = held_out["train"], partial(MetaTrainer, quiz_dataset=held_out["test"])
-    shown = train_data if examples.augment is None else examples.augment(train_data, seed=config.seed)
-    trainer = make(
-        model=student,
-        teacher_model=teacher,
-        objective=objective,
-        args=config,
-        train_dataset=shown,
-        eval_dataset=examples.validation,
-        processing_class=examples.tokenizer,
-        data_collator=examples.collate,
-        compute_metrics=compute_metrics(examples.task),
-        callbacks=list(callbacks),
-    )
-    if isinstance(shown, Augmented):
-        shown.epoch = lambda: int(trainer.state.epoch or 0)
-    metric = examples.task.metric
+    trainer = _trainer_of(training, student, examples, train_data, teacher, config, kind or DistillationTrainer)
+    metric, objective = examples.task.metric, trainer.objective
     best = BestEpoch(trainer, Path(str(config.output_dir)), metric, training.best, patience)
     trainer.remove_callback(ProgressCallback)
     trainer.add_callback(_ProgressBar(training.name))
@@ -166,6 +145,40 @@ def fit(
         loss=reported.metrics["test_loss"],
         mismatched={name: value for name, value in mismatched.items() if name == f"mismatched_{metric}"},
     )
+
+
+def _trainer_of(
+    training: Training,
+    student: PreTrainedModel,
+    examples: Examples,
+    train_data: Dataset,
+    teacher: Teacher,
+    config: DistillationConfig,
+    make: Callable[..., DistillationTrainer],
+) -> DistillationTrainer:
+    """With an objective and callbacks of its own, which may learn, or remember."""
+    objective, callbacks = copy.deepcopy((training.objective, training.callbacks))
+    if EXAMPLE in objective.needs.columns:
+        train_data = train_data.add_column(EXAMPLE, np.arange(len(train_data)))
+    if isinstance(objective, MetaKD):
+        held_out = train_data.train_test_split(test_size=objective.quiz, seed=config.seed)
+        train_data, make = held_out["train"], partial(MetaTrainer, quiz_dataset=held_out["test"])
+    shown = train_data if examples.augment is None else examples.augment(train_data, seed=config.seed)
+    trainer = make(
+        model=student,
+        teacher_model=teacher,
+        objective=objective,
+        args=config,
+        train_dataset=shown,
+        eval_dataset=examples.validation,
+        processing_class=examples.tokenizer,
+        data_collator=examples.collate,
+        compute_metrics=compute_metrics(examples.task),
+        callbacks=list(callbacks),
+    )
+    if isinstance(shown, Augmented):
+        shown.epoch = lambda: int(trainer.state.epoch or 0)
+    return trainer
 
 
 def _compact(

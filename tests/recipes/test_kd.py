@@ -4,7 +4,6 @@ import json
 import os
 import shutil
 import signal
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -132,30 +131,6 @@ def test_both_students_begin_as_the_same_first_layers(
         assert "gradients before the first step" in said
     assert len(seen["finetuned"]) == len(seen["distilled"])
     assert all(map(torch.equal, seen["finetuned"], seen["distilled"]))
-
-
-@pytest.mark.slow
-def test_each_seed_draws_a_head_of_its_own(sources: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The same for all students of that seed; all else is pretrained."""
-    begun: dict[tuple[str, str], dict[str, torch.Tensor]] = {}
-    compute = fitting.DistillationTrainer.compute_loss
-
-    def watched(self: Any, model: Any, *args: Any, **kwargs: Any) -> Any:
-        *_, seed, name = Path(self.args.output_dir).parts
-        begun.setdefault((seed, name), {key: value.clone() for key, value in model.state_dict().items()})
-        return compute(self, model, *args, **kwargs)
-
-    monkeypatch.setattr(fitting.DistillationTrainer, "compute_loss", watched)
-    monkeypatch.setattr(fitting, "can_compact", lambda model: False)
-    options = ("--student-from", "pretrained", "--seeds", "3,4", "--epochs", "0.2", "--teacher-epochs", "0.2")
-    assert main(command(sources, tmp_path / "run", *options)) == 0
-    same = [
-        torch.equal(begun["seed-3", "distilled"][name], other) for name, other in begun["seed-4", "distilled"].items()
-    ]
-    heads = [name.startswith("classifier.weight") for name in begun["seed-4", "distilled"]]
-    assert [not head for head in heads] == same
-    for seed in ("seed-3", "seed-4"):
-        torch.testing.assert_close(begun[seed, "finetuned"], begun[seed, "distilled"], rtol=0, atol=0)
 
 
 class Cut(BaseException):
@@ -391,32 +366,6 @@ def test_an_interrupted_run_says_that_it_can_go_on(
     monkeypatch.setattr(fitting.DistillationTrainer, "train", interrupt)
     assert main(command(sources, tmp_path)) == 130
     assert "the same command goes on" in capsys.readouterr().err
-
-
-@pytest.mark.parametrize("width, rates", [(16, (3e-4, 1e-4)), (768, (7.5e-5, 2.5e-5))])
-def test_wide_encoders_learn_slower(sources: Path, tmp_path: Path, width: int, rates: tuple[float, float]) -> None:
-    tiny.model_folder(tmp_path, tiny.bert(layers=1, hidden_size=width).bert)
-    asked = KDSettings(task=str(sources / "task"), teacher=str(tmp_path), student_layers=1, output="o")
-    found = begin(asked)
-    assert (found.learning_rate, found.teacher_learning_rate) == pytest.approx(rates)
-    found = begin(replace(asked, learning_rate=0.1))
-    assert (found.learning_rate, found.teacher_learning_rate) == pytest.approx((0.1, rates[1]))
-    assert asked.learning_rate is None
-
-
-@pytest.mark.slow
-def test_more_is_compared(sources: Path, tmp_path: Path) -> None:
-    """Every seed in a folder of its own; plain distillation at its default is the method itself, and trained once."""
-    more = ("--seeds", "0,7", "--baselines", "--chain", "3,2,1", "--epochs", "1")
-    assert main(command(sources, tmp_path, *more)) == 0
-    found = results(tmp_path)["results"]
-    assert list(found) == ["teacher", "assistant-2", "finetuned", "takd", "distilled", "kd"]
-    assert found["kd"] == found["distilled"]
-    assert all(len(found[name]["values"]) == 2 for name in ("finetuned", "takd", "distilled"))
-    for seed in (0, 7):
-        assert {path.name for path in (tmp_path / f"seed-{seed}").iterdir()} == {"finetuned", "takd", "distilled"}
-    assert main(command(sources, tmp_path / "hot", "--baselines", "--kd-temperature", "5", "--epochs", "1")) == 0
-    assert {"kd", "distilled"} < {path.name for path in (tmp_path / "hot").iterdir()}
 
 
 @pytest.mark.slow
