@@ -143,3 +143,23 @@ def test_bad_rows_are_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) 
 def test_traceback_shows_where_an_error_comes_from(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match="no-such-task"):
         main(command("no-such-task", "minilm", tmp_path, "--traceback"))
+
+
+@pytest.mark.parametrize(
+    "given, spins",
+    [({}, "10000"), ({"GOMP_SPINCOUNT": "7"}, "7"), ({"OMP_WAIT_POLICY": "active"}, None)],
+    ids=["nothing", "turns", "policy"],
+)
+def test_threads_that_wait_for_others_soon_sleep(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, given: dict[str, str], spins: str | None
+) -> None:
+    for name in ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY"):
+        monkeypatch.delenv(name, raising=False)
+        if name in given:
+            monkeypatch.setenv(name, given[name])
+    tell = (
+        "import os, sys, fastdistill.cli; before = 'torch' in sys.modules; fastdistill.cli.main(['export', 'a', 'b']); "
+    )
+    tell += "print(before, os.environ.get('GOMP_SPINCOUNT'))"
+    told = subprocess.run([sys.executable, "-c", tell], capture_output=True, text=True, cwd=tmp_path, check=True).stdout
+    assert told.split() == ["False", str(spins)]
