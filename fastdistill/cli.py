@@ -20,7 +20,7 @@ EXPORT = (
 TURNS = "10000"
 """That a thread of OpenMP waits for others of its group before it sleeps. With GNU's default, some hundred thousand,
 a training beside other busy processes gets much less than its share of the cores (a step of a 2-layer MiniLM by two
-threads on two cores, beside two such processes: 1.9 s, with so many turns 0.9 s; alone 0.17 s with either)."""
+threads on two cores, beside four busy processes: 1.9 s, with so many turns 0.9 s; alone 0.17 s with either)."""
 
 
 class _Parser(argparse.ArgumentParser):

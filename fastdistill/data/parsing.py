@@ -9,6 +9,9 @@ from typing import Any
 Offsets = Sequence[tuple[int, int]]
 """Of words: the first character of each, and the one after its last."""
 
+NOT_NEEDED = ["ner", "lemmatizer", "attribute_ruler"]
+"""Parts of a pipeline that the tree does not depend on."""
+
 
 class Parser:
     """Gives heads to words that are divided already, so that trees are of the words that models see.
@@ -25,9 +28,7 @@ class Parser:
         import spacy
 
         try:
-            self.pipeline: Any = spacy.load(
-                name, exclude=["ner", "lemmatizer", "attribute_ruler"]
-            )  # which it needs not
+            self.pipeline: Any = spacy.load(name, exclude=NOT_NEEDED)
         except (OSError, ValueError) as error:
             told = " ".join(str(error).split())
             raise ValueError(f"--parser is {name}, which spaCy does not load: {told}") from error

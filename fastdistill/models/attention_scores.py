@@ -54,7 +54,7 @@ class _Scores(TorchFunctionMode):
         self.found: list[Tensor] = []
 
     def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if function in _SOFTMAX and args[0].dim() == 4:
+        if function in _SOFTMAX and args and args[0].dim() == 4:
             self.found.append(args[0])
         return function(*args, **(kwargs or {}))
 

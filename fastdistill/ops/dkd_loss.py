@@ -7,7 +7,7 @@ from typing import Literal, Unpack, overload
 from torch import Tensor
 
 from fastdistill.ops import reference
-from fastdistill.ops.checks import INTEGER, check_number, check_tensor
+from fastdistill.ops.checks import INTEGER, check_bool, check_number, check_tensor
 from fastdistill.ops.distillation import Divergence, Options, Reduction, apart, call, check, define_loss
 from fastdistill.ops.kd_ce_loss import kd_ce_loss
 
@@ -86,6 +86,7 @@ def dkd_loss(
     check_number("beta", beta, minimum=0)
     if alpha == 0 and beta == 0:
         raise ValueError("alpha and beta are both 0; expected a positive one")
+    check_bool("return_terms", return_terms)
     if labels is None:
         check_tensor("labels", labels, INTEGER)
     if teacher_logits is None or kd_weight == 0:

@@ -332,6 +332,7 @@ def logits(*shape: int) -> Tensor:
         (ONE, dict(temperature=0), ValueError, "temperature is 0"),
         (ONE, dict(divergence="kl"), ValueError, "divergence is 'kl'"),
         (ONE, dict(return_terms=1), TypeError, "return_terms is 1"),
+        (ONE, dict(kd_weight=0.0, return_terms=1), TypeError, "return_terms is 1"),
     ],
 )  # fmt: skip
 def test_bad_arguments(arguments: tuple, options: dict, error: type, message: str) -> None:

@@ -1,4 +1,4 @@
-"""The distillation losses of logits in plain PyTorch, as `fastdistill.ops.reference` has the other ops."""
+"""The distillation losses of logits."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""proximity_conv in plain PyTorch, as :mod:`fastdistill.ops.reference` has the other ops."""
+"""Proximity-weighted convolution over n-grams, and its maximum over tokens."""
 
 from __future__ import annotations
 
