@@ -42,9 +42,9 @@ def test_what_is_not_asked_is_as_for_texts_or_images(options: Any, of_images: bo
 
 
 def test_momentum_is_of_sgd() -> None:
-    with pytest.raises(ValueError, match="--momentum is 0.9, but --optim is adamw_torch"):
+    with pytest.raises(ValueError, match="--momentum is 0.9, but --optim is adamw_torch_fused"):
         optimization_of(settings(momentum=0.9))
-    with pytest.raises(ValueError, match="--momentum is 0.9, but --optim is adamw_torch"):
+    with pytest.raises(ValueError, match="--momentum is 0.9, but --optim is adamw_torch;"):
         optimization_of(settings(momentum=0.9, optim="adamw_torch"), is_of_images=True)
 
 
@@ -53,6 +53,7 @@ def test_trainer_has_what_was_asked(optimization: Optimization, kind: type, tmp_
     config = DistillationConfig(str(tmp_path), learning_rate=0.2, use_cpu=True, **optimization.arguments())
     optimizer = Trainer(tiny.bert(), config).create_optimizer()
     assert type(optimizer) is kind
+    assert bool(optimizer.defaults["fused"]) == (kind is torch.optim.AdamW)
     group = optimizer.param_groups[0]
     assert (group["lr"], group["weight_decay"]) == (0.2, optimization.weight_decay)
     assert group.get("momentum") == optimization.momentum

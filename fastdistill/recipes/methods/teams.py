@@ -28,7 +28,7 @@ from fastdistill.recipes.training import Teacher, Trained, Training
 from fastdistill.teachers.team import TeacherTeam
 from fastdistill.training.checks import TEACHER
 
-IMAGE_RATES = {"sgd": 0.05, "adamw_torch": 3e-3}
+IMAGE_RATES = {"sgd": 0.05, "adamw_torch_fused": 3e-3, "adamw_torch": 3e-3}
 """Peak learning rates of networks for images; that of sgd is the paper's."""
 
 BATCH_SIZE, IMAGE_BATCH_SIZE = 32, 64

@@ -14,10 +14,11 @@ class OptimizationSettings(Settings):
 
     title: ClassVar[str] = "optimization"
 
-    optim: Literal["adamw_torch", "sgd"] | None = option(
+    optim: Literal["adamw_torch_fused", "adamw_torch", "sgd"] | None = option(
         None,
-        kind=Choice(("adamw_torch", "sgd")),
-        help="AdamW, or stochastic gradient descent (default: adamw_torch; sgd for images)",
+        kind=Choice(("adamw_torch_fused", "adamw_torch", "sgd")),
+        help="AdamW, its step in one sweep (fused) or not, or stochastic gradient descent (default: adamw_torch_fused; "
+        "sgd for images)",
     )
     lr_scheduler_type: Literal["linear", "cosine", "constant"] | None = option(
         None,
