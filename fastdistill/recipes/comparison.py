@@ -111,7 +111,7 @@ class Comparison:
         return self._assistants[()].model if self.own_source is None else self.own_source
 
     def training(
-        self, name: str, model: PreTrainedModel, learner: Learner, *, store_hidden_states: bool = False
+        self, name: str, model: PreTrainedModel, learner: Learner, *, store_hidden_states: bool | None = None
     ) -> Training:
         """A student's, or an assistant's."""
         objective, teacher = learner

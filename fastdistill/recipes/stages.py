@@ -30,7 +30,7 @@ from fastdistill.recipes.measuring import Scoring, examples_per_second
 from fastdistill.recipes.optimization import Optimization
 from fastdistill.recipes.predictions import PREDICTIONS, save_predictions
 from fastdistill.recipes.report import versions
-from fastdistill.recipes.training import Teacher, Trained, Training
+from fastdistill.recipes.training import STORED_STATES, Teacher, Trained, Training
 from fastdistill.sensitivity.units import Sensitivities
 from fastdistill.sensitivity.weights import WeightSensitivities
 from fastdistill.teachers.store import store
@@ -312,11 +312,22 @@ class Stages:
         """The training data with what the teachers say, and no teacher, if the objective looks at nothing else, and the
         examples are the same in each epoch."""
         objective, teacher = training.objective, training.teacher
-        states = training.store_hidden_states and objective.needs.hidden_states and not objective.needs.all_tokens
-        if not training.epochs or teacher is None or self.examples.augment or not (objective.needs.only or states):
+        if not training.epochs or teacher is None or self.examples.augment:
             return self.examples.train, teacher
         first, *_ = objective.needs.teachers or (TEACHER,)
+        states = self._stores_states(training, teacher[first] if isinstance(teacher, Mapping) else teacher)
+        if not (objective.needs.only or states):
+            return self.examples.train, teacher
         return self.outputs_of(teacher, states_of=first if states else None), None
+
+    def _stores_states(self, training: Training, teacher: PreTrainedModel) -> bool:
+        needs = training.objective.needs
+        if not needs.hidden_states or needs.all_tokens:
+            return False
+        if training.store_hidden_states is not None:
+            return training.store_hidden_states
+        numbers: int = (teacher.config.num_hidden_layers + 1) * teacher.config.hidden_size
+        return 4 * numbers * len(self.examples.train) <= STORED_STATES
 
 
 def _digest_of(*splits: Dataset) -> str:

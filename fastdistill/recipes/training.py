@@ -12,6 +12,9 @@ from fastdistill.objectives.base import Objective
 
 Teacher = PreTrainedModel | Mapping[str, PreTrainedModel] | None
 
+STORED_STATES = 2_000_000_000
+"""Bytes of a teacher's hidden states that are stored without being asked for."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Training:
@@ -25,7 +28,8 @@ class Training:
         learning_rate: the peak.
         batch_size: examples, of all processes together: they must divide it.
         store_hidden_states: where the objective looks at no token's hidden states but the first's, store the teacher's
-            before. (Logits always are, where it looks at nothing else.) No teacher runs then in the student's steps.
+            before; None where all are at most `STORED_STATES` bytes. (Logits always are, where it looks at nothing
+            else.) No teacher runs then in the student's steps.
         best: the epoch that counts is that of the highest "metric" on the examples that select, or the lowest "loss".
         runs: how many such trainings there are, of which the best counts.
         run: which of them, from 0: each has other batches.
@@ -39,7 +43,7 @@ class Training:
     epochs: float
     learning_rate: float
     batch_size: int
-    store_hidden_states: bool = False
+    store_hidden_states: bool | None = None
     best: Literal["metric", "loss"] = "metric"
     runs: int = 1
     run: int = 0

@@ -13,7 +13,7 @@ import torch
 import fastdistill
 from fastdistill.cli import main
 from fastdistill.models.drawing import draw_anew
-from fastdistill.recipes import PeaKDSettings, fitting
+from fastdistill.recipes import PeaKDSettings, fitting, stages
 from fastdistill.recipes.begin import begin
 from fastdistill.recipes.methods.ptp import PTP_LABELS, ptp_labels
 from tests import commands, tiny
@@ -139,10 +139,12 @@ def test_stored_hidden_states_teach_the_same(sources: Path, tmp_path: Path, monk
             return super().train(*args, **kwargs)
 
     monkeypatch.setattr(fitting, "DistillationTrainer", Watched)
-    assert main(command(sources, tmp_path / "run")) == 0
+    with monkeypatch.context() as limit:
+        limit.setattr(stages, "STORED_STATES", 0)
+        assert main(command(sources, tmp_path / "run")) == 0
     shutil.copytree(tmp_path / "run", tmp_path / "stored")
     shutil.rmtree(tmp_path / "stored" / "seed-0" / "peakd")
-    assert main(command(sources, tmp_path / "stored", "--store-hidden-states")) == 0
+    assert main(command(sources, tmp_path / "stored")) == 0
     folders = [tmp_path / name / "seed-0" / "peakd" for name in ("run", "stored")]
     assert [teachers[str(folder)] is None for folder in folders] == [False, True]
     ours, theirs = (fastdistill.from_pretrained(folder).state_dict() for folder in folders)

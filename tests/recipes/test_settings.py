@@ -67,6 +67,16 @@ def test_baselines_without_names_are_those_of_true() -> None:
         assert named.baselines == ("pkd", "takd")
 
 
+def test_a_flag_without_a_default_may_be_refused() -> None:
+    parser = argparse.ArgumentParser()
+    add_arguments(parser, PeaKDSettings)
+    given = ["--task", "sst2", "--teacher", "minilm", "--student-layers", "2", "--output", "run"]
+    for more, meant in (([], None), (["--store-hidden-states"], True), (["--no-store-hidden-states"], False)):
+        asked = from_arguments(PeaKDSettings, parser.parse_args([*given, *more]))
+        assert asked == PeaKDSettings(**ASKED, store_hidden_states=meant)
+        assert asked.store_hidden_states is meant
+
+
 def test_what_is_offered_is_what_the_ops_have() -> None:
     kinds = {field.name: field.metadata["option"].kind for field in fields(StarkSettings)}
     assert set(kinds["divergence"].among) <= set(DIVERGENCES)

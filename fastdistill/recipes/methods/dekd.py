@@ -78,7 +78,7 @@ def dekd(settings: DeKDSettings) -> Report:
 
 
 def _training(
-    comparison: Comparison, name: str, student: PreTrainedModel, learner: Learner, store_hidden_states: bool
+    comparison: Comparison, name: str, student: PreTrainedModel, learner: Learner, store_hidden_states: bool | None
 ) -> Training:
     training = comparison.training(name, student, learner, store_hidden_states=store_hidden_states)
     if isinstance(training.objective, DeKD) and training.objective.select_per == "epoch":

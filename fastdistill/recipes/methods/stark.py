@@ -117,9 +117,7 @@ def _try(comparison: Comparison, runs: list[_Run], others: Mapping[str, Learner]
     own, student = runs[0].learner, runs[0].student
     is_kd = own[0] == comparison.kd and comparison.runs == 1  # the trial is then the baseline
     trainings = [
-        replace(comparison.baseline(name, student, learner), store_hidden_states=True)
-        for name, learner in others.items()
-        if name != "kd" or not is_kd
+        comparison.baseline(name, student, learner) for name, learner in others.items() if name != "kd" or not is_kd
     ]
     comparison.students(trainings)
     trained = comparison.train((run.stages, run.training("trial", own)) for run in runs)
@@ -172,7 +170,7 @@ class _Run:
         self.teachers: dict[str, dict[str, Result]] = {}
 
     def training(self, name: str, learner: Learner) -> Training:
-        return self.comparison.training(name, self.student, learner, store_hidden_states=True)
+        return self.comparison.training(name, self.student, learner)
 
     def score(self, trial: Trained, of_teacher: Objective) -> None:
         """Nothing is scored where nothing that selects is of a student."""

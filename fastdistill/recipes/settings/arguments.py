@@ -34,7 +34,7 @@ def _offered(settings: type[Settings]) -> list[dataclasses.Field[Any]]:
 
 def _action(option: Option, default: Any) -> dict[str, Any]:
     if option.kind is None:
-        return {"action": "store_true"}
+        return {"action": "store_true" if default is False else argparse.BooleanOptionalAction, "default": default}
     asked: dict[str, Any] = {"type": _parser(option.kind)}
     if option.alone is not None:
         asked |= {"nargs": "?", "const": option.alone}

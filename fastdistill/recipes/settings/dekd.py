@@ -80,7 +80,7 @@ class DeKDSettings(FirstLayersSettings, PlotSettings):
         kind=Choice(("sum", "mean")),
         help="of the aligned layers' distances (default: %(default)s, as printed)",
     )
-    store_hidden_states: bool = store_hidden_states()
+    store_hidden_states: bool | None = store_hidden_states()
     without: tuple[tuple[Part, ...], ...] = options(
         kind=Listed(Choice(get_args(Part))),
         metavar="PART[,PART]",
@@ -92,5 +92,5 @@ class DeKDSettings(FirstLayersSettings, PlotSettings):
         super().check()
         if (self.align_layers or 0) > self.student_layers:
             raise ValueError(f"--align-layers is {self.align_layers}; the student has {self.student_layers}")
-        if self.store_hidden_states and not self.da_weight:
+        if self.store_hidden_states is not None and not self.da_weight:
             raise ValueError("--store-hidden-states is given, but --da-weight is 0: no hidden states are used")

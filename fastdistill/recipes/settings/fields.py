@@ -194,9 +194,9 @@ def options(*, kind: Kind, help: str, metavar: str) -> Any:
     return dataclasses.field(default=(), metadata={"option": Option(kind, help, metavar, repeated=True)})
 
 
-def flag(help: str) -> Any:
-    """A field that is False but where the option is given."""
-    return dataclasses.field(default=False, metadata={"option": Option(None, help)})
+def flag(help: str, default: bool | None = False) -> Any:
+    """A field that is False but where the option is given; or one by default None, with ``--no-`` as well."""
+    return dataclasses.field(default=default, metadata={"option": Option(None, help)})
 
 
 @dataclass(frozen=True, kw_only=True)

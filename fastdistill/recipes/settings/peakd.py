@@ -69,7 +69,7 @@ class PeaKDSettings(FirstLayersSettings):
         metavar="X",
         help="of the softmax on both sides; the teacher's term is multiplied by its square (default: %(default)g)",
     )
-    store_hidden_states: bool = store_hidden_states()
+    store_hidden_states: bool | None = store_hidden_states()
     without: tuple[tuple[Part, ...], ...] = options(
         kind=Listed(Choice(get_args(Part))),
         metavar="PART[,PART]",
@@ -86,7 +86,7 @@ class PeaKDSettings(FirstLayersSettings):
             raise ValueError(f"--threshold has {len(self.threshold)} numbers; expected one or two")
         if self.kd_temperature is not None and not self.distils:
             raise ValueError("--kd-temperature would have no effect without --baselines or --chain; leave it out")
-        if self.store_hidden_states and not self.beta:
+        if self.store_hidden_states is not None and not self.beta:
             raise ValueError("--store-hidden-states would have no effect with --beta 0; leave it out")
         if (self.shared_layers or 0) > self.student_layers:
             raise ValueError(f"--shared-layers is {self.shared_layers}; the student has {self.student_layers}")

@@ -285,4 +285,8 @@ class PlotSettings(Settings):
 
 def store_hidden_states() -> Any:
     """The field of that name."""
-    return flag("run the teacher once, and keep its hidden states on disk: 4 bytes * (layers + 1) * width an example")
+    return flag(
+        "run the teacher once, and keep its hidden states on disk, 4 bytes * (layers + 1) * width an example, or run "
+        "it in every step (default: keep them where all are at most 2 GB)",
+        default=None,
+    )
