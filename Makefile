@@ -3,6 +3,8 @@ PYTHON ?= python3
 VENV ?= .venv
 CONSTRAINTS ?= constraints.txt
 WORKERS ?= 2
+# A file stays with one process, for what its tests share; those that take longest begin first (tests/conftest.py).
+PYTEST := python -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder
 BIN := $(VENV)/bin
 NATIVE := $(shell find csrc -type f)
 export FASTDISTILL_ISA ?= native
@@ -16,16 +18,20 @@ demo: $(VENV)/ready
 check: lint fast
 
 fast: $(VENV)/ready
-	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile -m "not slow"
+	$(BIN)/$(PYTEST) -m "not slow"
 
 test: $(VENV)/ready
-	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile
+	$(BIN)/$(PYTEST)
 
-# The fast tests with the lowest versions that pyproject.toml allows, in a clone: what is compiled fits one torch only.
-lowest:
-	rm -rf build/lowest
-	git clone -q . build/lowest
-	FASTDISTILL_ISA=native $(MAKE) -C build/lowest fast VENV=$(CURDIR)/.venv-lowest CONSTRAINTS=constraints-lowest.txt
+# The fast tests with the lowest versions that pyproject.toml allows. Of torch that is the version that all else is
+# tested with, so that what was compiled serves here, too, and the ops need no second look.
+lowest: $(VENV)/ready .venv-lowest/ready
+	.venv-lowest/bin/$(PYTEST) -m "not slow" --ignore=tests/ops --ignore=tests/kernels --ignore=tests/cuda
+
+.venv-lowest/ready: pyproject.toml constraints-lowest.txt
+	test -x .venv-lowest/bin/python || $(PYTHON) -m venv .venv-lowest
+	FASTDISTILL_REQUIRE_NATIVE=0 .venv-lowest/bin/python -m pip install -q -c constraints-lowest.txt -e '.[dev]'
+	touch $@
 
 bench: $(VENV)/ready
 	mkdir -p runs

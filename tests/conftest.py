@@ -14,7 +14,7 @@ import torch
 if not torch.cuda.is_available():  # before anything imports triton: its kernels then run in its interpreter
     os.environ["TRITON_INTERPRET"] = "1"
 
-DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
+DEVICES = ["cpu", *([pytest.param("cuda", marks=pytest.mark.gpu)] if torch.cuda.is_available() else [])]
 
 
 @pytest.fixture(params=DEVICES)
@@ -30,6 +30,9 @@ def nan_filled() -> Iterator[None]:
     torch.use_deterministic_algorithms(False)
 
 
+os.fsync = lambda descriptor: None  # what tests write need not outlive a loss of power, and disks take their time
+
+
 def pytest_collection_finish() -> None:
     gc.freeze()  # a training ends with gc.collect(), which took longer than all else: it went through every module
 
@@ -38,7 +41,12 @@ def pytest_unconfigure() -> None:
     gc.unfreeze()  # else Triton's module says at the end that it leaks
 
 
+LONG = ("test_native.py", "test_cuda_sources.py", "test_compiled.py", "test_parallel.py")
+"""Files that take a minute or more: they begin first, so that no process ends with one while others have nothing."""
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    items.sort(key=lambda item: item.path.name not in LONG)
     if not torch.cuda.is_available():
         for item in items:
             if item.get_closest_marker("gpu"):

@@ -22,3 +22,13 @@ def without_times(value: Any) -> Any:
     if isinstance(value, dict):
         return {key: without_times(item) for key, item in value.items() if key not in TIMES}
     return value
+
+
+def written(run: Path) -> dict[Path, int]:
+    """When each stage was done."""
+    return {marker: marker.stat().st_mtime_ns for marker in run.rglob("stage.json")}
+
+
+def done_since(run: Path, before: dict[Path, int]) -> set[str]:
+    """The names of stages that were not there before, or have been done again."""
+    return {marker.parent.name for marker, time in written(run).items() if before.get(marker) != time}

@@ -9,10 +9,13 @@ from typing import Any
 import pytest
 import torch
 
+from fastdistill import first_layers, from_pretrained
 from fastdistill.cli import main
+from fastdistill.models.drawing import draw_anew
 from fastdistill.recipes import KDSettings, fitting
 from fastdistill.recipes.begin import begin
 from tests import commands, tiny
+from tests.records import record
 
 ENCODER = {"layers": 3}
 
@@ -21,6 +24,46 @@ def command(sources: Path, output: Path, *more: str, task: str = "task", teacher
     """Two epochs of six steps a stage, unless `more` says otherwise."""
     own = ("--student-layers", "1", "--epochs", "2", "--teacher-epochs", "2", "--teacher", str(sources / teacher))
     return commands.command("kd", sources, output, *own, *more, task=task)
+
+
+@pytest.mark.parametrize("whose", ["teacher", "pretrained"])
+def test_both_students_begin_as_the_same_first_layers(
+    sources: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], whose: str
+) -> None:
+    """And see the same batches in the same order. The table says what they are."""
+    begun, seen = {}, {}
+    compute = fitting.DistillationTrainer.compute_loss
+
+    def watched(self: Any, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
+        name = Path(self.args.output_dir).name
+        begun.setdefault(name, {key: value.clone() for key, value in model.state_dict().items()})
+        seen.setdefault(name, []).append(inputs["input_ids"].clone())
+        return compute(self, model, inputs, *args, **kwargs)
+
+    monkeypatch.setattr(fitting.DistillationTrainer, "compute_loss", watched)
+    monkeypatch.setattr(fitting, "can_compact", lambda model: False)  # so that states have all embeddings
+    options = ("--student-from", "pretrained", "--debug-gradients") if whose == "pretrained" else ()
+    assert main(command(sources, tmp_path / "run", "--epochs", "1", "--teacher-epochs", "1", *options)) == 0
+    asked = KDSettings(task=str(sources / "task"), teacher=str(sources / "encoder"), student_layers=1, output="o")
+    source = from_pretrained(tmp_path / "run" / "teacher") if whose == "teacher" else begin(asked).pretrained
+    student = first_layers(source, 1)
+    draw_anew(student, seed=0)
+    for name in ("finetuned", "distilled"):
+        torch.testing.assert_close(begun[name], student.state_dict(), rtol=0, atol=0)
+    found, said = record(tmp_path / "run"), " ".join(capsys.readouterr().out.split())
+    of = {"teacher": "fine-tuned teacher", "pretrained": "pretrained encoder"}[whose]
+    assert f"cut of the {of}" in said
+    assert (found["student_from"], found["settings"]["student_from"]) == (whose, whose)
+    assert (found["select_on"], found["report_on"], found["report_examples"]) == ("validation", "validation", 24)
+    if options:
+        assert {name: set(terms) for name, terms in found["gradients"].items()} == {
+            "teacher": {"loss"},
+            "finetuned": {"loss"},
+            "distilled": {"kd", "ce"},
+        }
+        assert "gradients before the first step" in said
+    assert len(seen["finetuned"]) == len(seen["distilled"])
+    assert all(map(torch.equal, seen["finetuned"], seen["distilled"]))
 
 
 @pytest.mark.slow

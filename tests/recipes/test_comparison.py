@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
-from typing import Any
 
 import pytest
 
 from fastdistill.cli import main
 from tests import commands
+from tests.records import record
 
 ENCODER = {"layers": 3}
 
@@ -20,16 +19,12 @@ def command(sources: Path, output: Path, *more: str, task: str = "task", teacher
     return commands.command("kd", sources, output, *own, *more, task=task)
 
 
-def results(output: Path) -> dict[str, Any]:
-    return dict(json.loads((output / "results.json").read_text()))
-
-
 @pytest.mark.slow
 def test_more_is_compared(sources: Path, tmp_path: Path) -> None:
     """Every seed in a folder of its own; plain distillation at its default is the method itself, and trained once."""
     more = ("--seeds", "0,7", "--baselines", "--chain", "3,2,1", "--epochs", "1")
     assert main(command(sources, tmp_path, *more)) == 0
-    found = results(tmp_path)["results"]
+    found = record(tmp_path)["results"]
     assert list(found) == ["teacher", "assistant-2", "finetuned", "takd", "distilled", "kd"]
     assert found["kd"] == found["distilled"]
     assert all(len(found[name]["values"]) == 2 for name in ("finetuned", "takd", "distilled"))

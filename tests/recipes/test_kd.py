@@ -13,12 +13,10 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from fastdistill import recipes
 from fastdistill.cli import main
-from fastdistill.models.drawing import draw_anew
-from fastdistill.models.students import first_layers
 from fastdistill.recipes import KDSettings, fitting, folder
-from fastdistill.recipes.begin import begin
 from tests import commands, tiny
 from tests.processes import start
+from tests.records import done_since, record, written
 
 STAGES = ("teacher", "finetuned", "distilled")
 ENCODER = {"layers": 3}
@@ -27,20 +25,24 @@ EVERYTHING = ()
 
 
 def command(sources: Path, output: Path, *more: str, task: str = "task", teacher: str = "encoder") -> list[str]:
-    """Two epochs of six steps a stage, unless `more` says otherwise."""
+    """Two epochs of six steps a stage, and three checkpoints, unless `more` says otherwise."""
     own = ("--student-layers", "1", "--epochs", "2", "--teacher-epochs", "2", "--teacher", str(sources / teacher))
-    return commands.command("kd", sources, output, *own, *more, task=task)
+    return commands.command("kd", sources, output, "--checkpoints", "3", *own, *more, task=task)
 
 
-def results(output: Path) -> dict[str, Any]:
-    return dict(json.loads((output / "results.json").read_text()))
+def without(stage: str, finished: Path, output: Path) -> Path:
+    """The run, of which this stage is yet to be done."""
+    shutil.copytree(finished, output)
+    shutil.rmtree(output / stage)
+    (output / "results.json").unlink()
+    return output
 
 
 def metrics(output: Path) -> dict[str, dict[str, Any]]:
     """All that is measured but time."""
     return {
         name: {key: found[key] for key in ("accuracy", "loss", "parameters")}
-        for name, found in results(output)["results"].items()
+        for name, found in record(output)["results"].items()
     }
 
 
@@ -49,7 +51,7 @@ def model(folder: Path) -> Any:
 
 
 def test_a_run_leaves_models_and_results(finished: Path) -> None:
-    found = results(finished)
+    found = record(finished)
     assert found["task"] == "task"
     assert found["metric"] == "accuracy"
     assert found["settings"]["epochs"] == 2
@@ -93,46 +95,6 @@ def test_the_table_shows_every_model(sources: Path, finished: Path, capsys: pyte
     assert {path: path.stat().st_mtime_ns for path in finished.glob("*/model.safetensors")} == stamps
 
 
-@pytest.mark.parametrize("whose", ["teacher", "pretrained"])
-def test_both_students_begin_as_the_same_first_layers(
-    sources: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], whose: str
-) -> None:
-    """And see the same batches in the same order. The table says what they are."""
-    begun, seen = {}, {}
-    compute = fitting.DistillationTrainer.compute_loss
-
-    def watched(self: Any, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
-        name = Path(self.args.output_dir).name
-        begun.setdefault(name, {key: value.clone() for key, value in model.state_dict().items()})
-        seen.setdefault(name, []).append(inputs["input_ids"].clone())
-        return compute(self, model, inputs, *args, **kwargs)
-
-    monkeypatch.setattr(fitting.DistillationTrainer, "compute_loss", watched)
-    monkeypatch.setattr(fitting, "can_compact", lambda model: False)  # so that states have all embeddings
-    options = ("--student-from", "pretrained", "--debug-gradients") if whose == "pretrained" else ()
-    assert main(command(sources, tmp_path / "run", "--epochs", "1", "--teacher-epochs", "1", *options)) == 0
-    asked = KDSettings(task=str(sources / "task"), teacher=str(sources / "encoder"), student_layers=1, output="o")
-    source = model(tmp_path / "run" / "teacher") if whose == "teacher" else begin(asked).pretrained
-    student = first_layers(source, 1)
-    draw_anew(student, seed=0)
-    for name in ("finetuned", "distilled"):
-        torch.testing.assert_close(begun[name], student.state_dict(), rtol=0, atol=0)
-    found, said = results(tmp_path / "run"), " ".join(capsys.readouterr().out.split())
-    of = {"teacher": "fine-tuned teacher", "pretrained": "pretrained encoder"}[whose]
-    assert f"cut of the {of}" in said
-    assert (found["student_from"], found["settings"]["student_from"]) == (whose, whose)
-    assert (found["select_on"], found["report_on"], found["report_examples"]) == ("validation", "validation", 24)
-    if options:
-        assert {name: set(terms) for name, terms in found["gradients"].items()} == {
-            "teacher": {"loss"},
-            "finetuned": {"loss"},
-            "distilled": {"kd", "ce"},
-        }
-        assert "gradients before the first step" in said
-    assert len(seen["finetuned"]) == len(seen["distilled"])
-    assert all(map(torch.equal, seen["finetuned"], seen["distilled"]))
-
-
 class Cut(BaseException):
     """As a kill would, this passes by every `except Exception`."""
 
@@ -152,7 +114,9 @@ class Cut(BaseException):
 def test_a_run_that_was_cut_off_ends_as_one_that_was_not(
     sources: Path, finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stage: str, step: int | str
 ) -> None:
-    """Before and after the first checkpoint, in each epoch, within the writing of a checkpoint, and after training."""
+    """Before and after the first checkpoint, in each epoch, within the writing of a checkpoint, and after training;
+    stages that come from it are then done already."""
+    output = without(stage, finished, tmp_path / "run")
 
     def cut(self: Any, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if Path(args.output_dir).name == stage and state.global_step == step:
@@ -178,20 +142,23 @@ def test_a_run_that_was_cut_off_ends_as_one_that_was_not(
         else:
             patch.setattr(fitting._ProgressBar, "on_step_end", cut)
         with pytest.raises(Cut):
-            main(command(sources, tmp_path))
-    assert not (tmp_path / "results.json").exists()
-    assert main(command(sources, tmp_path)) == 0
-    assert metrics(tmp_path) == metrics(finished)
-    assert results(tmp_path)["results"][stage]["resumed"] == (step != 2)
-    ours, theirs = (model(folder / "distilled").state_dict() for folder in (tmp_path, finished))
+            main(command(sources, output))
+    assert not (output / "results.json").exists()
+    before = written(output)
+    assert main(command(sources, output)) == 0
+    assert metrics(output) == metrics(finished)
+    assert record(output)["results"][stage]["resumed"] == (step != 2)
+    ours, theirs = (model(folder / stage).state_dict() for folder in (output, finished))
     torch.testing.assert_close(ours, theirs, rtol=0, atol=0)
+    assert done_since(output, before) == {stage}
 
 
 @pytest.mark.slow
-def test_a_marker_that_was_cut_off_is_no_hindrance(sources: Path, tmp_path: Path) -> None:
-    (tmp_path / "teacher").mkdir()
-    (tmp_path / "teacher" / ".stage.json.4711").write_text('{"came_')
-    assert main(command(sources, tmp_path)) == 0
+def test_a_marker_that_was_cut_off_is_no_hindrance(sources: Path, finished: Path, tmp_path: Path) -> None:
+    output = without("teacher", finished, tmp_path / "run")
+    (output / "teacher").mkdir()
+    (output / "teacher" / ".stage.json.4711").write_text('{"came_')
+    assert main(command(sources, output)) == 0
 
 
 @pytest.mark.slow
@@ -226,12 +193,13 @@ def killed(arguments: list[str]) -> None:
 
 @pytest.mark.slow
 def test_a_killed_process_is_taken_up_again(sources: Path, finished: Path, tmp_path: Path) -> None:
-    process = start(killed, command(sources, tmp_path), said=tmp_path.with_suffix(".said"))
+    output, said = without("distilled", finished, tmp_path / "run"), tmp_path / "said"
+    process = start(killed, command(sources, output), said=said)
     process.join(300)
-    assert process.exitcode == -signal.SIGKILL, tmp_path.with_suffix(".said").read_text()
-    assert main(command(sources, tmp_path)) == 0
-    assert results(tmp_path)["results"]["distilled"]["resumed"]
-    assert {name: m["accuracy"] for name, m in metrics(tmp_path).items()} == {
+    assert process.exitcode == -signal.SIGKILL, said.read_text()
+    assert main(command(sources, output)) == 0
+    assert record(output)["results"]["distilled"]["resumed"]
+    assert {name: m["accuracy"] for name, m in metrics(output).items()} == {
         name: m["accuracy"] for name, m in metrics(finished).items()
     }
 
@@ -267,9 +235,9 @@ def test_a_changed_option_repeats_what_depends_on_it(
     monkeypatch.setattr(fitting.DistillationTrainer, "train", lambda self, **options: None)
     output = tmp_path / "run"
     shutil.copytree(finished, output)
-    markers = {name: (output / name / "stage.json").read_text() for name in STAGES}
+    before = written(output)
     assert main(command(sources, output, *change)) == 0
-    assert {name for name in STAGES if (output / name / "stage.json").read_text() != markers[name]} == again
+    assert done_since(output, before) == again
 
 
 @pytest.mark.slow
@@ -298,7 +266,7 @@ def test_a_classifier_of_the_task_is_not_fine_tuned(
     assert main(arguments) == 0
     assert "is a classifier of task already" in capsys.readouterr().out.replace("\n", " ")
     assert metrics(tmp_path)["teacher"] == metrics(finished)["teacher"]
-    assert results(tmp_path)["settings"]["teacher_epochs"] == 0
+    assert record(tmp_path)["settings"]["teacher_epochs"] == 0
     torch.testing.assert_close(
         model(tmp_path / "teacher").state_dict(), model(finished / "teacher").state_dict(), rtol=0, atol=0
     )
@@ -319,8 +287,8 @@ def test_a_classifier_has_no_pretrained_encoder(
 
 @pytest.mark.slow
 def test_regression(sources: Path, tmp_path: Path) -> None:
-    assert main(command(sources, tmp_path, task="scores")) == 0
-    found = results(tmp_path)
+    assert main(command(sources, tmp_path, "--epochs", "1", "--teacher-epochs", "1", task="scores")) == 0
+    found = record(tmp_path)
     assert found["metric"] == "spearman"
     assert found["settings"]["objective"] == "MSE(kd_weight=1.0, label_weight=1.0)"
     assert model(tmp_path / "distilled").config.problem_type == "regression"
@@ -332,7 +300,7 @@ def test_tensorboard_logs_the_parts_of_the_loss(sources: Path, tmp_path: Path) -
     pytest.importorskip("tensorboard")
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-    assert main(command(sources, tmp_path, "--tensorboard")) == 0
+    assert main(command(sources, tmp_path, "--tensorboard", "--epochs", "1", "--teacher-epochs", "1")) == 0
     files = (tmp_path / "distilled").rglob("events.out.tfevents*")
     seen = {name for file in files for name in EventAccumulator(str(file)).Reload().Tags()["scalars"]}
     assert {"train/loss", "train/kd", "train/ce", "eval/accuracy"} <= seen
@@ -370,25 +338,30 @@ def test_an_interrupted_run_says_that_it_can_go_on(
 
 @pytest.mark.slow
 def test_from_python(sources: Path, finished: Path, tmp_path: Path) -> None:
-    """What the command does."""
+    """What the command does, of which nothing is repeated."""
+    output = tmp_path / "run"
+    shutil.copytree(finished, output)
+    before = written(output)
     asked = KDSettings(
         task=str(sources / "task"),
         teacher=str(sources / "encoder"),
         student_layers=1,
-        output=tmp_path / "run",
+        output=output,
         epochs=2,
         teacher_epochs=2,
         batch_size=16,
         learning_rate=0.01,
         teacher_learning_rate=0.01,
         select_on="validation",
+        checkpoints=3,
     )
     report = recipes.kd(asked)
-    assert metrics(tmp_path / "run") == metrics(finished)
-    assert report.record["settings"] == {**results(finished)["settings"], "output": tmp_path / "run"}
+    assert not done_since(output, before)
+    assert metrics(output) == metrics(finished)
+    assert report.record["settings"] == {**record(finished)["settings"], "output": output}
     for name in STAGES:
         assert report.results[name]["accuracy"] == metrics(finished)[name]["accuracy"]
         rows = [row for row in str(report).split("\n") if f"│ {name}" in row]
         assert f"{100 * report.results[name]['accuracy']:.1f}" in rows[-1]
-    assert report.file == tmp_path / "run" / "results.json"
+    assert report.file == output / "results.json"
     assert report.plots == ()

@@ -24,7 +24,7 @@ from fastdistill.recipes.methods.kd import logits_objective
 from fastdistill.sensitivity import units
 from tests import commands, tiny
 from tests.processes import start
-from tests.records import record, untimed
+from tests.records import done_since, record, untimed, written
 
 ENCODER = {"layers": 3, "num_attention_heads": 4}
 
@@ -65,8 +65,7 @@ def test_a_run_trains_all_that_was_asked_for(finished: Path) -> None:
 @pytest.mark.slow
 def test_the_same_from_python_repeats_nothing(sources: Path, finished: Path) -> None:
     """And the report says where plots are."""
-    before = measured(finished)
-    written = {path: path.stat().st_mtime_ns for path in finished.rglob("stage.json")}
+    before, stages = measured(finished), written(finished)
     asked = StarkSettings(
         task=str(sources / "task"),
         teacher=str(sources / "encoder"),
@@ -84,10 +83,11 @@ def test_the_same_from_python_repeats_nothing(sources: Path, finished: Path) -> 
         seeds=(0, 7),
         baseline_runs=1,
         select_on="validation",
+        checkpoints=0,
     )
     report = recipes.stark(asked)
     assert measured(finished) == before
-    assert {path: path.stat().st_mtime_ns for path in finished.rglob("stage.json")} == written
+    assert not done_since(finished, stages)
     names = ("sparsities", "heads", "density-heads", "density-neurons")
     assert report.plots == tuple(finished / f"{name}.svg" for name in names)
     assert report.results["stark"]["values"] == record(finished)["results"]["stark"]["values"]
@@ -316,8 +316,12 @@ def test_a_killed_run_goes_on(sources: Path, finished: Path, tmp_path: Path) -> 
     """SIGKILL in the midst of a training, of scores, and of the second seed; the same command ends with the same
     results."""
     output = tmp_path / "run"
-    shutil.copytree(finished / "teacher", output / "teacher")
-    arguments = command(sources, output, *EVERYTHING)
+    shutil.copytree(finished, output)
+    (output / "results.json").unlink()
+    for name in ("seed-0/trial", "seed-0/scores", "seed-7/stark-rand-0.25", "seed-7/stark-rand-0.5"):
+        shutil.rmtree(output / name)
+    before = written(output)
+    arguments = command(sources, output, *EVERYTHING, "--checkpoints", "3")
     middles = ("seed-0/trial/checkpoint-*", "seed-0/scores/unfinished.safetensors", "seed-7/stark-rand-0.25/stage.json")
     for middle in middles:
         process = start(saving_often, arguments)
@@ -330,6 +334,7 @@ def test_a_killed_run_goes_on(sources: Path, finished: Path, tmp_path: Path) -> 
     assert main(arguments) == 0
     assert measured(output) == measured(finished)
     assert not list(output.rglob("unfinished*"))
+    assert done_since(output, before) == {"trial", "scores", "stark-rand-0.25", "stark-rand-0.5"}
 
 
 def test_a_budget_in_place_of_sparsities(sources: Path, tmp_path: Path) -> None:
