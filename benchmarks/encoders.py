@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
+from unittest.mock import patch
 
 import torch
 from transformers import BertConfig, BertForSequenceClassification
 
 import fastdistill  # noqa: F401 (registers its attention)
 from benchmarks.harness import DEVICE, TINY
+from fastdistill.ops import gating
 
 WIDTHS = {"MiniLM": 24 if TINY else 384, "BERT-base": 24 if TINY else 768}
 
@@ -45,3 +49,14 @@ def batch(size: int, tokens: int, classes: int = 2) -> dict[str, torch.Tensor]:
         "labels": torch.randint(classes, (size,), generator=generator),
     }
     return {name: tensor.to(DEVICE) for name, tensor in made.items()}
+
+
+@contextmanager
+def multiplications() -> Iterator[None]:
+    """Within it gates are multiplications in front of the output projections, whatever is closed."""
+    with (
+        patch.object(gating, "neurons_by_kernel", lambda h: False),
+        patch.object(gating, "heads_by_kernel", lambda query: False),
+        patch.object(gating, "worth_leaving_out", lambda *sizes: False),
+    ):
+        yield

@@ -1,10 +1,11 @@
 """Scoring the heads and neurons of a 6-layer teacher of MiniLM's width with a 2-layer student (on a GPU, of BERT-base
 with a 4-layer one), one batch: `fastdistill.score` by example;
-two backward passes through gates and weights, by batch, as the code published with STARK does it; and the definition,
-two backward passes for each single example."""
+two backward passes through gates and weights, by batch, as the code published with STARK does it; the same with
+fastdistill's gates; and the definition, two backward passes for each single example."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -13,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import fastdistill
-from benchmarks.encoders import batch, encoder
+from benchmarks.encoders import batch, encoder, multiplications
 from benchmarks.harness import DEVICE, OURS, measure, sizes
 
 
@@ -52,7 +53,20 @@ def ours(teacher: Any, student: Any, data: dict[str, Tensor]) -> Any:
     return fastdistill.score(teacher, [data], student, progress=False)
 
 
-IMPLEMENTATIONS = {"two backwards": two_backwards, "loop over examples": loop_over_examples, OURS: ours}
+def multiplied(run: Callable[..., Any]) -> Callable[..., Any]:
+    def with_multiplications(*args: Any) -> Any:
+        with multiplications():
+            return run(*args)
+
+    return with_multiplications
+
+
+IMPLEMENTATIONS = {
+    "two backwards": multiplied(two_backwards),
+    "two backwards, fastdistill.gate": two_backwards,
+    "loop over examples": multiplied(loop_over_examples),
+    OURS: ours,
+}
 
 
 # like, teacher's and student's layers, tokens, classes, dtype

@@ -14,13 +14,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import bidirectional_mask_function, eager_mask, sdpa_mask
 
+from fastdistill.ops import gating
 from fastdistill.ops.gated_attention import gated_attention
 
 IMPLEMENTATION = "fastdistill"
 
 _GATE = "_fastdistill_head_gate"
+_GATED_OR_SDPA = "fastdistill_gated_or_sdpa"  # for the time of a call, in a config
 
 _HARMLESS = frozenset({
     "cache_position", "deterministic", "num_items_in_batch", "output_hidden_states", "output_router_logits",
@@ -31,8 +34,8 @@ to know of positions and types, and gated_attention is deterministic."""
 
 
 @contextmanager
-def head_gate(attention: nn.Module, gate: Callable[[], Tensor]) -> Iterator[None]:
-    """Within it that attention module's heads have the gates that `gate` gives at each call."""
+def head_gate(attention: nn.Module, gate: Callable[[Tensor], Tensor | None]) -> Iterator[None]:
+    """Within it that attention module's heads have the gates that `gate` gives for the query of each call."""
     setattr(attention, _GATE, gate)
     try:
         yield
@@ -72,7 +75,7 @@ def attention_forward(
         is_causal = getattr(module, "is_causal", True)
     is_causal = bool(is_causal) and attention_mask is None and query.shape[2] > 1  # a mask says all
     own_gate = getattr(module, _GATE, None)
-    gate = own_gate and own_gate()
+    gate = own_gate and own_gate(query)
     if torch.compiler.is_compiling() and torch.onnx.is_in_onnx_export():  # which does not know the op
         if key.shape[1] != query.shape[1]:
             key, value = (x.repeat_interleave(query.shape[1] // x.shape[1], 1) for x in (key, value))
@@ -84,13 +87,46 @@ def attention_forward(
     return context.transpose(1, 2).contiguous(), None
 
 
+def _gated_or_sdpa(
+    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **options: Any
+) -> tuple[Tensor, None]:
+    """`attention_forward` where it is faster and can do what is asked for, otherwise PyTorch's attention."""
+    own = {"dropout", "scaling", "is_causal"}
+    refused = _unknown({k: v for k, v in options.items() if k not in own}, attention_mask, key.shape[2])
+    if refused is None and gating.heads_by_kernel(query):
+        return attention_forward(module, query, key, value, attention_mask, **options)
+    context: Tensor = sdpa_attention_forward(module, query, key, value, attention_mask, **options)[0]
+    return context, None
+
+
+@contextmanager
+def gated_if_faster(attention: nn.Module, device: torch.device) -> Iterator[None]:
+    """Within it the module's attention, if it is PyTorch's, is `gated_attention` where that is faster."""
+    config: Any = getattr(attention, "config", None)
+    if device.type not in gating.HEADS_BY_KERNEL or getattr(config, "_attn_implementation", None) != "sdpa":
+        yield
+        return
+    config._attn_implementation = _GATED_OR_SDPA
+    try:
+        yield
+    finally:
+        config._attn_implementation = "sdpa"
+
+
 def _check_keywords(keywords: dict[str, Any], attention_mask: Tensor | None, keys: int) -> None:
+    if (name := _unknown(keywords, attention_mask, keys)) is not None:
+        _refuse(name, keywords[name], "None")
+
+
+def _unknown(keywords: dict[str, Any], attention_mask: Tensor | None, keys: int) -> str | None:
+    """The first that asks for what `gated_attention` does not do."""
     for name, value in keywords.items():
         if value is None or name in _HARMLESS or (name == "output_attentions" and value is False):
             continue
         if name == "sliding_window" and (attention_mask is not None or value >= keys):
             continue
-        _refuse(name, value, "None")
+        return name
+    return None
 
 
 def _refuse(name: str, value: object, expected: str) -> None:
@@ -113,4 +149,5 @@ def create_mask(mask_function: Callable[..., Any], **options: Any) -> Tensor | N
 
 
 AttentionInterface.register(IMPLEMENTATION, attention_forward)
+AttentionInterface.register(_GATED_OR_SDPA, _gated_or_sdpa)
 AttentionMaskInterface.register(IMPLEMENTATION, create_mask)

@@ -8,11 +8,11 @@ from functools import partial
 from typing import TYPE_CHECKING
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from fastdistill.models.architectures import blocks
-from fastdistill.models.attention import gates_heads, head_gate
-from fastdistill.models.hooks import hooked, inputs_changed, recomputed_within, whole
+from fastdistill.models.gated_layers import GatedLayer
+from fastdistill.models.hooks import hooked, recomputed_within, whole
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -56,8 +56,10 @@ def gate(model: PreTrainedModel) -> Iterator[Gates]:
 
     A head's gate :math:`\xi` multiplies its context, after softmax·V and before the output projection, and a neuron's
     gate :math:`\nu` the neuron after its activation, before the second linear map (STARK, Yang et al. 2022, section
-    3.2). With attention of any kind; with ``attn_implementation="fastdistill"`` heads whose gate is 0 and takes no
-    gradient are not computed. Layers without heads or neurons have gates without elements. Of grouped queries the heads
+    3.2). With attention of any kind. Units whose gates are 0 and take no gradient are not computed, neither they nor
+    their rows and columns of the linear maps, so that a masked model is as fast as a pruned one (heads: not with eager
+    attention, and not with a cache); gates that take one are in the kernels that are faster than multiplications, as
+    `fastdistill.doctor` says. Layers without heads or neurons have gates without elements. Of grouped queries the heads
     are those of query, and of a gated feed-forward network a neuron is the product that the second linear map is given.
     A layer that is applied again and again (ALBERT) has one gate for all applications.
 
@@ -81,40 +83,11 @@ def gate(model: PreTrainedModel) -> Iterator[Gates]:
         leave.enter_context(hooked(model, "gate"))
         leave.enter_context(recomputed_within(model, "gate"))
         for place, block in enumerate(layers):
-            if block.heads:
-                leave.enter_context(head_gate(block.attention, partial(_head_gate, gates, place)))
-                change = partial(_gate_heads, gates, place, block.head_size, block.attention)
-                leave.enter_context(inputs_changed(block.head_out, change))
-            if block.neurons:
-                leave.enter_context(inputs_changed(block.neuron_out, partial(_gate_neurons, gates, place)))
+            heads, neurons = partial(_given, gates, "heads", place), partial(_given, gates, "neurons", place)
+            leave.enter_context(GatedLayer(block, place, heads, neurons).changed())
         yield gates
 
 
-def _head_gate(gates: Gates, place: int) -> Tensor:
-    return gates.heads[place]
-
-
-def _gate_heads(gates: Gates, place: int, size: int, attention: nn.Module, contexts: Tensor) -> tuple[Tensor]:
-    """For the output projection, unless the attention has done it."""
-    if gates_heads(attention):
-        return (contexts,)
-    return (_multiply(contexts, f"gates.heads[{place}]", gates.heads[place], size),)
-
-
-def _gate_neurons(gates: Gates, place: int, neurons: Tensor) -> tuple[Tensor]:
-    return (_multiply(neurons, f"gates.neurons[{place}]", gates.neurons[place], 1),)
-
-
-def _multiply(values: Tensor, name: str, gate: Tensor, size: int) -> Tensor:
-    """Of ``[B, ..., units * size]`` each unit's `size` values times its gate, in the values' dtype."""
-    gate = check_gate(name, gate, values.shape[0], values.shape[-1] // size)
-    if gate.dim() == 2:
-        gate = gate.view(gate.shape[0], *[1] * (values.dim() - 2), -1)
-    gated: Tensor = (values.unflatten(-1, (-1, size)) * gate.unsqueeze(-1)).flatten(-2)
-    return gated.to(values.dtype)
-
-
-def check_gate(name: str, gate: Tensor, batch_size: int, units: int) -> Tensor:
-    if tuple(gate.shape) not in ((units,), (batch_size, units)):
-        raise ValueError(f"{name} has shape {tuple(gate.shape)}; expected ({units},) or ({batch_size}, {units})")
+def _given(gates: Gates, units: str, place: int, values: Tensor) -> Tensor:
+    gate: Tensor = getattr(gates, units)[place]
     return gate

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -90,19 +90,24 @@ def recomputed_within(model: nn.Module, by: str) -> Iterator[None]:
 
 
 @contextmanager
-def inputs_changed(module: nn.Module, change: Callable[..., tuple[Any, ...]]) -> Iterator[None]:
-    """Within it the module computes with the positional inputs that `change` makes of those it is given.
+def forward_changed(module: nn.Module, change: Callable[..., Any]) -> Iterator[None]:
+    """Within it the module computes what `change` makes of its forward and its inputs.
 
     By a `forward` of its own and not by a hook, since a compiled model does not notice hooks that come or go later.
     """
     forward, before = module.forward, module.__dict__.get("forward")
-    module.forward = lambda *inputs, **others: forward(*change(*inputs), **others)
+    module.forward = lambda *inputs, **others: change(forward, *inputs, **others)
     try:
         yield
     finally:
         del module.forward
         if before is not None:
             module.forward = before
+
+
+def inputs_changed(module: nn.Module, change: Callable[..., tuple[Any, ...]]) -> AbstractContextManager[None]:
+    """Within it the module computes with the positional inputs that `change` makes of those it is given."""
+    return forward_changed(module, lambda forward, *inputs, **others: forward(*change(*inputs), **others))
 
 
 def refuse_peft(model: object) -> None:

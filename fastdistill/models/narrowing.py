@@ -30,7 +30,7 @@ def without(model: Model, heads: Sequence[Tensor], neurons: Sequence[Tensor]) ->
         own_heads = made_up(open_heads, block)
         closed = own_heads[~torch.isin(own_heads, open_heads)]
         with torch.no_grad():
-            block.head_out.weight.index_fill_(*_channels(block.head_out, closed, block.heads, rows=False), 0)
+            block.head_out.weight.index_fill_(*channels(block.head_out, closed, block.heads, rows=False), 0)
         numbers.append([was[head] for head in own_heads.tolist()])
         narrow(block, own_heads, own_neurons, numbers[-1])
     declare_widths(smaller, numbers, [len(own) for own in neurons])
@@ -78,19 +78,19 @@ def narrow(block: Block, heads: Tensor, neurons: Tensor, numbers: Sequence[int])
         _mend(block, names.neuron_out)
 
 
-def _channels(linear: Any, kept: Tensor, units: int, parts: int = 1, *, rows: bool) -> tuple[int, Tensor]:
+def channels(linear: Any, kept: Tensor, units: int, parts: int = 1, *, rows: bool) -> tuple[int, Tensor]:
     """The dimension of the weight's rows, or columns, and those that are the kept units'."""
     dim = 0 if rows != isinstance(linear, Conv1D) else 1
     size = linear.weight.shape[dim]
-    channels = torch.arange(size, device="cpu").view(parts, units, size // max(parts * units, 1))
-    return dim, channels[:, kept.cpu()].flatten().to(linear.weight.device)
+    places = torch.arange(size, device="cpu").view(parts, units, size // max(parts * units, 1))
+    return dim, places[:, kept.cpu()].flatten().to(linear.weight.device)
 
 
 def _select(linear: Any, kept: Tensor, units: int, parts: int = 1, *, rows: bool) -> None:
-    dim, channels = _channels(linear, kept, units, parts, rows=rows)
-    linear.weight = nn.Parameter(linear.weight.detach().index_select(dim, channels))
+    dim, places = channels(linear, kept, units, parts, rows=rows)
+    linear.weight = nn.Parameter(linear.weight.detach().index_select(dim, places))
     if rows and linear.bias is not None:
-        linear.bias = nn.Parameter(linear.bias.detach().index_select(0, channels))
+        linear.bias = nn.Parameter(linear.bias.detach().index_select(0, places))
     if isinstance(linear, Conv1D):
         linear.nx, linear.nf = linear.weight.shape
     else:
@@ -104,20 +104,24 @@ def _mend(block: Block, name: str) -> None:
         block.replace(name, _NoColumns(linear))
 
 
+def heads_known(attention: nn.Module, heads: int, per_group: int, size: int) -> dict[str, int]:
+    """What an attention module knows of its heads beside the width of its projections, as it is of so many."""
+    known = {
+        "num_attention_heads": heads,
+        "num_heads": heads,
+        "n_heads": heads,
+        "num_key_value_groups": per_group,
+        "num_key_value_heads": heads // per_group,
+        "all_head_size": heads * size,
+        "split_size": heads * size,
+    }
+    return {name: value for name, value in known.items() if hasattr(attention, name)}
+
+
 def _set_heads(block: Block, numbers: Sequence[int], per_group: int) -> None:
-    """What attention modules know of their heads beside the width of their projections."""
     attention: Any = block.attention
-    for name, value in (
-        ("num_attention_heads", len(numbers)),
-        ("num_heads", len(numbers)),
-        ("n_heads", len(numbers)),
-        ("num_key_value_groups", per_group),
-        ("num_key_value_heads", len(numbers) // per_group),
-        ("all_head_size", len(numbers) * block.head_size),
-        ("split_size", len(numbers) * block.head_size),
-    ):
-        if hasattr(attention, name):
-            setattr(attention, name, value)
+    for name, value in heads_known(attention, len(numbers), per_group, block.head_size).items():
+        setattr(attention, name, value)
     if type(attention).__name__ == "MPNetSelfAttention":  # is given a bias for all the heads that there were
         if not hasattr(attention, "kept_heads"):
             attention.register_forward_pre_hook(_own_position_bias)

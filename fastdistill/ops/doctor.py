@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 import torch
 
+from fastdistill.ops.gating import gates_run_on
 from fastdistill.ops.library import OPS, TRITON, has_kernel
 from fastdistill.ops.native import NATIVE
 
@@ -73,6 +74,7 @@ def _facts() -> list[str]:
         f"CUDA C++ kernels: {'loaded' if NATIVE.cuda else 'none; ' + NATIVE.why_no_cuda}",
         f"Triton kernels: {triton}",
         f"CPU: {torch.backends.cpu.get_cpu_capability()}, {torch.get_num_threads()} threads; CUDA device: {device}",
+        gates_run_on(),
     ]
 
 

@@ -1,81 +1,73 @@
-"""What heads and neurons give on, and from it the gradients of gates that are not there."""
+"""The gradients of gates that are not there: in front of every head and neuron, and 1."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
-from functools import partial, reduce
+from functools import partial
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from fastdistill.models.architectures import blocks
-from fastdistill.models.hooks import hooked, inputs_changed, whole
+from fastdistill.models.gated_layers import GatedLayer
+from fastdistill.models.hooks import hooked, whole
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 
 class UnitValues:
-    r"""The values of a model's heads, then neurons, in its last forward pass, layer by layer.
+    r"""Stands for gates of a model's heads, then neurons, in its last forward pass, layer by layer.
 
     A gate of one that multiplies a unit's values :math:`x` has the gradient :math:`\sum x\,\partial L/\partial x`: it
-    is had without the multiplications, forward or backward.
+    is had without the multiplications, forward or backward, as the backward pass comes by. Of neurons it is summed by
+    the backward sweep of their activation, of heads by that of `gated_attention`, where these are faster
+    (`fastdistill.ops.gating`).
     """
 
     def __init__(self, units: list[int]) -> None:
         self.units = units
-        self._seen: list[list[Tensor]] = [[] for _ in units]
+        self._gates: list[Tensor | None] = [None for _ in units]
 
     def clear(self) -> None:
         """Before another forward pass."""
-        for seen in self._seen:
-            seen.clear()
+        self._gates = [None for _ in self.units]
 
-    def see(self, place: int, values: Tensor) -> tuple[Tensor]:
-        if not torch.is_grad_enabled():
-            return (values,)
-        if not values.requires_grad:  # nothing before it takes a gradient
-            values = values.detach().requires_grad_()
-        self._seen[place].append(values)  # several where a layer is applied again
-        return (values,)
+    def gate(self, place: int, values: Tensor) -> Tensor:
+        """Of each example, ``[B, units]``; the same where a layer is applied again."""
+        gate = self._gates[place]
+        if gate is None:
+            dtype = torch.promote_types(values.dtype, torch.float32)
+            gate = values.new_ones(len(values), self.units[place], dtype=dtype).requires_grad_()
+            self._gates[place] = gate
+        return gate
 
     def gradients(self, outputs: Tensor, grad_output: Tensor | None = None, *, retain_graph: bool = False) -> Tensor:
         """Every example's, ``[B, all units]``, summed in float32, or in float64 for values of that."""
-        flat = [values for seen in self._seen for values in seen]
-        if not outputs.requires_grad or not flat:
+        gates = [gate for gate in self._gates if gate is not None]
+        if not outputs.requires_grad or not gates:
             return outputs.new_zeros(len(outputs) if outputs.dim() else 1, 0)
-        grads = iter(torch.autograd.grad(outputs, flat, grad_output, retain_graph=retain_graph, materialize_grads=True))
-        found = []
-        for seen, units in zip(self._seen, self.units, strict=True):
-            if units:
-                found.append(reduce(torch.add, [_by_unit(values, next(grads), units) for values in seen]))
-        return torch.cat(found, 1)
-
-
-def _by_unit(values: Tensor, grad: Tensor, units: int) -> Tensor:
-    dtype = torch.promote_types(values.dtype, torch.float32)
-    product = values.detach().to(dtype) * grad.to(dtype)
-    size = product.shape[-1] // units
-    return product.view(len(product), -1, units, size).sum((1, 3))
+        return torch.cat(
+            torch.autograd.grad(outputs, gates, grad_output, retain_graph=retain_graph, materialize_grads=True), 1
+        )
 
 
 @contextmanager
 def unit_values(model: PreTrainedModel) -> Iterator[UnitValues]:
-    """Within it what the model's heads and neurons give to the output projections is kept, a forward pass long.
+    """Within it each of the model's heads and neurons has a gate that `UnitValues` gives the gradient of.
     Compiled models run uncompiled: between two outputs of a graph that was compiled there is no gradient.
 
     Raises ValueError for an unknown architecture, and for a model within `fastdistill.gate`.
     """
     model = whole(model)
     layers = blocks(model)
-    modules = [*(block.head_out for block in layers), *(block.neuron_out for block in layers)]
     values = UnitValues([*(block.heads for block in layers), *(block.neurons for block in layers)])
     with ExitStack() as leave:
         leave.enter_context(torch.compiler.set_stance("force_eager"))
         leave.enter_context(hooked(model, "gate"))  # whose multiplications it stands for
-        for place, module in enumerate(modules):
-            if values.units[place]:
-                leave.enter_context(inputs_changed(module, partial(values.see, place)))
+        for place, block in enumerate(layers):
+            heads, neurons = partial(values.gate, place), partial(values.gate, len(layers) + place)
+            leave.enter_context(GatedLayer(block, place, heads, neurons, ones=True).changed())
         yield values

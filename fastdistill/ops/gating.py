@@ -1,0 +1,61 @@
+"""What gates on a model's heads and neurons are computed by, by what was measured."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from fastdistill.ops.checks import FLOATING
+from fastdistill.ops.gated_ffn import GATHER_ROWS
+from fastdistill.ops.library import TRITON, has_kernel
+from fastdistill.ops.native import NATIVE
+
+GATHER_ROWS_CUDA = 2**14
+"""docs/gpu.md: of 4,096 rows by 768×3072 gathering half the weights costs the host more than it saves the GPU (.86 to
+1.11 ms against .56 to .86 for all of them), of 32,768 by 1024×4096 it saves half (1.63 ms of 3.10)."""
+
+
+HEADS_BY_KERNEL = ("cuda",)
+"""Devices on which `heads_by_kernel` may be so."""
+
+
+def neurons_by_kernel(h: Tensor) -> bool:
+    """Whether activation and gates are one sweep, `bias_act_gate`, and not an activation and a multiplication.
+
+    Two layers 384 wide on CPU, batches of 32, forward and backward with gates by example: .95 (16 tokens), .89 (32) and
+    .97 (64) of the time with multiplications, and without gradients .92, .95 and 1. On an H100 (docs/gpu.md) the sweep
+    and its gradient take the host 124 µs, PyTorch's operations 224.
+    """
+    if h.dtype not in FLOATING:
+        return False
+    return NATIVE.cpu is not None if h.is_cpu else h.is_cuda and (NATIVE.cuda or "bias_act_gate" in TRITON)
+
+
+def heads_by_kernel(query: Tensor) -> bool:
+    """Whether PyTorch's attention and a multiplication give way to `gated_attention`.
+
+    Not on CPU: there it is PyTorch's own with copies of heads around it, 1.03 to 1.05 of the time of the same layers,
+    forward and backward (16 to 64 tokens). On an H100 in bfloat16 (docs/gpu.md) 32×12×128×64 with gates by example
+    takes 239 µs in place of 798, and 64×12×512×64 as long as cuDNN's and a multiplication; wider heads and longer texts
+    take longer than that, and float32 was not measured.
+    """
+    if query.device.type not in HEADS_BY_KERNEL or "gated_attention" not in TRITON:
+        return False
+    return query.dtype in (torch.bfloat16, torch.float16) and query.shape[-1] <= 64 and query.shape[-2] <= 512
+
+
+def worth_leaving_out(rows: int, units: int, kept: int, device: torch.device) -> bool:
+    """Whether it pays to gather the weights of the units that are not closed."""
+    if device.type == "cuda":
+        return rows >= GATHER_ROWS_CUDA and kept < units
+    return rows * (units - kept) > GATHER_ROWS * kept
+
+
+def gates_run_on() -> str:
+    """For `fastdistill.doctor`, in one line."""
+    neurons = "the activation's sweep (bias_act_gate)" if has_kernel("bias_act_gate", "CPU") else "multiplications"
+    return (
+        f"gate and score: on CPU neurons by {neurons}, heads by PyTorch's attention, which takes less time there than "
+        "gated_attention, and closed units left out of products; on CUDA both by kernels, heads of up to 64 channels "
+        "and 512 tokens in 16 bits, and closed units left out from 16,384 rows (docs/gpu.md)"
+    )
