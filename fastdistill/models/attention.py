@@ -22,7 +22,7 @@ IMPLEMENTATION = "fastdistill"
 
 _GATE = "_fastdistill_head_gate"
 
-_HARMLESS = frozenset({
+HARMLESS = frozenset({
     "cache_position", "deterministic", "num_items_in_batch", "output_hidden_states", "output_router_logits",
     "position_ids", "return_dict", "token_type_ids", "use_cache",
 })  # fmt: skip
@@ -38,6 +38,11 @@ def head_gate(attention: nn.Module, gate: Callable[[], Tensor]) -> Iterator[None
         yield
     finally:
         delattr(attention, _GATE)
+
+
+def has_gate(attention: nn.Module) -> bool:
+    """Whether it is within `head_gate`."""
+    return _GATE in vars(attention)
 
 
 def gates_heads(attention: nn.Module) -> bool:
@@ -86,7 +91,7 @@ def attention_forward(
 
 def _check_keywords(keywords: dict[str, Any], attention_mask: Tensor | None, keys: int) -> None:
     for name, value in keywords.items():
-        if value is None or name in _HARMLESS or (name == "output_attentions" and value is False):
+        if value is None or name in HARMLESS or (name == "output_attentions" and value is False):
             continue
         if name == "sliding_window" and (attention_mask is not None or value >= keys):
             continue
