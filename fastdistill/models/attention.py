@@ -25,7 +25,7 @@ IMPLEMENTATION = "fastdistill"
 _GATE = "_fastdistill_head_gate"
 _GATED_OR_SDPA = "fastdistill_gated_or_sdpa"  # for the time of a call, in a config
 
-_HARMLESS = frozenset({
+HARMLESS = frozenset({
     "cache_position", "deterministic", "num_items_in_batch", "output_hidden_states", "output_router_logits",
     "position_ids", "return_dict", "token_type_ids", "use_cache",
 })  # fmt: skip
@@ -41,6 +41,11 @@ def head_gate(attention: nn.Module, gate: Callable[[Tensor], Tensor | None]) -> 
         yield
     finally:
         delattr(attention, _GATE)
+
+
+def has_gate(attention: nn.Module) -> bool:
+    """Whether it is within `head_gate`."""
+    return _GATE in vars(attention)
 
 
 def gates_heads(attention: nn.Module) -> bool:
@@ -121,7 +126,7 @@ def _check_keywords(keywords: dict[str, Any], attention_mask: Tensor | None, key
 def _unknown(keywords: dict[str, Any], attention_mask: Tensor | None, keys: int) -> str | None:
     """The first that asks for what `gated_attention` does not do."""
     for name, value in keywords.items():
-        if value is None or name in _HARMLESS or (name == "output_attentions" and value is False):
+        if value is None or name in HARMLESS or (name == "output_attentions" and value is False):
             continue
         if name == "sliding_window" and (attention_mask is not None or value >= keys):
             continue

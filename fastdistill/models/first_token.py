@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 
-from fastdistill.models.architectures import ARCHITECTURES, architecture, encoder_layers
+from fastdistill.models.architectures import ARCHITECTURES, architecture, blocks
+from fastdistill.models.first_token_attention import first_token_attention
 from fastdistill.models.heads import is_causal
 from fastdistill.models.hooks import hooked, inputs_changed, uncompiled
 
@@ -20,10 +21,12 @@ HEADS = ("ForSequenceClassification", "ForImageClassification")
 
 @contextmanager
 def first_token_only(*models: PreTrainedModel | None) -> Iterator[None]:
-    """Within it, of a classifier's last layer all that follows attention is computed for the first token alone.
+    """Within it a classifier's last layer is computed for the first token alone.
 
-    Logits and gradients stay the same, within rounding. Of a two-layer student that saves about a third of its matrix
-    products. The last hidden state has one token, or (ViT) is right at the first alone.
+    Logits and gradients stay the same, within rounding. With the first token's query, keys and values of all others
+    need not be computed (`fastdistill.models.first_token_attention`), and all that follows attention is computed for it
+    alone: a layer's matrix products become about those of one token. The last hidden state has one token, or (ViT) is
+    right at the first alone.
 
     Args:
         models: transformers' sequence and image classifiers of an architecture that `fastdistill.gate` knows, whose
@@ -33,8 +36,10 @@ def first_token_only(*models: PreTrainedModel | None) -> Iterator[None]:
         for model in models:
             if model is not None and looks_at_the_first_token(model):
                 leave.enter_context(hooked(model, "first_token_only"))
-                last = encoder_layers(model)[-1]
-                leave.enter_context(inputs_changed(last.get_submodule(architecture(model).alone), _first))
+                last, names = blocks(model)[-1], architecture(model)
+                leave.enter_context(inputs_changed(last.layer.get_submodule(names.alone), _first))
+                if len(names.head_in) == 3 and not names.relative:
+                    leave.enter_context(first_token_attention(last))
         yield
 
 

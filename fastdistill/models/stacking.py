@@ -147,7 +147,7 @@ class _OfEach(nn.Module):
         return f"{self.number} of {self.like}"
 
 
-class _Linear(_OfEach):
+class StackedLinear(_OfEach):
     weight: Tensor
     bias: Tensor | None
 
@@ -228,7 +228,7 @@ class _Embedding(_OfEach):
 
 
 _KINDS: dict[type[nn.Module], type[_OfEach]] = {
-    nn.Linear: _Linear,
+    nn.Linear: StackedLinear,
     nn.LayerNorm: _LayerNorm,
     nn.Embedding: _Embedding,
     CompactEmbedding: _Embedding,
