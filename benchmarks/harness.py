@@ -7,7 +7,7 @@ import functools
 import os
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -98,6 +98,23 @@ def measure(
     benchmark.extra_info.update(row)
     if "median_s" in row:
         recorder.row(benchmark, row)
+
+
+def measure_recipe(
+    benchmark: Any, run: Callable[[int, Path], float], seeds: Sequence[int], folder: Path, **row: Any
+) -> None:
+    """Time a recipe once for each seed; what it gives, the accuracy, is noted with the times."""
+    accuracies = []
+
+    def once(seed: int) -> None:
+        start = time.perf_counter()
+        accuracies.append(run(seed, folder / str(seed)))
+        seconds = time.perf_counter() - start
+        print(f"{row['implementation']}, seed {seed}: {accuracies[-1]:.4f}, {seconds:.0f} s")
+
+    left = iter(seeds)
+    benchmark.pedantic(lambda: once(next(left)), iterations=1, rounds=len(seeds))
+    benchmark.extra_info.update(row, device=DEVICE, dtype="float32", peak_extra_bytes=None, accuracies=accuracies)
 
 
 def _on_gpu(benchmark: Any, function: Callable[[], Any], row: dict[str, Any], small: bool) -> None:

@@ -15,28 +15,18 @@ from torch.func import functional_call
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers import get_linear_schedule_with_warmup
 
-from benchmarks.plain_stark import Form, accuracy, loader, stored
+from benchmarks.plain_stark import Form, accuracy, adamw, loader, step, stored
 
 THETA_RATE = 1e-3  # also how far the look-ahead goes
 
 
 def train(student: Any, batches: Any, loss: Callable[[Tensor, Any], Tensor], epochs: int, rate: float) -> Any:
     student = copy.deepcopy(student).train()
-    optimizer = torch.optim.AdamW(student.parameters(), rate, weight_decay=0.01)
-    steps = epochs * len(batches)
-    schedule = get_linear_schedule_with_warmup(optimizer, steps // 10, steps)
+    optimizer, schedule = adamw(student, epochs * len(batches), rate)
     for _ in range(epochs):
         for batch in batches:
             step(student, loss(student(**inputs(batch)).logits, batch), optimizer, schedule)
     return student.eval()
-
-
-def step(student: Any, loss: Tensor, optimizer: Any, schedule: Any) -> None:
-    optimizer.zero_grad()
-    loss.backward()
-    torch.nn.utils.clip_grad_norm_(student.parameters(), 1.0)
-    optimizer.step()
-    schedule.step()
 
 
 def inputs(batch: Any) -> dict[str, Tensor]:

@@ -52,14 +52,26 @@ def stored(data: Any, tokenizer: Any, teachers: Sequence[Any]) -> Any:
     return data.add_column("said", torch.cat(said).tolist())
 
 
+def adamw(student: Any, steps: int, rate: float) -> tuple[Any, Any]:
+    """The optimizer, and its schedule: up within a tenth of the steps, then down to 0."""
+    optimizer = torch.optim.AdamW(student.parameters(), rate, weight_decay=0.01)
+    return optimizer, get_linear_schedule_with_warmup(optimizer, steps // 10, steps)
+
+
+def step(student: Any, loss: Tensor, optimizer: Any, schedule: Any) -> None:
+    optimizer.zero_grad()
+    loss.backward()
+    torch.nn.utils.clip_grad_norm_(student.parameters(), 1.0)
+    optimizer.step()
+    schedule.step()
+
+
 def distil(student: Any, teacher: Any, data: Any, tokenizer: Any, form: Form, *, epochs: int, rate: float) -> Any:
     if form is Form.STORED:
         data = stored(data, tokenizer, [teacher])
     batches = loader(data, tokenizer, True, form)
     student = copy.deepcopy(student).train()
-    optimizer = torch.optim.AdamW(student.parameters(), rate, weight_decay=0.01)
-    steps = epochs * len(batches)
-    schedule = get_linear_schedule_with_warmup(optimizer, steps // 10, steps)
+    optimizer, schedule = adamw(student, epochs * len(batches), rate)
     for _ in range(epochs):
         for batch in batches:
             labels = batch.pop("labels")
@@ -70,12 +82,7 @@ def distil(student: Any, teacher: Any, data: Any, tokenizer: Any, form: Form, *,
                     theirs = teacher(**batch).logits
             ours = student(**batch).logits
             kl = F.kl_div((ours / 2).log_softmax(-1), (theirs / 2).softmax(-1), reduction="batchmean")
-            loss = 4 * kl + F.cross_entropy(ours, labels)
-            optimizer.zero_grad()
-            loss.backward()
-            torch.nn.utils.clip_grad_norm_(student.parameters(), 1.0)
-            optimizer.step()
-            schedule.step()
+            step(student, 4 * kl + F.cross_entropy(ours, labels), optimizer, schedule)
     return student.eval()
 
 

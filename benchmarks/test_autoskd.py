@@ -12,7 +12,6 @@ import json
 import os
 import shutil
 import tempfile
-import time
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +19,7 @@ import pytest
 import torch
 
 from benchmarks import plain_autoskd
-from benchmarks.harness import DEVICE, OURS
+from benchmarks.harness import DEVICE, OURS, measure_recipe
 from benchmarks.plain_stark import Form
 from fastdistill import first_layers, from_pretrained
 from fastdistill.cli import main
@@ -94,17 +93,6 @@ def plain(form: Form, seed: int, output: Path) -> float:
 )
 def test_autoskd(benchmark: Any, implementation: str, run: Any, tmp_path: Path) -> None:
     trained()
-    accuracies = []
-
-    def once(seed: int) -> None:
-        start = time.perf_counter()
-        accuracies.append(run(seed, tmp_path / str(seed)))
-        print(f"{implementation}, seed {seed}: {accuracies[-1]:.4f}, {time.perf_counter() - start:.0f} s")
-
-    seeds = iter(SEEDS)
     benchmark.group = f"AutoSKD {Path(TASK).name}"
-    benchmark.pedantic(lambda: once(next(seeds)), iterations=1, rounds=len(SEEDS))
-    benchmark.extra_info.update(
-        op="AutoSKD", case=f"{Path(TASK).name}, {EXAMPLES} examples, team of 6, {CANDIDATES} candidates",
-        implementation=implementation, device=DEVICE, dtype="float32", peak_extra_bytes=None, accuracies=accuracies,
-    )  # fmt: skip
+    case = f"{Path(TASK).name}, {EXAMPLES} examples, team of 6, {CANDIDATES} candidates"
+    measure_recipe(benchmark, run, SEEDS, tmp_path, op="AutoSKD", case=case, implementation=implementation)

@@ -22,24 +22,17 @@ Inputs = tuple[Tensor, Tensor, Tensor]
 Loss = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 
+def kl(student: Tensor, teacher: Tensor, reduction: str) -> Tensor:
+    ours, theirs = F.log_softmax(student / TEMPERATURE, -1), F.log_softmax(teacher / TEMPERATURE, -1)
+    return F.kl_div(ours, theirs, log_target=True, reduction=reduction)
+
+
 def eager(student: Tensor, teacher: Tensor, labels: Tensor) -> Tensor:
-    kd = F.kl_div(
-        F.log_softmax(student / TEMPERATURE, -1),
-        F.log_softmax(teacher / TEMPERATURE, -1),
-        log_target=True,
-        reduction="batchmean",
-    )
-    return kd * TEMPERATURE**2 + F.cross_entropy(student, labels)
+    return kl(student, teacher, "batchmean") * TEMPERATURE**2 + F.cross_entropy(student, labels)
 
 
 def eager_by_row(student: Tensor, teacher: Tensor, labels: Tensor) -> Tensor:
-    kd = F.kl_div(
-        F.log_softmax(student / TEMPERATURE, -1),
-        F.log_softmax(teacher / TEMPERATURE, -1),
-        log_target=True,
-        reduction="none",
-    )
-    return kd.sum(-1) * TEMPERATURE**2 + F.cross_entropy(student, labels, reduction="none")
+    return kl(student, teacher, "none").sum(-1) * TEMPERATURE**2 + F.cross_entropy(student, labels, reduction="none")
 
 
 def ours(student: Tensor, teacher: Tensor, labels: Tensor) -> Tensor:

@@ -18,6 +18,12 @@ def command(recipe: str, sources: Path, output: Path, *more: str, task: str = "t
     ]  # fmt: skip
 
 
+def kd(sources: Path, output: Path, *more: str, task: str = "task", teacher: str = "encoder") -> list[str]:
+    """Two epochs of six steps a stage, unless `more` says otherwise."""
+    own = ("--student-layers", "1", "--epochs", "2", "--teacher-epochs", "2", "--teacher", str(sources / teacher))
+    return command("kd", sources, output, *own, *more, task=task)
+
+
 def refused(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> str:
     """What a command says that exits with 2: one line."""
     capsys.readouterr()

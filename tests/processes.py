@@ -7,6 +7,7 @@ import multiprocessing
 import os
 import runpy
 import sys
+import time
 from collections.abc import Callable
 from multiprocessing.process import BaseProcess
 from pathlib import Path
@@ -30,6 +31,14 @@ def _call(function: Callable[..., Any], arguments: tuple[Any, ...], said: Path |
         for stream in (1, 2):
             os.dup2(file.fileno(), stream)
     function(*arguments)
+
+
+def kill_when(is_time: Callable[[], Any], process: BaseProcess) -> None:
+    while not is_time():
+        assert process.is_alive()
+        time.sleep(0.001)
+    process.kill()
+    process.join()
 
 
 def run_module(name: str, *arguments: str) -> None:

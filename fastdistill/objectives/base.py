@@ -242,6 +242,11 @@ def as_objective(objective: Objective | LossFunction, teachers: tuple[str, ...] 
     return _Function(objective, teachers)
 
 
+def check_teacher(objective: Objective, teacher: object) -> None:
+    if teacher is None:
+        raise ValueError(f"teacher is None; {objective} needs its outputs")
+
+
 def counting(student: Any, labels: Tensor | None) -> Tensor | None:
     """Labels that say which rows of the student's logits count, with -100 for those that do not: the labels, or where
     there are none what the trainer knows of padding; None where all count."""

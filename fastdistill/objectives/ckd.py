@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastdistill.objectives.base import ATTENTION_MASK, Needs, Objective, weighted_sum
+from fastdistill.objectives.base import ATTENTION_MASK, Needs, Objective, check_teacher, weighted_sum
 from fastdistill.objectives.pkd import Pairs, check_pairs, hidden_states, layer_pairs
 from fastdistill.objectives.tokens import mean_of, real_tokens
 from fastdistill.ops.checks import check_number
@@ -95,8 +95,7 @@ class CKD(Objective):
     def parts(
         self, student: Any, teacher: Any, labels: Tensor | None, attention_mask: Tensor | None = None
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        if teacher is None:
-            raise ValueError(f"teacher is None; {self} needs its outputs")
+        check_teacher(self, teacher)
         ours, theirs = hidden_states("student", student), hidden_states("teacher", teacher)
         pairs = layer_pairs(self.pairs, len(ours) - 1, len(theirs) - 1)
         if len(pairs) < 3 and (self.ltr_pair or self.ltr_triple):

@@ -9,7 +9,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from fastdistill.objectives.base import Needs, Objective, weighted_sum
+from fastdistill.objectives.base import Needs, Objective, check_teacher, weighted_sum
 from fastdistill.objectives.pkd import OVER, Over, align, hidden_states, informative_layers, projections
 from fastdistill.objectives.selection import EXAMPLE, Chosen, Strategy, check_ratio, select
 from fastdistill.ops import kd_ce_loss, select_uncertain, uncertainty
@@ -195,8 +195,7 @@ class DeKD(Objective):
     def _named(self, teacher: Any) -> tuple[Any, Any]:
         teachers = self.needs.teachers
         if not teachers:
-            if teacher is None:
-                raise ValueError(f"teacher is None; {self} needs its outputs")
+            check_teacher(self, teacher)
             return teacher, None
         for name in teachers:
             if not isinstance(teacher, Mapping) or teacher.get(name) is None:

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastdistill.objectives.base import ATTENTION_MASK, Needs, Objective, WeightedSum
+from fastdistill.objectives.base import ATTENTION_MASK, Needs, Objective, WeightedSum, check_teacher
 from fastdistill.objectives.logits import MSE, LogitsKD, TaskLoss
 from fastdistill.objectives.pkd import hidden_states
 from fastdistill.objectives.tokens import mean_of, real_tokens
@@ -74,8 +74,7 @@ class CosineStates(Objective):
     def parts(
         self, student: Any, teacher: Any, labels: Tensor | None, attention_mask: Tensor | None = None
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        if teacher is None:
-            raise ValueError(f"teacher is None; {self} needs its outputs")
+        check_teacher(self, teacher)
         ours, theirs = hidden_states("student", student)[-1], hidden_states("teacher", teacher)[-1]
         real = real_tokens(ours, theirs, attention_mask)
         if ours.shape != theirs.shape:

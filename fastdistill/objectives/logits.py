@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastdistill.models.heads import IGNORED
-from fastdistill.objectives.base import Needs, Objective, counting, weighted_sum
+from fastdistill.objectives.base import Needs, Objective, check_teacher, counting, weighted_sum
 from fastdistill.ops.checks import check_bool, check_choice, check_number
 from fastdistill.ops.kd_ce_loss import DIVERGENCES, Divergence, kd_ce_loss
 
@@ -255,8 +255,8 @@ def check_weights(**weights: float) -> None:
 
 
 def check_given(objective: Objective, teacher: Any, labels: object) -> None:
-    if objective.needs.teacher and teacher is None:
-        raise ValueError(f"teacher is None; {objective} needs its outputs")
+    if objective.needs.teacher:
+        check_teacher(objective, teacher)
     if labels is None:
         raise ValueError(f"labels is None; {objective} needs them")
 

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fastdistill.objectives.base import Needs, Objective
+from fastdistill.objectives.base import Needs, Objective, check_teacher
 from fastdistill.ops import hidden_entropy
 from fastdistill.ops.checks import check_choice
 
@@ -60,8 +60,7 @@ class PKD(Objective):
         return Needs(hidden_states=True, all_tokens=False, labels=False)
 
     def parts(self, student: Any, teacher: Any, labels: Tensor | None) -> tuple[Tensor, dict[str, Tensor]]:
-        if teacher is None:
-            raise ValueError(f"teacher is None; {self} needs its outputs")
+        check_teacher(self, teacher)
         student_states, teacher_states = hidden_states("student", student), hidden_states("teacher", teacher)
         ours, theirs = zip(*layer_pairs(self.pairs, len(student_states) - 1, len(teacher_states) - 1), strict=True)
         distances = align(

@@ -9,7 +9,7 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor, nn
 
-from fastdistill.objectives.base import ATTENTION_MASK, Needs, Objective, WeightedSum
+from fastdistill.objectives.base import ATTENTION_MASK, Needs, Objective, WeightedSum, check_teacher
 from fastdistill.objectives.distilbert import OneLabel
 from fastdistill.objectives.logits import LogitsKD, TaskLoss
 from fastdistill.objectives.pkd import check_pairs, hidden_states, layer_pairs, projections
@@ -93,8 +93,7 @@ class AttentionMSE(Objective):
     def parts(
         self, student: Any, teacher: Any, labels: Tensor | None, attention_mask: Tensor | None = None
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        if teacher is None:
-            raise ValueError(f"teacher is None; {self} needs its outputs")
+        check_teacher(self, teacher)
         ours, theirs = _attentions("student", student), _attentions("teacher", teacher)
         real = real_tokens(ours[0][:, 0], theirs[0][:, 0], attention_mask, "attentions")
         counted = real[:, :, None] & real[:, None, :]
@@ -131,8 +130,7 @@ class HiddenMSE(Objective):
     def parts(
         self, student: Any, teacher: Any, labels: Tensor | None, attention_mask: Tensor | None = None
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        if teacher is None:
-            raise ValueError(f"teacher is None; {self} needs its outputs")
+        check_teacher(self, teacher)
         ours, theirs = hidden_states("student", student), hidden_states("teacher", teacher)
         real = real_tokens(ours[0], theirs[0], attention_mask)
         given, wanted = (ours[0].shape[-1], theirs[0].shape[-1]), self.widths

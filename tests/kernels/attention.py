@@ -4,25 +4,17 @@ from __future__ import annotations
 
 from typing import Any
 
-import numpy
 import pytest
 import torch
-import triton
 from torch import Tensor
 
 from fastdistill.ops import reference
 from fastdistill.ops.native import NATIVE
 from tests.accuracy import relative_error
 from tests.kernels import by_triton
-from tests.kernels.conftest import DEVICE
 
 pytestmark = pytest.mark.skipif(NATIVE.cpu is None, reason=f"launched from C++: {NATIVE.why_no_cpu}")
 
-
-interpreted = pytest.mark.skipif(
-    DEVICE == "cpu" and triton.__version__ < "3.7" and numpy.lib.NumpyVersion(numpy.__version__) >= "2.4.0",
-    reason="the interpreter of this Triton does not run with this NumPy",
-)
 HALF = torch.float16  # the interpreter has no products in bfloat16
 
 

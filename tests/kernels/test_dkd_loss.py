@@ -4,21 +4,16 @@ from __future__ import annotations
 
 from typing import Any
 
-import numpy
 import pytest
 import torch
-import triton
 from fastdistill.kernels import kd_ce_loss as module
 from torch import Tensor
 
 from tests.kernels import oracle
 from tests.kernels.conftest import DEVICE
+from tests.kernels.interpreter import interpreted
 
-OLD_INTERPRETER = DEVICE == "cpu" and triton.__version__ < "3.7"
-pytestmark = pytest.mark.skipif(
-    OLD_INTERPRETER and numpy.lib.NumpyVersion(numpy.__version__) >= "2.4.0",
-    reason="the interpreter of this Triton does not run with this NumPy",
-)
+pytestmark = interpreted
 
 DIVERGENCES = ("forward_kl", "soft_ce", "reverse_kl")
 REDUCTIONS = ("mean", "sum", "none")

@@ -8,8 +8,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from tests.kernels import by_triton
-from tests.kernels.attention import HALF, both, check, interpreted, pytestmark  # noqa: F401
+from tests.kernels.attention import HALF, both, check, pytestmark  # noqa: F401
 from tests.kernels.conftest import DEVICE
+from tests.kernels.interpreter import interpreted
 
 INF = math.inf
 

@@ -6,8 +6,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from tests.kernels.attention import HALF, both, check, interpreted, pytestmark  # noqa: F401
+from tests.kernels.attention import HALF, both, check, pytestmark  # noqa: F401
 from tests.kernels.conftest import DEVICE
+from tests.kernels.interpreter import interpreted
 
 GATE = torch.tensor([1.0, 0.0, -0.5, 2.0], device=DEVICE)
 PADDING = (torch.arange(20) < torch.tensor([18, 2])[:, None, None, None]).to(DEVICE)

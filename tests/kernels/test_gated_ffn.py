@@ -2,21 +2,15 @@ from __future__ import annotations
 
 import math
 
-import numpy
 import pytest
 import torch
-import triton
 from fastdistill.kernels import gated_ffn as module
 from torch import Tensor
 
 from fastdistill.ops import reference
 from tests.accuracy import assert_accurate
 from tests.kernels.conftest import DEVICE
-
-interpreted = pytest.mark.skipif(
-    DEVICE == "cpu" and triton.__version__ < "3.7" and numpy.lib.NumpyVersion(numpy.__version__) >= "2.4.0",
-    reason="the interpreter of this Triton does not run with this NumPy",
-)
+from tests.kernels.interpreter import interpreted
 
 ACTIVATIONS = ("gelu", "gelu_tanh", "relu", "silu")
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)

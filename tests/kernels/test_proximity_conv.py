@@ -2,21 +2,17 @@ from __future__ import annotations
 
 import math
 
-import numpy
 import pytest
 import torch
-import triton
 from fastdistill.kernels import proximity_conv as module
 from torch import Tensor
 
 from fastdistill.ops import reference
 from tests.accuracy import assert_accurate
 from tests.kernels.conftest import DEVICE
+from tests.kernels.interpreter import interpreted
 
-pytestmark = pytest.mark.skipif(
-    DEVICE == "cpu" and triton.__version__ < "3.7" and numpy.lib.NumpyVersion(numpy.__version__) >= "2.4.0",
-    reason="the interpreter of this Triton does not run with this NumPy",
-)
+pytestmark = interpreted
 DTYPES = (torch.float32, torch.float16, torch.float64)  # the interpreter has no products in bfloat16
 WHAT = ("output", "states", "proximity", "weight", "bias")
 

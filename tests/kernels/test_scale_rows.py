@@ -4,19 +4,15 @@ from __future__ import annotations
 
 import math
 
-import numpy
 import pytest
 import torch
 import triton
 from fastdistill.kernels import scale_rows as module
 
 from tests.kernels.conftest import DEVICE
+from tests.kernels.interpreter import interpreted
 
-OLD_INTERPRETER = DEVICE == "cpu" and triton.__version__ < "3.7"
-pytestmark = pytest.mark.skipif(
-    OLD_INTERPRETER and numpy.lib.NumpyVersion(numpy.__version__) >= "2.4.0",
-    reason="the interpreter of this Triton does not run with this NumPy",
-)
+pytestmark = interpreted
 
 
 @pytest.mark.slow

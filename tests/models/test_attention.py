@@ -14,6 +14,7 @@ from fastdistill.models import attention
 from tests.encoders import CONFIGS, classifier, inputs
 
 TEXT = sorted(CONFIGS.keys() - {"vit"})
+OWN = ("bert", "distilbert", "mpnet")  # the others' attention is a copy of BERT's
 PADDING = torch.tensor([[1] * 9, [1] * 4 + [0] * 5, [1] * 8 + [0]])
 
 
@@ -51,8 +52,7 @@ def masks(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, ...] | None]:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("run", [as_it_is, compiled])
-@pytest.mark.parametrize("kind", TEXT)
+@pytest.mark.parametrize("kind, run", [*((kind, as_it_is) for kind in TEXT), *((kind, compiled) for kind in OWN)])
 def test_padding_is_a_mask_of_one_row(kind: str, run: Callable[[Any], Any], masks: list[Any]) -> None:
     batch = padded(kind)
     with torch.no_grad():
@@ -71,7 +71,8 @@ def test_where_nothing_is_masked_there_is_no_mask(kind: str, masks: list[Any]) -
             logits = with_attention(kind, "fastdistill")(**batch).logits
             torch.testing.assert_close(logits, with_attention(kind, "sdpa")(**batch).logits)
             assert masks == [None] * (0 if kind == "mpnet" else 4)
-            torch.testing.assert_close(compiled(with_attention(kind, "fastdistill"))(**batch).logits, logits)
+            if kind in ("vit", *OWN):
+                torch.testing.assert_close(compiled(with_attention(kind, "fastdistill"))(**batch).logits, logits)
 
 
 def test_other_masks_have_a_row_for_each_query(masks: list[Any]) -> None:
@@ -87,11 +88,11 @@ def test_other_masks_have_a_row_for_each_query(masks: list[Any]) -> None:
 def test_onnx_export(gated: bool, tmp_path: Path) -> None:
     import onnxruntime
 
-    model, batch = with_attention("bert", "fastdistill"), padded("bert")
+    model, batch = with_attention("bert", "fastdistill", num_hidden_layers=2), padded("bert")
     shape = {0: torch.export.Dim("batch"), 1: torch.export.Dim("length")}
     with torch.no_grad(), fastdistill.gate(model) if gated else nullcontext() as gates:
         if gates is not None:
-            gates.heads = [torch.tensor([0.0, 0.5])] * 4
+            gates.heads = [torch.tensor([0.0, 0.5])] * 2
         torch.onnx.export(
             model, (), tmp_path / "model.onnx", kwargs=batch, dynamic_shapes=dict.fromkeys(batch, shape), verbose=False
         )

@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import math
 import os
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -26,9 +25,9 @@ from fastdistill import (
 from fastdistill.recipes.plots import shares
 from fastdistill.training.each_epoch import predict
 from tests import tiny
+from tests.parallel import launched
 
 EXACT = {"rtol": 0.0, "atol": 0.0}
-ROOT = Path(__file__).parents[2]
 
 
 class Watched(nn.Module):
@@ -349,18 +348,8 @@ def test_two_processes(tmp_path: Path) -> None:
         pytest.skip("torch was built without distributed")
     (tmp_path / "one").mkdir()
     (tmp_path / "two").mkdir()
-    train(tmp_path / "one", 1)
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    run = subprocess.run(
-        [*launcher, "-m", "tests.objectives.test_dekd_in_training", str(tmp_path / "two")],
-        cwd=ROOT,
-        env=environment,
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
-    assert run.returncode == 0, run.stderr
+    with launched("tests.objectives.test_dekd_in_training", str(tmp_path / "two")):
+        train(tmp_path / "one", 1)
     one, two = (torch.load(tmp_path / folder / "widths.pt", weights_only=True) for folder in ("one", "two"))
     torch.testing.assert_close(two, one, rtol=1e-4, atol=1e-6)
     one, two = (torch.load(tmp_path / folder / "epoch.pt", weights_only=True) for folder in ("one", "two"))

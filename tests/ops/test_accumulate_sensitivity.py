@@ -255,9 +255,8 @@ def test_opcheck(weights: bool, device: str) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("dynamic", [False, True])
-def test_compiles_whole(dynamic: bool, device: str) -> None:
-    @torch.compile(fullgraph=True, dynamic=dynamic)
+def test_compiles_whole(device: str) -> None:
+    @torch.compile(fullgraph=True, dynamic=True)
     def step(totals: list[Tensor], x: Tensor, weights: list[Tensor]) -> Tensor:
         grads: list[Tensor | None] = [x * w for w in weights]
         accumulate_sensitivity_(totals, [*grads[:-1], None], weights)

@@ -14,103 +14,13 @@ import fastdistill
 from fastdistill.ops import ActiveNeurons
 from fastdistill.ops.library import OPS
 from fastdistill.ops.native import NATIVE
+from tests.ops.operands import OPERANDS, Drawn, draw
 
 ALL_CHECKS = ("test_schema", "test_autograd_registration", "test_faketensor", "test_aot_dispatch_dynamic")
 LAYOUTS = ("contiguous", "transposed", "expanded", "sliced")
 
 
-def draw(*shape: int, layout: str = "contiguous", dtype: torch.dtype = torch.float32) -> Tensor:
-    """Random numbers with the strides that the name of the layout says."""
-    x = torch.randn(shape, generator=torch.Generator().manual_seed(sum(shape)), dtype=dtype)
-    if layout == "transposed":
-        return x.movedim(0, -1).contiguous().movedim(-1, 0)
-    if layout == "expanded":
-        return x[:1].expand(shape)
-    if layout == "sliced":
-        return torch.nn.functional.pad(x, (2, 3))[..., 2:-3]
-    return x
-
-
 # The operators --------------------------------------------------------------------------------------------------------
-
-
-def operands(op: str, layout: str, grad: bool) -> list[tuple[Any, ...]]:
-    """Arguments for the operator; of those that can have a gradient all want one, or none."""
-
-    def leaf(*shape: int) -> Tensor:
-        return draw(*shape, layout=layout).requires_grad_(grad)
-
-    def plain(*shape: int) -> Tensor:
-        return draw(*shape, layout=layout)
-
-    if op == "kd_ce_loss":
-        labels = torch.tensor([[0, 1, -100], [2, 3, 4]])
-        options = (2.0, 1.0, 0.5, "reverse_kl", True, -100, 0.1, "mean", grad, grad)
-        few = (leaf(2, 3, 5), leaf(2, 3, 5), labels, *options)
-        return [
-            few,
-            (*few, True),
-            (leaf(6, 70), leaf(6, 70), None, 2.0, 1.0, 0.0, "forward_kl", True, -100, 0.0, "none", grad, grad),
-        ]
-    if op == "dkd_loss":
-        labels = torch.tensor([[0, 1, -100], [2, 3, 4]])
-        options = (2.0, 0.7, 3.0, 0.5, "reverse_kl", True, -100, 0.1, "mean", grad, grad)
-        few = (leaf(2, 3, 5), leaf(2, 3, 5), labels, *options)
-        many = (leaf(6, 70), leaf(6, 70), labels.view(6), 2.0, 1.0, 8.0, 0.0, "forward_kl", True, -100, 0.0, "none")
-        return [few, (*few, True), (*many, grad, grad), (*many, grad, grad, True)]
-    if op == "scale_rows":
-        return [(plain(5, 7), torch.tensor(2.0)), (plain(5, 7), draw(5))]
-    if op == "scale_rows_":
-        if layout == "expanded":  # cannot be written to
-            return []
-        return [(plain(5, 7), torch.tensor(2.0)), (plain(5, 7), draw(5))]
-    if op in ("gated_attention", "gated_attention_backward"):
-        mask = torch.arange(20) < torch.tensor([20, 7])[:, None, None, None]
-        found = []
-        for heads, groups, gate in ((3, 3, None), (3, 3, leaf(3)), (3, 3, leaf(2, 3)), (4, 2, leaf(4))):
-            gate_grad = grad and gate is not None
-            options = (mask if grad else None, None, 0.0, False, 0.3, gate_grad)
-            args = (leaf(2, heads, 9, 8), leaf(2, groups, 20, 8), leaf(2, groups, 20, 8), gate, *options)
-            if op == "gated_attention_backward":
-                args = tuple(x.detach() if isinstance(x, Tensor) else x for x in args)
-                output, ungated, logsumexp = torch.ops.fastdistill.gated_attention(*args)
-                args = (plain(2, heads, 9, 8), *args[:6], ungated if gate_grad else output, logsumexp, *args[6:])
-            found.append(args)
-        return found
-    if op == "bias_act_gate":
-        return [
-            (leaf(4, 3, 20), leaf(20), leaf(20), "gelu"),
-            (leaf(4, 3, 20), leaf(20), leaf(4, 20), "silu"),
-            (leaf(4, 20), None, None, "relu"),
-        ]
-    if op == "bias_act_gate_backward":
-        return [
-            (plain(4, 3, 20), plain(4, 3, 20), plain(20), plain(20), "gelu", grad, grad),
-            (plain(4, 3, 20), plain(4, 3, 20), plain(20), plain(4, 20), "gelu_tanh", grad, grad),
-            (plain(4, 20), plain(4, 20), None, None, "relu", False, False),
-        ]
-    if op in ("proximity_conv", "proximity_conv_backward"):
-        mask = torch.arange(7) < torch.tensor([7, 4, 1])[:, None]
-        found = []
-        for bias, given in ((None, None), (leaf(6), mask)):
-            args = (leaf(3, 7, 5), leaf(3, 7), leaf(6, 5, 3), bias, given)
-            if op == "proximity_conv_backward":
-                args = tuple(x.detach() if isinstance(x, Tensor) else x for x in args)
-                output, positions = torch.ops.fastdistill.proximity_conv(*args)
-                args = (output, *args[:3], given, positions, True, grad, grad, bias is not None)
-            found.append(args)
-        return found
-    if op == "uncertainty":
-        return [(leaf(4, 3, 5), "entropy", True), (leaf(4, 70), "margin", False)]
-    if op == "uncertainty_backward":
-        return [(draw(4, 3), plain(4, 3, 5), "entropy", True), (draw(4), plain(4, 70), "least_confidence", False)]
-    if op == "select_uncertain":
-        return [(plain(4, 3, 5), 5, "entropy"), (plain(9, 70), 2, "margin")]
-    assert op == "accumulate_sensitivity_"
-    return [
-        ([draw(4, 5), draw(3)], [plain(4, 5), plain(3)], [plain(4, 5), plain(3)]),
-        ([draw(4, 5)], [plain(4, 5)], None),
-    ]
 
 
 def has_gradient(op: str) -> bool:
@@ -123,16 +33,14 @@ def has_gradient(op: str) -> bool:
 def test_opcheck(op: str, grad: bool, layout: str) -> None:
     """Autograd and compilation in one layout: test_compiles_whole has them in every one."""
     checks = ALL_CHECKS if layout == "contiguous" else ("test_schema", "test_faketensor")
-    for args in operands(op, layout, grad):
+    for args in OPERANDS[op](Drawn(layout, grad)):
         torch.library.opcheck(getattr(torch.ops.fastdistill, op).default, args, test_utils=checks)
 
 
 # The functions --------------------------------------------------------------------------------------------------------
 
 LABELS = torch.tensor([0, 1, 2, 3, 4, 0])
-OTHER = draw(6, 5).flip(0)
 W_IN, B_IN, W_OUT = draw(16, 8), draw(16), draw(4, 16)
-GATE = torch.tensor([1.0, 0.0] * 8)
 
 
 def attend(query: Tensor, key: Tensor, value: Tensor, gate: Tensor) -> Tensor:
@@ -180,17 +88,23 @@ def with_gradients(function: Callable[..., Tensor], inputs: list[Tensor], grad: 
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("dynamic", [False, True])
-@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize(
+    ("layout", "dynamic", "backend"),
+    [
+        ("contiguous", True, "aot_eager"),
+        ("transposed", False, "inductor"),
+        ("expanded", False, "aot_eager"),
+        ("sliced", True, "aot_eager"),
+    ],
+)
 @pytest.mark.parametrize(
     ("name", "grad"), [(name, grad) for name in FUNCTIONS for grad in {False, name in DIFFERENTIABLE}]
 )
-def test_compiles_whole(name: str, grad: bool, layout: str, dynamic: bool) -> None:
+def test_compiles_whole(name: str, grad: bool, layout: str, dynamic: bool, backend: str) -> None:
     """In one layout by Inductor, which asserts sizes and strides (test_opcheck compares them in every layout); nothing
     around the op would take a compiler of C++."""
     torch.compiler.reset()
     function, shapes = FUNCTIONS[name]
-    backend = "inductor" if layout == "transposed" and not dynamic else "aot_eager"
     compiled = torch.compile(function, fullgraph=True, dynamic=dynamic, backend=backend)
     inputs = [draw(*shape, layout=layout) for shape in shapes]
     for x, y in zip(with_gradients(compiled, inputs, grad), with_gradients(function, inputs, grad), strict=True):

@@ -207,10 +207,9 @@ def test_scale_rows(device: str, dtype: torch.dtype, classes: int, nan_filled: N
             assert torch.equal(in_place, expected)
 
 
-@pytest.mark.parametrize("dynamic", [False, True])
-def test_compiles_whole(device: str, dynamic: bool) -> None:
+def test_compiles_whole(device: str) -> None:
     torch.compiler.reset()
-    compiled = torch.compile(lambda *a: kd_ce_loss(*a, temperature=2.0) * 3, fullgraph=True, dynamic=dynamic)
+    compiled = torch.compile(lambda *a: kd_ce_loss(*a, temperature=2.0) * 3, fullgraph=True, dynamic=True)
     for rows in (4, 6):
         inputs = make(rows, 9, device=device, dtypes=(torch.float32, torch.float32))
         plain = with_gradients(lambda *a: kd_ce_loss(*a, temperature=2.0) * 3, *inputs)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import shutil
-import time
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +12,7 @@ import torch
 from fastdistill.autoskd.search import Found
 from fastdistill.cli import main
 from tests import commands
-from tests.processes import start
+from tests.processes import kill_when, start
 from tests.records import done_since, record, untimed, written
 
 TEAM = ["layers_1", "layers_2", "layers_3"]
@@ -122,12 +121,7 @@ def test_a_killed_search_goes_on(sources: Path, finished: Path, tmp_path: Path) 
     (output / "results.json").unlink()
     before = written(output)
     arguments = command(sources, output, *EVERYTHING, "--checkpoints", "3")
-    process = start(main, arguments)
-    while not (output / "seed-7" / "search" / "unfinished.safetensors").is_file():
-        assert process.is_alive()
-        time.sleep(0.001)
-    process.kill()
-    process.join()
+    kill_when((output / "seed-7" / "search" / "unfinished.safetensors").is_file, start(main, arguments))
     assert not (output / "results.json").exists()
     assert main(arguments) == 0
     assert measured(output) == measured(finished)

@@ -20,12 +20,6 @@ from tests.records import record
 ENCODER = {"layers": 3}
 
 
-def command(sources: Path, output: Path, *more: str, task: str = "task", teacher: str = "encoder") -> list[str]:
-    """Two epochs of six steps a stage, unless `more` says otherwise."""
-    own = ("--student-layers", "1", "--epochs", "2", "--teacher-epochs", "2", "--teacher", str(sources / teacher))
-    return commands.command("kd", sources, output, *own, *more, task=task)
-
-
 @pytest.mark.parametrize("whose", ["teacher", "pretrained"])
 def test_both_students_begin_as_the_same_first_layers(
     sources: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], whose: str
@@ -43,7 +37,7 @@ def test_both_students_begin_as_the_same_first_layers(
     monkeypatch.setattr(fitting.DistillationTrainer, "compute_loss", watched)
     monkeypatch.setattr(fitting, "can_compact", lambda model: False)  # so that states have all embeddings
     options = ("--student-from", "pretrained", "--debug-gradients") if whose == "pretrained" else ()
-    assert main(command(sources, tmp_path / "run", "--epochs", "1", "--teacher-epochs", "1", *options)) == 0
+    assert main(commands.kd(sources, tmp_path / "run", "--epochs", "1", "--teacher-epochs", "1", *options)) == 0
     asked = KDSettings(task=str(sources / "task"), teacher=str(sources / "encoder"), student_layers=1, output="o")
     source = from_pretrained(tmp_path / "run" / "teacher") if whose == "teacher" else begin(asked).pretrained
     student = first_layers(source, 1)
@@ -80,7 +74,7 @@ def test_each_seed_draws_a_head_of_its_own(sources: Path, tmp_path: Path, monkey
     monkeypatch.setattr(fitting.DistillationTrainer, "compute_loss", watched)
     monkeypatch.setattr(fitting, "can_compact", lambda model: False)
     options = ("--student-from", "pretrained", "--seeds", "3,4", "--epochs", "0.2", "--teacher-epochs", "0.2")
-    assert main(command(sources, tmp_path / "run", *options)) == 0
+    assert main(commands.kd(sources, tmp_path / "run", *options)) == 0
     same = [
         torch.equal(begun["seed-3", "distilled"][name], other) for name, other in begun["seed-4", "distilled"].items()
     ]

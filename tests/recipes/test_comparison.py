@@ -13,22 +13,16 @@ from tests.records import record
 ENCODER = {"layers": 3}
 
 
-def command(sources: Path, output: Path, *more: str, task: str = "task", teacher: str = "encoder") -> list[str]:
-    """Two epochs of six steps a stage, unless `more` says otherwise."""
-    own = ("--student-layers", "1", "--epochs", "2", "--teacher-epochs", "2", "--teacher", str(sources / teacher))
-    return commands.command("kd", sources, output, *own, *more, task=task)
-
-
 @pytest.mark.slow
 def test_more_is_compared(sources: Path, tmp_path: Path) -> None:
     """Every seed in a folder of its own; plain distillation at its default is the method itself, and trained once."""
     more = ("--seeds", "0,7", "--baselines", "--chain", "3,2,1", "--epochs", "1")
-    assert main(command(sources, tmp_path, *more)) == 0
+    assert main(commands.kd(sources, tmp_path, *more)) == 0
     found = record(tmp_path)["results"]
     assert list(found) == ["teacher", "assistant-2", "finetuned", "takd", "distilled", "kd"]
     assert found["kd"] == found["distilled"]
     assert all(len(found[name]["values"]) == 2 for name in ("finetuned", "takd", "distilled"))
     for seed in (0, 7):
         assert {path.name for path in (tmp_path / f"seed-{seed}").iterdir()} == {"finetuned", "takd", "distilled"}
-    assert main(command(sources, tmp_path / "hot", "--baselines", "--kd-temperature", "5", "--epochs", "1")) == 0
+    assert main(commands.kd(sources, tmp_path / "hot", "--baselines", "--kd-temperature", "5", "--epochs", "1")) == 0
     assert {"kd", "distilled"} < {path.name for path in (tmp_path / "hot").iterdir()}

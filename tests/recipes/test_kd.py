@@ -26,8 +26,7 @@ EVERYTHING = ()
 
 def command(sources: Path, output: Path, *more: str, task: str = "task", teacher: str = "encoder") -> list[str]:
     """Two epochs of six steps a stage, and three checkpoints, unless `more` says otherwise."""
-    own = ("--student-layers", "1", "--epochs", "2", "--teacher-epochs", "2", "--teacher", str(sources / teacher))
-    return commands.command("kd", sources, output, "--checkpoints", "3", *own, *more, task=task)
+    return commands.kd(sources, output, "--checkpoints", "3", *more, task=task, teacher=teacher)
 
 
 def without(stage: str, finished: Path, output: Path) -> Path:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import shutil
-import time
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -23,7 +22,7 @@ from fastdistill.recipes.measuring import Scoring
 from fastdistill.recipes.methods.kd import logits_objective
 from fastdistill.sensitivity import units
 from tests import commands, tiny
-from tests.processes import start
+from tests.processes import kill_when, start
 from tests.records import done_since, record, untimed, written
 
 ENCODER = {"layers": 3, "num_attention_heads": 4}
@@ -324,12 +323,7 @@ def test_a_killed_run_goes_on(sources: Path, finished: Path, tmp_path: Path) -> 
     arguments = command(sources, output, *EVERYTHING, "--checkpoints", "3")
     middles = ("seed-0/trial/checkpoint-*", "seed-0/scores/unfinished.safetensors", "seed-7/stark-rand-0.25/stage.json")
     for middle in middles:
-        process = start(saving_often, arguments)
-        while not list(output.glob(middle)):
-            assert process.is_alive()
-            time.sleep(0.002)
-        process.kill()
-        process.join()
+        kill_when(lambda middle=middle: list(output.glob(middle)), start(saving_often, arguments))
     assert not (output / "results.json").exists()
     assert main(arguments) == 0
     assert measured(output) == measured(finished)

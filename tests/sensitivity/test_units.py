@@ -6,13 +6,13 @@ from typing import Any
 
 import pytest
 import torch
-import torch.multiprocessing
 from torch import Tensor
 
 import fastdistill
 from fastdistill import CKD, DKD, MSE, PKD, LogitsKD, WeightedSum
 from fastdistill.objectives.logits import TaskLoss
 from fastdistill.sensitivity import units
+from tests.processes import start
 from tests.tiny import batches, pair
 
 
@@ -205,7 +205,10 @@ def _rank(rank: int, folder: str) -> None:
 
 @pytest.mark.slow
 def test_processes_sum_what_they_find(tmp_path: Path) -> None:
-    torch.multiprocessing.start_processes(_rank, (str(tmp_path),), nprocs=2, start_method="spawn")  # type: ignore[no-untyped-call]
+    two = [start(_rank, rank, str(tmp_path), said=tmp_path / "said") for rank in range(2)]
+    for process in two:
+        process.join(300)
+    assert [process.exitcode for process in two] == [0, 0], (tmp_path / "said").read_text()
     teacher, student = pair()
     expected = fastdistill.score(teacher, batches((4, 3)), student, progress=False).knowledgeable()
     for rank in range(2):

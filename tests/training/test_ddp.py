@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -16,8 +15,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from fastdistill import DistillationTrainer, LogitsKD
 from tests import tiny
-
-ROOT = Path(__file__).parents[2]
+from tests.parallel import launched
 
 
 def train(folder: Path, processes: int) -> None:
@@ -58,21 +56,8 @@ def results(folder: Path) -> tuple[dict[str, torch.Tensor], Any]:
 def test_two_processes_train_as_one(tmp_path: Path) -> None:
     if not torch.distributed.is_available():
         pytest.skip("torch was built without distributed")
-    train(tmp_path / "one", 1)
-    command = [
-        sys.executable,
-        "-m",
-        "torch.distributed.run",
-        "--standalone",
-        "--nproc-per-node=2",
-        "-m",
-        "tests.training.test_ddp",
-    ]
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    run = subprocess.run(
-        [*command, str(tmp_path / "two")], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300
-    )
-    assert run.returncode == 0, run.stderr
+    with launched("tests.training.test_ddp", str(tmp_path / "two")):
+        train(tmp_path / "one", 1)
     (one, seen), (two, seen_by_two) = results(tmp_path / "one"), results(tmp_path / "two")
     start = tiny.bert(1).state_dict()
     assert not torch.equal(one["classifier.weight"], start["classifier.weight"])
