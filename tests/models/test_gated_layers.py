@@ -81,8 +81,7 @@ def test_gradients_of_each_examples_gates_are_those_of_multiplications(
     batch = {name: x.double() if x.is_floating_point() else x for name, x in batch.items() if name != "attention_mask"}
     found = []
     for kernels in (True, False):
-        if not kernels:
-            monkeypatch.setattr(rules, "neurons_by_kernel", lambda h: False)
+        monkeypatch.setattr(rules, "neurons_by_kernel", lambda h, kernels=kernels: kernels)
         with fastdistill.gate(model) as gates:
             gates.per_example(3)
             torch.manual_seed(5)
@@ -219,6 +218,7 @@ def test_what_gated_attention_cannot_do_stays_with_pytorch(attended: list[Any]) 
 def test_neurons_are_gated_by_their_activations_sweep(monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[str] = []
     own = gating.bias_act_gate
+    monkeypatch.setattr(rules, "neurons_by_kernel", lambda h: True)
     monkeypatch.setattr(gating, "bias_act_gate", lambda h, b, g, name: seen.append(name) or own(h, b, g, name))
     model = classifier("bert")
     with fastdistill.gate(model):
