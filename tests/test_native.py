@@ -110,6 +110,8 @@ def test_doctor_names_every_op() -> None:
     for op in report.ops:
         assert op.name in str(report) and op.cpu in str(report)
     assert torch.__version__ in str(report)
+    neurons = "the activation's sweep" if native.NATIVE.cpu else "multiplications"
+    assert f"gate and score: on CPU neurons by {neurons}" in str(report)
 
 
 def test_import_is_light() -> None:
