@@ -59,6 +59,11 @@ def hooked(model: PreTrainedModel, by: str) -> Iterator[None]:
             delattr(model, _HOOKED)
 
 
+def hooks_of(model: Any) -> set[str]:
+    """What a model is within, by the names that `hooked` has of it."""
+    return set(uncompiled(model).__dict__.get(_HOOKED, ()))
+
+
 @contextmanager
 def recomputed_within(model: nn.Module, by: str) -> Iterator[None]:
     """Within it gradient checkpointing computes a layer anew as it was computed. A backward pass that would do so
@@ -95,8 +100,16 @@ def inputs_changed(module: nn.Module, change: Callable[..., tuple[Any, ...]]) ->
 
     By a `forward` of its own and not by a hook, since a compiled model does not notice hooks that come or go later.
     """
-    forward, before = module.forward, module.__dict__.get("forward")
-    module.forward = lambda *inputs, **others: forward(*change(*inputs), **others)
+    forward = module.forward
+    with forward_changed(module, lambda *inputs, **others: forward(*change(*inputs), **others)):
+        yield
+
+
+@contextmanager
+def forward_changed(module: nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
+    """Within it that is the module's forward."""
+    before = module.__dict__.get("forward")
+    module.forward = forward
     try:
         yield
     finally:
