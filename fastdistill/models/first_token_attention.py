@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from fastdistill.models.architectures import Block
 from fastdistill.models.attention import HARMLESS, has_gate
+from fastdistill.models.hooks import forward_changed
 from fastdistill.models.stacking import StackedLinear
 
 
@@ -33,15 +34,8 @@ def first_token_attention(block: Block) -> Iterator[None]:
     attention, whose weights can be had, masks that are none of ``[B, H, S, S]``, relative positions, adapters or hooks
     on the projections, other keywords, and layers without heads.
     """
-    attention = block.attention
-    before = attention.__dict__.get("forward")
-    attention.forward = partial(_forward, block, attention.forward)  # as in `hooks.inputs_changed`
-    try:
+    with forward_changed(block.attention, partial(_forward, block)):
         yield
-    finally:
-        del attention.forward
-        if before is not None:
-            attention.forward = before
 
 
 def _forward(

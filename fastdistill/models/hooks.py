@@ -59,6 +59,11 @@ def hooked(model: PreTrainedModel, by: str) -> Iterator[None]:
             delattr(model, _HOOKED)
 
 
+def hooks_of(model: Any) -> set[str]:
+    """What a model is within, by the names that `hooked` has of it."""
+    return set(uncompiled(model).__dict__.get(_HOOKED, ()))
+
+
 @contextmanager
 def recomputed_within(model: nn.Module, by: str) -> Iterator[None]:
     """Within it gradient checkpointing computes a layer anew as it was computed. A backward pass that would do so

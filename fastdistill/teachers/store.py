@@ -33,6 +33,7 @@ from fastdistill.models.fit import check_model
 from fastdistill.models.heads import head_of, used_states
 from fastdistill.models.hooks import refuse_hooked, whole
 from fastdistill.models.inputs import taken_by
+from fastdistill.models.packed import packed_forward
 from fastdistill.objectives.pkd import hidden_states as all_states
 from fastdistill.processes import join
 from fastdistill.teachers.outputs import HIDDEN_STATES, LOGITS, check_name
@@ -290,10 +291,11 @@ class _Teacher:
 
     def _outputs(self, columns: Mapping[str, list[Any]], rows: Sequence[int]) -> dict[str, Tensor]:
         """What is stored of some rows, on the model's device: nothing waits for it batch by batch."""
-        batch = send_to_device(self._batch(columns, rows), self.device)
+        here = self._batch(columns, rows)
+        batch = send_to_device(here, self.device)
         extra = {"output_hidden_states": True} if self.hidden_states else {}
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16):
-            outputs = self.model(**batch, **extra)
+            outputs = packed_forward(self.model, batch | extra, here.get("attention_mask"))
         logits = outputs.logits
         if logits.dim() != 2 or len(logits) != len(rows):
             raise ValueError(

@@ -11,6 +11,7 @@ from torch.utils.data import DataLoader, Subset
 from transformers import TrainerCallback
 
 from fastdistill.models.inputs import inputs_of
+from fastdistill.models.packed import packed_forward
 from fastdistill.objectives.dekd import DeKD
 from fastdistill.objectives.selection import EXAMPLE
 from fastdistill.training.checks import own_columns
@@ -72,7 +73,7 @@ def predict(model: nn.Module, dataset: Any, collate: Any, batch_size: int, unuse
     for batch in loader:
         batch = send_to_device(dict(batch), device)
         features = {name: value for name, value in batch.items() if name not in (EXAMPLE, LENGTH, *unused)}
-        found.append((batch[EXAMPLE], model(**inputs_of(model, features)).logits.float()))
+        found.append((batch[EXAMPLE], packed_forward(model, inputs_of(model, features)).logits.float()))
     model.train(training)
     classes = max(gather_object([one.shape[-1] for _, one in found[:1]]))  # a process may have had no examples
     logits, times = torch.zeros(number, classes, device=device), torch.zeros(number, device=device)

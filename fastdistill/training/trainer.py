@@ -20,6 +20,7 @@ from fastdistill.models.architectures import ARCHITECTURES, encoder_layers
 from fastdistill.models.attention_scores import call
 from fastdistill.models.heads import LABELS, head_of, used_states
 from fastdistill.models.inputs import inputs_of, taken_by
+from fastdistill.models.packed import packed_forward
 from fastdistill.models.sharing import CONFIG_KEY
 from fastdistill.objectives.base import LossFunction, Objective, as_needed, as_objective
 from fastdistill.objectives.logits import TaskLoss
@@ -158,7 +159,7 @@ class DistillationTrainer(ResumableTrainer):
         own_model: Any = self.model  # which `model` may wrap
         features = inputs_of(own_model, batch, others=self.teachers.values())
         if not model.training and (labels is not None or self.objective.needs.labels is not False):
-            student = model(**features)
+            student = packed_forward(model, features)
             logits = self.head.aligned(student, batch).logits
             new = slice(self._not_repeated(len(logits)))
             counted = SequenceClassifierOutput(logits=logits[new])

@@ -1,0 +1,222 @@
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import fastdistill
+from fastdistill import first_token_only
+from fastdistill.models import packed
+from fastdistill.models.architectures import blocks, encoder_layers
+from fastdistill.models.narrowing import without
+from fastdistill.models.packed import PACKABLE, Packing, packed_attention, packed_forward
+from tests.accuracy import assert_accurate
+from tests.models.known import model_of
+
+LAYERS = {"num_hidden_layers": 3}
+
+
+def ragged(kind: str, lengths: tuple[int, ...] = (4, 9, 1, 4, 6, 2)) -> dict[str, Tensor]:
+    """A batch whose padding holds tokens like any other, which must make no difference."""
+    generator = torch.Generator().manual_seed(2)
+    tokens = torch.randint(5, 60, (len(lengths), 9), generator=generator)
+    mask = (torch.arange(9) < torch.tensor(lengths)[:, None]).long()
+    batch = {"input_ids": tokens, "attention_mask": mask}
+    if kind in ("roberta", "camembert", "data2vec-text", "xlm-roberta", "xlm-roberta-xl"):
+        return batch | {"input_ids": tokens * mask + (1 - mask)}  # positions are counted where there is no padding
+    types = {} if kind in ("distilbert", "roberta-prelayernorm") else {"token_type_ids": tokens % 2}
+    return batch | types
+
+
+def seen_by(model: Any, batch: dict[str, Tensor], mask: Tensor | None = None) -> tuple[list[torch.Size], Tensor]:
+    """The shapes of what each layer's second linear map is given, and the logits."""
+    seen: list[torch.Size] = []
+    original = torch.nn.functional.linear
+    weights = {id(block.neuron_out.weight) for block in blocks(model)}
+
+    def linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+        if id(weight) in weights:
+            seen.append(input.shape[:-1])
+        return original(input, weight, bias)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch.nn.functional, "linear", linear)
+        return seen, packed_forward(model, batch, mask).logits
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("kind", PACKABLE)
+def test_logits(kind: str) -> None:
+    model, batch = model_of(kind, **LAYERS).double(), ragged(kind)
+    expected = model(**batch).logits
+    seen, found = seen_by(model, batch)
+    assert seen == [(1, 26), (1, 26), (6, 1)]
+    torch.testing.assert_close(found, expected)
+    with first_token_only(model):
+        torch.testing.assert_close(packed_forward(model, batch).logits, expected)
+    assert not any("forward" in vars(module) for module in model.modules())
+    torch.testing.assert_close(model(**batch).logits, expected, rtol=0, atol=0)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("implementation", ["sdpa", "eager", "fastdistill"])
+def test_attention_of_any_kind(implementation: str) -> None:
+    model, batch = model_of("bert", attn_implementation=implementation, **LAYERS).double(), ragged("bert")
+    expected = model(**batch).logits
+    seen, found = seen_by(model, batch)
+    assert seen[0] == (1, 26)
+    torch.testing.assert_close(found, expected)
+
+
+@torch.no_grad()
+def test_holes_and_one_length() -> None:
+    model, batch = model_of("bert", **LAYERS).double(), ragged("bert")
+    for mask in (torch.tensor([[1, 0, 1, 0, 1, 1, 0, 0, 1]] * 6), torch.tensor([[1] * 5 + [0] * 4] * 6)):
+        asked = batch | {"attention_mask": mask}
+        seen, found = seen_by(model, asked)
+        assert seen[0] == (1, 30)
+        torch.testing.assert_close(found, model(**asked).logits)
+
+
+@torch.no_grad()
+def test_pruned_models() -> None:
+    model, batch = model_of("bert", **LAYERS).double(), ragged("bert")
+    heads = [torch.tensor([0, 2, 3]), torch.arange(0), torch.tensor([1])]
+    neurons = [torch.arange(5), torch.arange(24), torch.arange(0)]
+    pruned = without(model, heads, neurons).eval()
+    seen, found = seen_by(pruned, batch)
+    assert seen[0] == (1, 26)
+    torch.testing.assert_close(found, pruned(**batch).logits)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_accuracy(dtype: torch.dtype) -> None:
+    model, batch = model_of("bert", **LAYERS), ragged("bert")
+    exact = copy.deepcopy(model).double()(**batch).logits
+    low = model.to(dtype)
+    assert_accurate(packed_forward(low, batch).logits, exact, low(**batch).logits)
+    with torch.autocast("cpu", torch.bfloat16):
+        found, eager = packed_forward(low, batch).logits, low(**batch).logits
+    assert_accurate(found, exact, eager)
+
+
+def _left(batch: dict[str, Tensor]) -> dict[str, Tensor]:
+    return batch | {"attention_mask": batch["attention_mask"].flip(1)}
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(
+    "change",
+    [
+        _left,
+        lambda batch: batch | {"attention_mask": torch.ones(6, 9)},
+        lambda batch: batch | {"attention_mask": batch["attention_mask"] * (torch.arange(6) != 2)[:, None]},
+        lambda batch: {name: value for name, value in batch.items() if name != "attention_mask"},
+        lambda batch: batch | {"output_hidden_states": True},
+    ],
+    ids=["left", "full", "an example without tokens", "no mask", "hidden states"],
+)
+def test_batches_that_are_not_packed(change: Any) -> None:
+    model, batch = model_of("bert", **LAYERS), change(ragged("bert"))
+    seen, found = seen_by(model, batch)
+    assert seen == [(6, 9)] * 3
+    torch.testing.assert_close(found, model(**batch).logits, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize(
+    "why", ["train", "gradients", "hook", "gate", "chunks", "config", "compiled", "mpnet", "tokens"]
+)
+def test_models_that_are_not_packed(why: str) -> None:
+    head = "AutoModelForTokenClassification" if why == "tokens" else ""
+    model, batch = model_of("mpnet" if why == "mpnet" else "bert", head, **LAYERS), ragged("mpnet")
+    batch.pop("token_type_ids", None)
+    batch["input_ids"] = batch["input_ids"] * batch["attention_mask"] + (1 - batch["attention_mask"])
+    with torch.set_grad_enabled(why == "gradients"):
+        called: Any = model
+        if why == "train":
+            encoder_layers(model)[0].train()
+            model.config.hidden_dropout_prob = 0
+            for module in model.modules():
+                if isinstance(module, torch.nn.Dropout):
+                    module.p = 0.0
+        if why == "hook":
+            encoder_layers(model)[0].register_forward_hook(lambda module, args, output: output)
+        if why == "chunks":
+            model.config.chunk_size_feed_forward = 9
+        if why == "config":
+            model.config.output_hidden_states = True
+        if why == "compiled":
+            called = torch.compile(model, backend="eager")
+        expected = model(**batch)
+        if why == "gate":
+            with fastdistill.gate(model) as gates:
+                gates.heads[0] = torch.rand(6, 4, generator=torch.Generator().manual_seed(0))
+                expected = model(**batch)
+                found = packed_forward(model, batch)
+        else:
+            found = packed_forward(called, batch)
+        if why == "config":
+            assert [len(state) for state in found.hidden_states] == [6] * 4
+            assert found.hidden_states[1].shape == (6, 9, 32)
+        torch.testing.assert_close(found.logits, expected.logits)
+        if why not in ("compiled", "gate"):
+            with pytest.MonkeyPatch.context() as patch:
+                patch.setattr(packed, "packed", None)  # is not called
+                packed_forward(called, batch)
+
+
+def test_a_mask_on_a_device_is_not_read() -> None:
+    assert not packed.worth_packing(torch.ones(4, 9, device="meta"))
+    assert packed.worth_packing(ragged("bert")["attention_mask"])
+    assert not packed.worth_packing(torch.ones(4, 9))
+
+
+def test_packing() -> None:
+    mask = torch.tensor([[1, 1, 0], [1, 1, 1], [1, 0, 1]])
+    packing = Packing.of(mask, torch.device("cpu"))
+    assert packing.groups == ((2, 2), (1, 3))
+    assert packing.starts.tolist() == [0, 2, 4, 7] and packing.starts.dtype == torch.int32
+    states = torch.arange(9.0).view(3, 3, 1)
+    assert packing.pack(states).flatten().tolist() == [0, 1, 6, 8, 3, 4, 5]
+    torch.testing.assert_close(packing.unpack(packing.pack(states), mask.shape), states * mask[..., None])
+
+
+class _OnCuda(Tensor):
+    """Says that it is."""
+
+    @property
+    def is_cuda(self) -> bool:  # type: ignore[override]
+        return True
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+def test_flash_attention_of_varying_lengths(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is asked of it on CUDA; in float32, which it does not take, PyTorch's attention."""
+    varlen = pytest.importorskip("torch.nn.attention.varlen")
+    packing = Packing.of(ragged("bert")["attention_mask"], torch.device("cpu"))
+    query, key, value = torch.randn(3, 26, 2, 8, generator=torch.Generator().manual_seed(0)).to(dtype)
+    expected = packed_attention(query, key, value, packing, 8**-0.5)
+    asked: list[Any] = []
+
+    def attention(query: Tensor, key: Tensor, value: Tensor, *where: Any) -> Tensor:
+        asked.append(where)
+        parts = []
+        starts, _, longest, _ = where
+        for start, end in zip(starts[:-1].tolist(), starts[1:].tolist(), strict=True):
+            assert end - start <= longest
+            q, k, v = (x[start:end].transpose(0, 1) for x in (query, key, value))
+            parts.append(torch.nn.functional.scaled_dot_product_attention(q, k, v).transpose(0, 1))
+        return torch.cat(parts)
+
+    monkeypatch.setattr(varlen, "varlen_attn", attention)
+    given = [x.as_subclass(_OnCuda) for x in (query, key, value)]
+    found = packed_attention(*given, packing, 8**-0.5).as_subclass(Tensor)
+    exact = packed_attention(query.double(), key.double(), value.double(), packing, 8**-0.5)
+    assert_accurate(found, exact, expected)
+    assert len(asked) == (dtype != torch.float32)
+    packed_attention(*given, packing, 1.0)  # it has no scale in all versions
+    assert len(asked) == (dtype != torch.float32)
