@@ -44,7 +44,7 @@ PADDING = 0.05
 
 _INPUTS = frozenset({
     "attention_mask", "bbox", "input_ids", "input_pronunciation_ids", "input_shape_ids", "inputs_embeds",
-    "position_ids",
+    "position_ids", "token_type_ids",
 })  # fmt: skip
 
 
