@@ -49,8 +49,8 @@ def heads_by_kernel(query: Tensor) -> bool:
 def worth_leaving_out(rows: int, units: int, kept: int, device: torch.device) -> bool:
     """Whether it pays to gather the weights of the units that are not closed.
 
-    Half of a layer masked takes 1.03 to 1.07 of the time of the pruned one on CPU (16 to 64 tokens), and multiplications
-    by gates 1.83 to 1.93. On a GPU: `GATHER_ROWS_CUDA`.
+    Half of a layer masked takes 1.03 to 1.07 of the time of the pruned one on CPU (16 to 64 tokens), multiplications by
+    gates 1.83 to 1.93. On a GPU: `GATHER_ROWS_CUDA`.
     """
     if device.type == "cuda":
         return rows >= GATHER_ROWS_CUDA and kept < units
