@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from fastdistill.models.architectures import Block, blocks
 from fastdistill.models.first_token import first_token_only, looks_at_the_first_token
@@ -82,7 +82,7 @@ def can_pack(model: Any, batch: Mapping[str, Any]) -> bool:
         getattr(config, "model_type", None) in PACKABLE
         and looks_at_the_first_token(model)
         and not torch.is_grad_enabled()
-        and not any(m.training or m._forward_hooks or m._forward_pre_hooks for m in model.modules())
+        and not any(m.training or (m is not model and _has_hooks(m)) for m in model.modules())
         and model.__dict__.get("_compiled_call_impl") is None
         and not hasattr(model, "_orig_mod")
         and batch.keys() <= _INPUTS
@@ -91,6 +91,10 @@ def can_pack(model: Any, batch: Mapping[str, Any]) -> bool:
         and not getattr(config, "output_hidden_states", False)
         and not getattr(config, "output_attentions", False)
     )
+
+
+def _has_hooks(module: nn.Module) -> bool:
+    return bool(module._forward_hooks or module._forward_pre_hooks)
 
 
 @dataclass(frozen=True)
