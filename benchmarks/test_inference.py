@@ -1,7 +1,7 @@
-"""Logits of a teacher or student for many sentences, without gradients: the model's own forward pass on batches in the
-data's order and on batches of similar length, the same compiled, and ours (the last layer for the first token alone, and no
-padding where there is much) on both. Models of MiniLM's width with 1, 2 and 6 layers; of the lengths, up to 64 tokens, the
-short ones are the most frequent, as in SST-2."""
+"""Logits of a teacher or student for many sentences, without gradients: the model's own forward pass on batches in
+any order and on batches of similar length, the same compiled, and ours (the last layer for the first token alone, and
+no padding where there is much) on both. Models of MiniLM's width with 1, 2 and 6 layers. Of the lengths, up to 64
+tokens, short ones are the most frequent, as in SST-2."""
 
 from __future__ import annotations
 

@@ -11,11 +11,11 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from fastdistill.models.architectures import Block, blocks
 from fastdistill.models.first_token import first_token_only, looks_at_the_first_token
-from fastdistill.models.hooks import forward_changed, hooks_of, inputs_changed
+from fastdistill.models.hooks import forward_changed, hooks_of, inputs_changed, uncompiled
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -40,7 +40,8 @@ PACKABLE = (
 attention has relative positions, XMOD's layers see which language an example has.)"""
 
 PADDING = 0.05
-"""The least share of padding of a batch that is packed: see `worth_packing`."""
+"""The least share of padding of a batch that is packed. MiniLM's forward passes of 2 and 6 layers, one thread, took
+from equally long to 1.2 times as long with padding where it was 5 to 10 %, 1.2 to 1.4 times at 20 %, 1.5 at 40 %."""
 
 _INPUTS = frozenset({
     "attention_mask", "bbox", "input_ids", "input_pronunciation_ids", "input_shape_ids", "inputs_embeds",
@@ -80,17 +81,20 @@ def can_pack(model: Any, batch: Mapping[str, Any]) -> bool:
     config = getattr(model, "config", None)
     return (
         getattr(config, "model_type", None) in PACKABLE
+        and uncompiled(model) is model
         and looks_at_the_first_token(model)
         and not torch.is_grad_enabled()
-        and not any(m.training or m._forward_hooks or m._forward_pre_hooks for m in model.modules())
-        and model.__dict__.get("_compiled_call_impl") is None
-        and not hasattr(model, "_orig_mod")
+        and not any(m.training or m._compiled_call_impl or (m is not model and _has_hooks(m)) for m in model.modules())
         and batch.keys() <= _INPUTS
         and hooks_of(model) <= {"first_token_only"}
         and not getattr(config, "chunk_size_feed_forward", 0)
         and not getattr(config, "output_hidden_states", False)
         and not getattr(config, "output_attentions", False)
     )
+
+
+def _has_hooks(module: nn.Module) -> bool:
+    return bool(module._forward_hooks or module._forward_pre_hooks)
 
 
 @dataclass(frozen=True)

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 from transformers.modeling_outputs import SequenceClassifierOutput
 
+from fastdistill.models import packed
 from fastdistill.teachers.outputs import TeacherOutputs, gather, rows_of, run, stored_outputs
 from tests import tiny
 
@@ -115,3 +116,14 @@ def test_outputs_that_are_there_are_taken_from() -> None:
     expected: Tensor = outputs.logits[[2, 0]]
     torch.testing.assert_close(found.logits, expected)
     torch.testing.assert_close(found.hidden_states[0], outputs.hidden_states[0][[2, 0]])
+
+
+def test_much_padding_is_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, inputs = tiny.bert(2, layers=3).eval(), features()
+    del inputs["output_hidden_states"]
+    times, inner = [], packed.packed
+    monkeypatch.setattr(packed, "packed", lambda *given: times.append(given) or inner(*given))
+    found = TeacherOutputs(model, inputs).run().logits
+    assert len(times) == 1
+    with torch.no_grad():
+        torch.testing.assert_close(found, model(**inputs).logits)

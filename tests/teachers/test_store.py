@@ -15,6 +15,7 @@ from PIL import Image
 from transformers import DataCollatorWithPadding
 
 from fastdistill import PKD, DistillationTrainer, LogitsKD, WeightedSum
+from fastdistill.models import packed
 from fastdistill.teachers import store as stored
 from tests import encoders, tiny
 from tests.parallel import launched
@@ -71,6 +72,16 @@ def test_each_example_has_what_the_teacher_says_to_it(tmp_path: Path) -> None:
             logits, states = said(model, row)
             torch.testing.assert_close(torch.tensor(row["teacher_logits"]), logits)
             torch.testing.assert_close(torch.tensor(row["teacher_hidden_states"]), states, rtol=1e-4, atol=1e-5)
+
+
+def test_much_padding_is_left_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    data, model = tiny.dataset(ROWS), tiny.bert(2, layers=3)
+    times, inner = [], packed.packed
+    monkeypatch.setattr(packed, "packed", lambda *given: times.append(given) or inner(*given))
+    found = keep(tmp_path, data, model, batch_size=ROWS)
+    assert times
+    for row in found:
+        torch.testing.assert_close(torch.tensor(row["teacher_logits"]), said(model, row)[0])
 
 
 def test_batches_hold_examples_of_similar_length_the_longest_first(tmp_path: Path) -> None:

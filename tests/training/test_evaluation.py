@@ -21,6 +21,7 @@ from fastdistill import (
     Seq2SeqDistillationTrainer,
 )
 from fastdistill.data.sequence_metrics import answer_metrics, entity_metrics, text_metrics
+from fastdistill.models import packed
 from tests import heads, tiny
 from tests.training.trained import GENERATORS, trainer, without_labels
 
@@ -121,3 +122,23 @@ def test_entities_and_answers_are_measured(tmp_path: Path) -> None:
     assert [found[1][k] for k in ("eval_f1", "eval_exact_match", "eval_loss")] == pytest.approx(
         [found[0][k] for k in ("eval_f1", "eval_exact_match", "eval_loss")], rel=1e-5
     )
+
+
+# Padding
+
+
+def test_much_padding_is_left_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The dataset is in no order of lengths; predictions are in the dataset's."""
+    data, student = tiny.dataset(16), tiny.bert(1)
+    arguments = {"eval_dataset": data, "processing_class": tiny.tokenizer()}
+    t = DistillationTrainer(student, teacher_model=tiny.bert(2), args=tiny.config(tmp_path), **arguments)
+    times = []
+    inner = packed.packed
+    monkeypatch.setattr(packed, "packed", lambda *given: times.append(given) or inner(*given))
+    predicted = t.predict(data)
+    assert times
+    expected = [student(input_ids=torch.tensor([ids])).logits[0].tolist() for ids in data["input_ids"]]
+    torch.testing.assert_close(torch.tensor(predicted.predictions), torch.tensor(expected))
+    labels = torch.tensor(data["labels"][:])
+    loss = torch.nn.functional.cross_entropy(torch.tensor(expected), labels)
+    assert predicted.metrics["test_loss"] == pytest.approx(float(loss))
