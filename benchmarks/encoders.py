@@ -13,7 +13,7 @@ from transformers import BertConfig, BertForSequenceClassification
 
 import fastdistill  # noqa: F401 (registers its attention)
 from benchmarks.harness import DEVICE, TINY
-from fastdistill.ops import gating
+from fastdistill.ops import gate_rules
 
 WIDTHS = {"MiniLM": 24 if TINY else 384, "BERT-base": 24 if TINY else 768}
 
@@ -55,8 +55,8 @@ def batch(size: int, tokens: int, classes: int = 2) -> dict[str, torch.Tensor]:
 def multiplications() -> Iterator[None]:
     """Within it gates are multiplications in front of the output projections, whatever is closed."""
     with (
-        patch.object(gating, "neurons_by_kernel", lambda h: False),
-        patch.object(gating, "heads_by_kernel", lambda query: False),
-        patch.object(gating, "worth_leaving_out", lambda *sizes: False),
+        patch.object(gate_rules, "neurons_by_kernel", lambda h: False),
+        patch.object(gate_rules, "heads_by_kernel", lambda query: False),
+        patch.object(gate_rules, "worth_leaving_out", lambda *sizes: False),
     ):
         yield

@@ -17,7 +17,7 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import bidirectional_mask_function, eager_mask, sdpa_mask
 
-from fastdistill.ops import gating
+from fastdistill.ops import gate_rules
 from fastdistill.ops.gated_attention import gated_attention
 
 IMPLEMENTATION = "fastdistill"
@@ -98,7 +98,7 @@ def _gated_or_sdpa(
     """`attention_forward` where it is faster and can do what is asked for, otherwise PyTorch's attention."""
     own = {"dropout", "scaling", "is_causal"}
     refused = _unknown({k: v for k, v in options.items() if k not in own}, attention_mask, key.shape[2])
-    if refused is None and gating.heads_by_kernel(query):
+    if refused is None and gate_rules.heads_by_kernel(query):
         return attention_forward(module, query, key, value, attention_mask, **options)
     context: Tensor = sdpa_attention_forward(module, query, key, value, attention_mask, **options)[0]
     return context, None
@@ -108,7 +108,7 @@ def _gated_or_sdpa(
 def gated_if_faster(attention: nn.Module, device: torch.device) -> Iterator[None]:
     """Within it the module's attention, if it is PyTorch's, is `gated_attention` where that is faster."""
     config: Any = getattr(attention, "config", None)
-    if device.type not in gating.HEADS_BY_KERNEL or getattr(config, "_attn_implementation", None) != "sdpa":
+    if device.type not in gate_rules.HEADS_BY_KERNEL or getattr(config, "_attn_implementation", None) != "sdpa":
         yield
         return
     config._attn_implementation = _GATED_OR_SDPA

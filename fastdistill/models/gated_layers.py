@@ -17,10 +17,10 @@ from transformers.pytorch_utils import Conv1D
 
 from fastdistill.models.architectures import Block
 from fastdistill.models.attention import IMPLEMENTATION, gated_if_faster, gates_heads, head_gate
-from fastdistill.models.gating import activated, multiplied, noted
+from fastdistill.models.gated_values import activated, multiplied, noted
 from fastdistill.models.hooks import forward_changed
 from fastdistill.models.narrowing import channels, heads_known, made_up
-from fastdistill.ops import gating
+from fastdistill.ops import gate_rules
 from fastdistill.ops.active_neurons import ActiveNeurons
 from fastdistill.ops.bias_act_gate import Activation
 from fastdistill.ops.checks import FLOATING
@@ -127,7 +127,7 @@ class GatedLayer:
         return self._find("heads", self.head_gate(x), x, self.heads)
 
     def _gate_of_attention(self, query: Tensor) -> Tensor | None:
-        if self.ones and not (torch.is_grad_enabled() and gating.heads_by_kernel(query)):
+        if self.ones and not (torch.is_grad_enabled() and gate_rules.heads_by_kernel(query)):
             return None
         if _followed():
             return self.head_gate(query)
@@ -163,7 +163,7 @@ class GatedLayer:
 
     def _activate(self, forward: Any, h: Tensor) -> Any:
         assert self.activation is not None
-        if _followed() or h.shape[-1] != self.neurons or not gating.neurons_by_kernel(h):
+        if _followed() or h.shape[-1] != self.neurons or not gate_rules.neurons_by_kernel(h):
             return forward(h)
         gate = self.neuron_gate(h)
         if not _fits(gate, len(h), self.neurons) or (self.ones and not torch.is_grad_enabled()):
@@ -189,14 +189,14 @@ class GatedLayer:
         if (gate.requires_grad and torch.is_grad_enabled()) or not _fits(gate, len(x), units):
             return None
         rows, kept = x.shape[:-1].numel(), self.found.get(kind)
-        if not gating.worth_leaving_out(rows, units, 0, x.device):
+        if not gate_rules.worth_leaving_out(rows, units, 0, x.device):
             return None
         version = -1 if gate.is_inference() else gate._version
         if kept is None or kept[0] is not gate or kept[1] != version or version < 0:
             find = self._open_heads if kind == "heads" else self._open_neurons
             kept = self.found[kind] = gate, version, find(gate.detach())
         found = kept[2]
-        return found if gating.worth_leaving_out(rows, units, found.gate.shape[-1], x.device) else None
+        return found if gate_rules.worth_leaving_out(rows, units, found.gate.shape[-1], x.device) else None
 
     def _open_heads(self, gate: Tensor) -> _Open:
         block, on = self.block, gate != 0

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 import torch
 
-from fastdistill.ops.gating import gates_run_on
+from fastdistill.ops.gate_rules import gates_run_on
 from fastdistill.ops.library import OPS, TRITON, has_kernel
 from fastdistill.ops.native import NATIVE
 

@@ -24,7 +24,7 @@ class UnitValues:
     A gate of one that multiplies a unit's values :math:`x` has the gradient :math:`\sum x\,\partial L/\partial x`: it
     is had without the multiplications, forward or backward, as the backward pass comes by. Of neurons it is summed by
     the backward sweep of their activation, of heads by that of `gated_attention`, where these are faster
-    (`fastdistill.ops.gating`).
+    (`fastdistill.ops.gate_rules`).
     """
 
     def __init__(self, units: list[int]) -> None:

@@ -10,10 +10,10 @@ import torch
 from torch import Tensor, nn
 
 import fastdistill
-from fastdistill.models import attention, gated_layers, gating
+from fastdistill.models import attention, gated_layers, gated_values
 from fastdistill.models.architectures import ARCHITECTURES, blocks
 from fastdistill.models.narrowing import channels
-from fastdistill.ops import gating as rules
+from fastdistill.ops import gate_rules
 from tests.encoders import classifier, inputs
 from tests.models.known import IMAGES, batch_of, logits_of, model_of
 from tests.models.test_architectures import multiplied
@@ -81,7 +81,7 @@ def test_gradients_of_each_examples_gates_are_those_of_multiplications(
     batch = {name: x.double() if x.is_floating_point() else x for name, x in batch.items() if name != "attention_mask"}
     found = []
     for kernels in (True, False):
-        monkeypatch.setattr(rules, "neurons_by_kernel", lambda h, kernels=kernels: kernels)
+        monkeypatch.setattr(gate_rules, "neurons_by_kernel", lambda h, kernels=kernels: kernels)
         with fastdistill.gate(model) as gates:
             gates.per_example(3)
             torch.manual_seed(5)
@@ -97,7 +97,7 @@ def test_gradients_of_weights_under_a_mask(monkeypatch: pytest.MonkeyPatch) -> N
     for leaving_out in (True, False):
         model, batch = classifier("bert").double(), inputs("bert", 8)
         if not leaving_out:
-            monkeypatch.setattr(rules, "worth_leaving_out", lambda *sizes: False)
+            monkeypatch.setattr(gate_rules, "worth_leaving_out", lambda *sizes: False)
         with fastdistill.gate(model) as gates:
             gates.heads[:] = [torch.tensor([0.0, 0.7])] * 4
             gates.neurons[:] = [torch.arange(32).gt(20).double()] * 4
@@ -184,8 +184,8 @@ def attended(monkeypatch: pytest.MonkeyPatch) -> list[Tensor | None]:
         return fastdistill.gated_attention(query, key, value, gate, *options)
 
     monkeypatch.setattr(attention, "gated_attention", watched)
-    monkeypatch.setattr(rules, "HEADS_BY_KERNEL", ("cpu",))
-    monkeypatch.setattr(rules, "heads_by_kernel", lambda query: True)
+    monkeypatch.setattr(gate_rules, "HEADS_BY_KERNEL", ("cpu",))
+    monkeypatch.setattr(gate_rules, "heads_by_kernel", lambda query: True)
     return seen
 
 
@@ -194,7 +194,7 @@ def test_heads_gated_by_attention(kind: str, attended: list[Any], monkeypatch: p
     model, batch, found = model_of(kind), batch_of(kind), []
     for by_kernel in (True, False):
         if not by_kernel:
-            monkeypatch.setattr(rules, "HEADS_BY_KERNEL", ())
+            monkeypatch.setattr(gate_rules, "HEADS_BY_KERNEL", ())
         with fastdistill.gate(model) as gates:
             gates.per_example(3)
             found.append(torch.autograd.grad(model(**batch).logits.square().sum(), gates.tensors))
@@ -217,9 +217,9 @@ def test_what_gated_attention_cannot_do_stays_with_pytorch(attended: list[Any]) 
 
 def test_neurons_are_gated_by_their_activations_sweep(monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[str] = []
-    own = gating.bias_act_gate
-    monkeypatch.setattr(rules, "neurons_by_kernel", lambda h: True)
-    monkeypatch.setattr(gating, "bias_act_gate", lambda h, b, g, name: seen.append(name) or own(h, b, g, name))
+    own = gated_values.bias_act_gate
+    monkeypatch.setattr(gate_rules, "neurons_by_kernel", lambda h: True)
+    monkeypatch.setattr(gated_values, "bias_act_gate", lambda h, b, g, name: seen.append(name) or own(h, b, g, name))
     model = classifier("bert")
     with fastdistill.gate(model):
         model(**inputs("bert"))
@@ -247,7 +247,7 @@ def test_activations_that_have_a_sweep(module: nn.Module, name: str | None) -> N
     assert gated_layers._name(module) == name
     if name is not None:
         h = torch.randn(2, 3, 5, dtype=torch.float64)
-        torch.testing.assert_close(gating.activated(h, torch.ones(5).double(), name), module(h))  # type: ignore[arg-type]
+        torch.testing.assert_close(gated_values.activated(h, torch.ones(5).double(), name), module(h))  # type: ignore[arg-type]
 
 
 # Derivatives
@@ -258,7 +258,7 @@ def test_a_gated_activation_may_be_differentiated_twice(shape: tuple[int, ...]) 
     torch.manual_seed(0)
     h, gate = (torch.randn(s, dtype=torch.float64, requires_grad=True) for s in ((3, 2, 5), shape))
     for name in ("gelu", "gelu_tanh", "silu"):
-        run: Callable[..., Tensor] = lambda h, gate, name=name: gating.activated(h, gate, name)  # noqa: E731
+        run: Callable[..., Tensor] = lambda h, gate, name=name: gated_values.activated(h, gate, name)  # noqa: E731
         assert torch.autograd.gradcheck(run, (h, gate)) and torch.autograd.gradgradcheck(run, (h, gate))
 
 
@@ -279,10 +279,10 @@ def test_a_gated_model_may_be_differentiated_twice() -> None:
 @pytest.mark.parametrize("units, size", [(4, 8), (24, 1)])
 def test_sums_are_in_float32(dtype: torch.dtype, units: int, size: int, monkeypatch: pytest.MonkeyPatch) -> None:
     torch.manual_seed(0)
-    monkeypatch.setattr(gating, "CACHED", 2 * 7 * units * size)  # two of five examples at a time
+    monkeypatch.setattr(gated_values, "CACHED", 2 * 7 * units * size)  # two of five examples at a time
     values, up = (torch.randn(5, 7, units * size, dtype=dtype) for _ in range(2))
     gate = torch.ones(5, units, requires_grad=True)
-    same = gating.noted(values.requires_grad_(), gate)
+    same = gated_values.noted(values.requires_grad_(), gate)
     assert torch.equal(same, values)
     found, passed = torch.autograd.grad(same, (gate, values), up)
     expected = (values.double() * up.double()).view(5, 7, units, size).sum((1, 3))

@@ -11,6 +11,7 @@ import torch
 import transformers
 
 import fastdistill
+from fastdistill.models import architectures, registering
 from fastdistill.models.architectures import ARCHITECTURES
 from fastdistill.models.narrowing import without
 from tests import tiny
@@ -33,8 +34,8 @@ def test_an_architecture_that_a_user_registers(monkeypatch: pytest.MonkeyPatch, 
     with pytest.raises(ValueError, match="model is a opt; .* fastdistill.register_architecture makes another known"):
         fastdistill.first_layers(model, 1)
     table = dict(ARCHITECTURES)
-    for module in ("architectures", "registering"):
-        monkeypatch.setattr(f"fastdistill.models.{module}.ARCHITECTURES", table)
+    for module in (architectures, registering):
+        monkeypatch.setattr(module, "ARCHITECTURES", table)
     fastdistill.register_architecture("opt", OPT)  # on transformers' default config
     assert table["opt"] == OPT
     fastdistill.register_architecture("opt", OPT, model=model)
