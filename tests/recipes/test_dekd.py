@@ -87,13 +87,13 @@ def test_plots_are_drawn(finished: Path) -> None:
 
 @pytest.mark.slow
 def test_who_teaches_whom(sources: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """What looks at logits alone has them of a teacher that ran before."""
+    """What teachers say has been stored before."""
     begun: dict[str, Any] = {}
     stored: dict[str, Any] = {}
     store = stages.store
 
     def watched(dataset: Any, model: Any, **options: Any) -> Any:
-        stored["teacher"] = model
+        stored[options["name"]] = model
         return store(dataset, model, **options)
 
     class Watched(fitting.DistillationTrainer):
