@@ -54,9 +54,10 @@ def test_logits(kind: str) -> None:
     expected = model(**batch).logits
     seen, found = seen_by(model, batch)
     assert seen == [(1, 26), (1, 26), (6, 1)]
-    torch.testing.assert_close(found, expected)
+    rounded = {"rtol": 1e-6, "atol": 1e-6} if model.config._attn_implementation == "eager" else {}  # softmax in float32
+    torch.testing.assert_close(found, expected, **rounded)
     with first_token_only(model):
-        torch.testing.assert_close(packed_forward(model, batch).logits, expected)
+        torch.testing.assert_close(packed_forward(model, batch).logits, expected, **rounded)
     assert not any("forward" in vars(module) for module in model.modules())
     torch.testing.assert_close(model(**batch).logits, expected, rtol=0, atol=0)
 
