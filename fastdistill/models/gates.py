@@ -57,10 +57,11 @@ def gate(model: PreTrainedModel) -> Iterator[Gates]:
     A head's gate :math:`\xi` multiplies its context, after softmax·V and before the output projection, and a neuron's
     gate :math:`\nu` the neuron after its activation, before the second linear map (STARK, Yang et al. 2022, section
     3.2). With attention of any kind. Units whose gates are 0 and take no gradient are not computed, neither they nor
-    their rows and columns of the linear maps, so that a masked model is as fast as a pruned one (heads: not with eager
-    attention, and not with a cache); gates that take one are in the kernels that are faster than multiplications, as
-    `fastdistill.doctor` says. Layers without heads or neurons have gates without elements. Of grouped queries the heads
-    are those of query, and of a gated feed-forward network a neuron is the product that the second linear map is given.
+    their rows and columns of the linear maps, so that a masked model is as fast as a pruned one (not in compiled and
+    exported models; heads: not with eager attention, and not with a cache); gates that take one are in the kernels that
+    are faster than multiplications, as `fastdistill.doctor` says. Layers without heads or neurons have gates without
+    elements. Of grouped queries the heads are those of query, and of a gated feed-forward network a neuron is the
+    product that the second linear map is given.
     A layer that is applied again and again (ALBERT) has one gate for all applications.
 
     Args:

@@ -61,7 +61,8 @@ def test_logits_and_gradients(kind: str) -> None:
     model, batch = model_of(kind).double(), batch_of(kind)
     if kind in IMAGES:
         batch = {"pixel_values": batch["pixel_values"].double()}
-    compare(model, batch, is_used=kind not in OWN and model.config._attn_implementation != "eager")
+    is_eager = kind == "layoutlm" and model.config._attn_implementation == "eager"  # in transformers 5.17
+    compare(model, batch, is_used=kind not in OWN and not is_eager)
 
     def gradients() -> dict[str, Tensor | None]:
         model.zero_grad()

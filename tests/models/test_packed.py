@@ -54,7 +54,8 @@ def test_logits(kind: str) -> None:
     expected = model(**batch).logits
     seen, found = seen_by(model, batch)
     assert seen == [(1, 26), (1, 26), (6, 1)]
-    rounded = {"rtol": 1e-6, "atol": 1e-6} if model.config._attn_implementation == "eager" else {}  # softmax in float32
+    is_rounded = kind == "layoutlm" and model.config._attn_implementation == "eager"  # in transformers 5.17, to float32
+    rounded = {"rtol": 1e-6, "atol": 1e-6} if is_rounded else {}
     torch.testing.assert_close(found, expected, **rounded)
     with first_token_only(model):
         torch.testing.assert_close(packed_forward(model, batch).logits, expected, **rounded)
