@@ -68,7 +68,9 @@ def test_labels_are_what_the_teacher_says(finished: Path) -> None:
 
 
 @pytest.mark.slow
-def test_where_students_begin(sources: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_where_students_begin(
+    sources: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     begun: dict[str, Any] = {}
     seen: dict[str, Any] = {}
 
@@ -84,6 +86,7 @@ def test_where_students_begin(sources: Path, tmp_path: Path, monkeypatch: pytest
     more = ("--without", "ptp", "--threshold", "1", "--beta", "5", "--alpha", "0.4")
     assert main(command(sources, tmp_path / "run", *more)) == 0
     assert record(tmp_path / "run")["ptp"]["labels"]["train"]["confidently correct"] == 0  # a class with no example
+    assert "on no training example is the teacher confidently correct or confidently wrong;" in capsys.readouterr().err
     asked = PeaKDSettings(
         task=str(sources / "task"), teacher=str(sources / "encoder"), student_layers=2, output=tmp_path
     )

@@ -72,6 +72,14 @@ def peakd(settings: PeaKDSettings) -> Report:
     comparison.students(others.values())
 
     labels = _labels(settings, beginning, comparison.stages, teacher.model, threshold)
+    counts = {on: count_ptp_labels(of) for on, of in labels.items()}
+    if missing := [name for name, number in counts["train"].items() if not number]:
+        comparison.stages.console.print(
+            f"PTP: on no training example is the teacher {' or '.join(missing)}; --threshold sets from where it counts "
+            "as confident",
+            highlight=False,
+            soft_wrap=True,
+        )
     runs = [_Run(settings, comparison, stages, teacher.model, student, labels) for stages in comparison.seeded]
     variants = _variants(settings)
     trained = comparison.train(
@@ -81,7 +89,6 @@ def peakd(settings: PeaKDSettings) -> Report:
         comparison.summarize(name, [next(trained).result for _ in runs])
         comparison.results[name]["layers"] = runs[0].shared(without).config.num_hidden_layers
 
-    counts = {on: count_ptp_labels(of) for on, of in labels.items()}
     pretrained = {
         name: summary("accuracy", [run.pretrained[name].result for run in runs]) for name in runs[0].pretrained
     }
