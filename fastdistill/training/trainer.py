@@ -16,6 +16,7 @@ from torch.utils.data import DataLoader
 from transformers import TrainingArguments
 from transformers.modeling_outputs import SequenceClassifierOutput
 
+from fastdistill.cuda_graphs import graphs_on, tell
 from fastdistill.models.architectures import ARCHITECTURES, encoder_layers
 from fastdistill.models.attention_scores import call
 from fastdistill.models.heads import LABELS, head_of, used_states
@@ -42,7 +43,9 @@ from fastdistill.training.checks import (
     own_columns,
 )
 from fastdistill.training.config import DistillationConfig
+from fastdistill.training.graphed import GraphedBackward, Told, obstacle_to_capture
 from fastdistill.training.labels import CheckedLabels
+from fastdistill.training.padding import Padded, can_pad
 from fastdistill.training.resumable import ResumableTrainer
 
 OBJECTIVE_FILE = "objective.safetensors"
@@ -79,6 +82,8 @@ class DistillationTrainer(ResumableTrainer):
     "eval_loss" is the task's own loss. Of data without labels it is that of an objective that does without.
     `predict` keeps the dataset's order.
 
+    With ``args.cuda_graphs`` forward and backward passes on CUDA are replayed as CUDA graphs (`DistillationConfig`).
+
     What labels mean follows the student's head: `fastdistill.models.heads.Head` tells of each kind which logits they
     are of, and that padding never counts. Each model is given what its own forward takes of a batch, which has the
     columns that any of them takes.
@@ -110,6 +115,7 @@ class DistillationTrainer(ResumableTrainer):
         self.model_accepts_loss_kwargs = True  # so that compute_loss is told num_items_in_batch, whatever the model
         self._parts: dict[str, Tensor] = {}
         self._parts_since = 0
+        self._graphed: GraphedBackward | None = None
         self._nan: dict[str, Tensor] = {}
 
         student = self.accelerator.unwrap_model(self.model)
@@ -144,6 +150,10 @@ class DistillationTrainer(ResumableTrainer):
         """The teacher, or of several the first."""
         return next(iter(self.teachers.values()), None)
 
+    def _models(self) -> list[Any]:
+        """The student, and the teachers that are models."""
+        return [self.model, *self.teachers.values()]
+
     # Loss
 
     def compute_loss(
@@ -154,31 +164,53 @@ class DistillationTrainer(ResumableTrainer):
         num_items_in_batch: Tensor | int | None = None,
     ) -> Any:
         """The objective's loss in training, the task's own in evaluation."""
-        labels, own = self.head.labels(inputs), own_columns(self.objective)
-        batch = {name: value for name, value in inputs.items() if name not in own}
-        own_model: Any = self.model  # which `model` may wrap
-        features = inputs_of(own_model, batch, others=self.teachers.values())
+        labels = self.head.labels(inputs)
         if not model.training and (labels is not None or self.objective.needs.labels is not False):
+            batch, features = self._features(inputs)
             student = packed_forward(model, features)
             logits = self.head.aligned(student, batch).logits
             new = slice(self._not_repeated(len(logits)))
             counted = SequenceClassifierOutput(logits=logits[new])
             loss = TaskLoss()(counted, None, None if labels is None else labels[new])
             return (loss, self.head.told(student, logits)) if return_outputs else loss
+        if not model.training:
+            loss, _, student, *_ = self._objective_of(model, inputs)
+            shown = {name: value for name, value in student.items() if name != "hidden_states"}
+            return (loss, shown) if return_outputs else loss
+        told, student = self._told(model, inputs, num_items_in_batch)
+        self._note(told)
+        return (told[0], student) if return_outputs else told[0]
 
-        needs = self.objective.needs
+    def _features(self, inputs: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+        """Of a batch what is not the objective's own, and of this what the student takes."""
+        own, model = own_columns(self.objective), self.model
+        batch = {name: value for name, value in inputs.items() if name not in own}
+        assert model is not None
+        return batch, inputs_of(model, batch, others=self.teachers.values())
+
+    def _objective_of(
+        self, model: nn.Module, inputs: Mapping[str, Any]
+    ) -> tuple[Tensor, dict[str, Tensor], Any, Any, Tensor | None]:
+        """The objective's loss and its parts, the student's and the teacher's outputs, and which rows count."""
+        labels, needs = self.head.labels(inputs), self.objective.needs
+        batch, features = self._features(inputs)
         teacher = self.teacher_outputs(batch | needs.asked, inputs)
         student = call(model, features | needs.asked)
+        own_model: Any = self.model  # which `model` may wrap
         seen = self._seen(own_model, student, batch)
         counts = self.head.counted(labels, inputs)
         if labels is None and counts is not None:
             seen.counted = counts
         columns = {name: inputs[name] for name in needs.columns}
         loss, parts = self.objective.parts(seen, as_needed(self.objective, teacher), labels, **columns)
-        if not model.training:
-            told = {name: value for name, value in student.items() if name != "hidden_states"}
-            return (loss, told) if return_outputs else loss
-        self._watch(teacher, loss)
+        return loss, parts, student, teacher, counts
+
+    def _told(
+        self, model: nn.Module, inputs: Mapping[str, Any], num_items_in_batch: Tensor | int | None
+    ) -> tuple[Told, Any]:
+        """What a micro-batch adds to a step: a function of tensors alone, but for the objective. And the outputs."""
+        loss, parts, student, teacher, counts = self._objective_of(model, inputs)
+        is_nan = _nan(teacher, loss)
         if counts is not None and num_items_in_batch is not None:
             # The sum over micro-batches is then the mean of what counts in the step; processes are averaged.
             processes = self.accelerator.num_processes if self.args.average_tokens_across_devices else 1
@@ -186,8 +218,15 @@ class DistillationTrainer(ResumableTrainer):
             loss = _weighted(loss, share)
         else:  # Trainer divides the loss by the number of micro-batches
             share = torch.full_like(loss.detach(), 1 / self.current_gradient_accumulation_steps)
-        self._count(parts, share)
-        return (loss, student) if return_outputs else loss
+        parts = {name: _weighted(part, share) if _is_mean(part) else part for name, part in parts.items()}
+        return (loss, parts, is_nan), student
+
+    def _note(self, told: Told) -> None:
+        """What is logged and looked at when Trainer logs or saves."""
+        _, parts, is_nan = told
+        self._count(parts)
+        for name, one in is_nan.items():
+            self._nan[name] = self._nan[name] | one if name in self._nan else one
 
     def _not_repeated(self, number: int) -> int:
         """Of so many examples of an evaluation's batch those that do not just fill up this process's last one."""
@@ -235,17 +274,74 @@ class DistillationTrainer(ResumableTrainer):
 
     # NaN from a teacher: noted on the device, and looked at when Trainer logs or saves
 
-    def _watch(self, teacher: Any, loss: Tensor) -> None:
-        for name, outputs in (teacher if isinstance(teacher, Mapping) else {TEACHER: teacher}).items():
-            if outputs is not None and outputs.is_nan is not None:
-                is_nan = outputs.is_nan & loss.detach().isnan().any()  # else it was of examples that do not count
-                self._nan[name] = self._nan[name] | is_nan if name in self._nan else is_nan
-
     def _refuse_nan(self) -> None:
         found = gather_object([name for name, is_nan in self._nan.items() if is_nan])
         self._nan = {}
         if found:
             raise ValueError(nan_told(min(found), self.train_dataset))
+
+    # Steps as CUDA graphs
+
+    def _inner_training_loop(self, batch_size: int | None = None, *args: Any, **kwargs: Any) -> Any:
+        self._graphed = self._as_graphs()
+        try:
+            return super()._inner_training_loop(batch_size, *args, **kwargs)
+        finally:
+            self._graphed = None
+
+    def _as_graphs(self) -> GraphedBackward | None:
+        """What captures training steps, if it is asked for, and they can be; a line says why not."""
+        graphs = graphs_on(self.args.device) if getattr(self.args, "cuda_graphs", False) else None
+        if graphs is None:
+            return None
+        student: Any = self.model
+        reason = self._obstacle_to_capture(student)
+        if reason is not None:
+            tell(f"training: no CUDA graphs: {reason}")
+            return None
+        others = (weight for model in self.teachers.values() for weight in model.parameters())
+        return GraphedBackward(self._micro_batch, [*student.parameters(), *self._learned], others, graphs)
+
+    def _obstacle_to_capture(self, student: nn.Module) -> str | None:
+        kind = type(self)
+        if kind.compute_loss is not DistillationTrainer.compute_loss:
+            return f"{kind.__name__} has a compute_loss of its own"
+        if self.accelerator.num_processes > 1 or self.args.n_gpu > 1:
+            return "several processes or devices share a step"
+        if self.is_deepspeed_enabled or self.is_fsdp_enabled or self.args.torch_compile:
+            return "the model is DeepSpeed's, FSDP's or compiled"
+        if self.accelerator.scaler is not None:
+            return "float16 gradients are looked at for infinities"
+        if self.objective.needs.lazily and self.teachers:
+            return f"objective {self.objective} runs teachers on some rows, whose longest is looked for"
+        named = {argument_of(name): model for name, model in self.teachers.items()}
+        return obstacle_to_capture(self.objective, {"model": student, **named})
+
+    def _micro_batch(self, inputs: dict[str, Any], num_items_in_batch: Tensor | None) -> Told:
+        """What Trainer differentiates, and what is told of it."""
+        student: Any = self.model
+        with self.compute_loss_context_manager():
+            (loss, parts, is_nan), _ = self._told(student, inputs, num_items_in_batch)
+        if num_items_in_batch is None:
+            loss = loss / self.current_gradient_accumulation_steps
+        return loss, parts, is_nan
+
+    def _replayed(
+        self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Tensor | int | None
+    ) -> Tensor | None:
+        """A training step's loss, with its gradients where they belong; None where Trainer is to do it."""
+        if self._graphed is None or not self._graphed.step.is_on or model is not self.model:
+            return None
+        model.train()
+        if callable(getattr(self.optimizer, "train", None)):
+            self.optimizer.train()  # type: ignore[union-attr]
+        given: dict[str, Any] = dict(self._prepare_inputs(inputs))
+        items = None if num_items_in_batch is None else torch.as_tensor(num_items_in_batch, device=self.args.device)
+        told = self._graphed(given, items, state=self.current_gradient_accumulation_steps)
+        if told is None:
+            return None
+        self._note(told)
+        return told[0]
 
     # What the objective learns: beside the student, since it is no part of it
 
@@ -256,11 +352,15 @@ class DistillationTrainer(ResumableTrainer):
             optimizer.add_param_group({"params": self._learned, "weight_decay": self.args.weight_decay})
         return optimizer
 
-    def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
+    def training_step(
+        self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Tensor | int | None = None
+    ) -> Tensor:
         if self._stepped:
             for parameter in self._learned:
                 parameter.grad = None
-        loss = super().training_step(*args, **kwargs)
+        loss = self._replayed(model, inputs, num_items_in_batch)
+        if loss is None:
+            loss = super().training_step(model, inputs, num_items_in_batch)
         self._stepped = self.accelerator.sync_gradients
         if self._stepped:
             for parameter in self._learned:
@@ -286,12 +386,11 @@ class DistillationTrainer(ResumableTrainer):
 
     # Parts of the loss: summed on their device, read when Trainer logs
 
-    def _count(self, parts: dict[str, Tensor], share: Tensor | None = None) -> None:
+    def _count(self, parts: dict[str, Tensor]) -> None:
         if not self._parts:
             self._parts_since = self.state.global_step
         for name, value in parts.items():
-            one = value if share is None or not _is_mean(value) else _weighted(value, share)
-            self._parts[name] = self._parts.get(name, 0) + one
+            self._parts[name] = self._parts.get(name, 0) + value
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         if "loss" in logs or "train_loss" in logs:
@@ -370,10 +469,19 @@ class DistillationTrainer(ResumableTrainer):
         if not kwargs.get("is_training") or self.objective.needs.labels is not None:
             dataset = kwargs["dataset"] if "dataset" in kwargs else args[0]
             self.data_collator = CheckedLabels(collator, self.head, dataset)
+        if kwargs.get("is_training") and self._graphed is not None and all(map(can_pad, self._models())):
+            self.data_collator = Padded(self.data_collator, self._models())
         try:
             return super()._get_dataloader(*args, **kwargs)
         finally:
             self.data_collator = collator
+
+
+def _nan(teacher: Any, loss: Tensor) -> dict[str, Tensor]:
+    """By name of a teacher whether it gave NaN that counts, as the loss then shows."""
+    found = ((name, one) for name, one in (teacher if isinstance(teacher, Mapping) else {TEACHER: teacher}).items())
+    # of examples that do not count a loss is a number
+    return {name: one.is_nan & loss.detach().isnan().any() for name, one in found if one and one.is_nan is not None}
 
 
 def _weighted(value: Tensor, share: Tensor) -> Tensor:
