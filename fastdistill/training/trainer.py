@@ -24,6 +24,7 @@ from fastdistill.models.inputs import inputs_of, taken_by
 from fastdistill.models.packed import packed_forward
 from fastdistill.models.sharing import CONFIG_KEY
 from fastdistill.objectives.base import LossFunction, Objective, as_needed, as_objective
+from fastdistill.objectives.capturing import obstacle_to_capture
 from fastdistill.objectives.logits import TaskLoss
 from fastdistill.processes import settle_at_exit
 from fastdistill.teachers.outputs import LOGITS, TeacherOutputs, stored_outputs
@@ -43,7 +44,7 @@ from fastdistill.training.checks import (
     own_columns,
 )
 from fastdistill.training.config import DistillationConfig
-from fastdistill.training.graphed import GraphedBackward, Told, obstacle_to_capture
+from fastdistill.training.graphed import GraphedBackward, Told
 from fastdistill.training.labels import CheckedLabels
 from fastdistill.training.padding import Padded, can_pad
 from fastdistill.training.resumable import ResumableTrainer

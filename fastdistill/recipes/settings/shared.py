@@ -137,6 +137,10 @@ class TrainingSettings(Settings):
     bf16: bool = flag(
         "train and evaluate in bfloat16 mixed precision; scores of heads, neurons or weights stay float32"
     )
+    no_cuda_graphs: bool = flag(
+        "on a GPU, launch each operation of a training or scoring step by itself, and capture none as CUDA graphs, that "
+        "take up to twice the memory (steps of --executor stacked and of autoskd's search never are captured)"
+    )
     checkpoints: int = option(
         3,
         kind=Integer(0),
