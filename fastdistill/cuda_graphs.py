@@ -7,7 +7,7 @@ import gc
 from collections import Counter
 from collections.abc import Callable, Hashable
 from dataclasses import dataclass
-from typing import Any, Generic, Protocol, TypeVar
+from typing import Any, ClassVar, Generic, Protocol, TypeVar
 
 import torch
 from rich.console import Console
@@ -27,6 +27,10 @@ class Graphs(Protocol):
     """What captures on one device; tests have one that runs the function again."""
 
     device: torch.device
+
+    @property
+    def are_whole(self) -> bool:
+        """Whether what was captured can still be replayed."""
 
     def warm_up(self, run: Callable[[], T]) -> T:
         """Run it where it is then captured."""
@@ -69,6 +73,8 @@ class GraphedStep(Generic[T]):
 
     def __call__(self, *inputs: Any, state: Hashable = ()) -> T | None:
         leaves, form = tree_flatten(inputs)
+        if self._captured and not self.graphs.are_whole:
+            self.end("a capture of others was broken off")
         if not self.is_on or not self._takes(leaves):
             return None
         key = form, tuple(map(_described, leaves)), _modes(self.graphs.device.type), state
@@ -125,10 +131,17 @@ class _Captured(Generic[T]):
 class CudaGraphs:
     """PyTorch's, on one stream and with one memory pool. Other threads may use the device while one is captured."""
 
+    _broken: ClassVar[int] = 0  # captures of all
+
     def __init__(self, device: torch.device) -> None:
+        self.born = CudaGraphs._broken
         self.device = torch.device("cuda", torch.cuda.current_device() if device.index is None else device.index)
         self.stream = torch.cuda.Stream(self.device)
         self.pool = torch.cuda.graph_pool_handle()
+
+    @property
+    def are_whole(self) -> bool:
+        return self.born == CudaGraphs._broken
 
     def warm_up(self, run: Callable[[], T]) -> T:
         current = torch.cuda.current_stream(self.device)
@@ -168,7 +181,9 @@ class CudaGraphs:
 
     def _mend(self, current: torch.cuda.Stream) -> None:
         """PyTorch does not finish a capture that CUDA has broken off: its stream stays the current one, the generator
-        refuses to draw, and the allocator neither frees nor looks at events while it believes that it is going on."""
+        refuses to draw, and the allocator neither frees nor looks at events while it believes that it is going on.
+        With a new state of the generator, graphs that were captured with the old one cannot be replayed."""
+        CudaGraphs._broken += 1
         torch.cuda.set_stream(current)
         generator = torch.cuda.default_generators[self.device.index]
         generator.graphsafe_set_state(generator.clone_state())

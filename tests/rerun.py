@@ -16,6 +16,7 @@ class Rerun:
     """Breaks off the captures of which `breaks` is true, by their number from 1."""
 
     device = torch.device("cpu")
+    are_whole = True
 
     def __init__(self, breaks: Callable[[int], bool] = lambda number: False) -> None:
         self.breaks = breaks

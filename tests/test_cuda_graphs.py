@@ -116,6 +116,17 @@ def test_an_error_of_the_function_is_left_to_the_caller(capsys: Any) -> None:
     assert capsys.readouterr().err == "a step: no CUDA graphs: OutOfMemoryError: no memory\n"
 
 
+def test_what_a_broken_capture_of_others_spoiled_is_not_replayed(capsys: Any) -> None:
+    graphs = Rerun()
+    step = step_of(graphs)
+    for _ in range(AFTER):
+        step(torch.ones(1), 1.0)
+    graphs.are_whole = False
+    assert step(torch.ones(1), 1.0) is None
+    assert (graphs.replayed, step.is_on) == (0, False)
+    assert "a capture of others was broken off" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     "given, told", [(["x", [object()]], "an input is a object"), (torch.ones(1, device="meta"), "an input is on meta")]
 )

@@ -126,7 +126,7 @@ def score(
         if checkpoint is not None:
             kept = _Checkpoint(checkpoint, given, (chosen.fingerprint, reduce))
         count, done = (0, 0) if kept is None else kept.load(totals)
-        passes = _Passes(totals, teacher, student, values, chosen, reduce)
+        passes = Passes(totals, teacher, student, values, chosen, reduce)
         step = None if graphs is None else GraphedStep(passes, graphs, "score")
         for number, batch in enumerate(tqdm(loader, desc="score", disable=not progress)):
             if kept is not None:
@@ -153,7 +153,7 @@ def score(
 
 
 @dataclass(frozen=True)
-class _Passes:
+class Passes:
     """The passes of one batch after another, whose sensitivities are added to the totals: called with what
     `split_batch` gives, a function of tensors alone where the objective is one."""
 

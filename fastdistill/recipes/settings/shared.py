@@ -138,8 +138,8 @@ class TrainingSettings(Settings):
         "train and evaluate in bfloat16 mixed precision; scores of heads, neurons or weights stay float32"
     )
     no_cuda_graphs: bool = flag(
-        "on a GPU, launch each operation of a training or scoring step by itself, and capture none as CUDA graphs, that "
-        "take up to twice the memory (steps of --executor stacked and of autoskd's search never are captured)"
+        "on a GPU, launch each operation of a step by itself, and capture no training and scoring step as CUDA graphs, "
+        "which take up to twice the memory (those of --executor stacked and of autoskd's search never are captured)"
     )
     checkpoints: int = option(
         3,
