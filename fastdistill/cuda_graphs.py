@@ -154,7 +154,7 @@ class CudaGraphs:
 
     def capture(self, run: Callable[[], T]) -> Callable[[], T]:
         graph, current = torch.cuda.CUDAGraph(), torch.cuda.current_stream(self.device)
-        gc.collect()  # an autograd graph that is still there has its weights' nodes, and these their stream
+        gc.collect(1)  # an autograd graph that is still there has its weights' nodes, and these their stream
         torch.clear_autocast_cache()  # what is in it has other addresses, and is not of the next step's weights
         cause: Exception | None = None
         try:
@@ -190,7 +190,7 @@ class CudaGraphs:
         try:
             torch._C._cuda_endAllocateToPool(self.device.index, self.pool)
             torch._C._cuda_releasePool(self.device.index, self.pool)
-        except RuntimeError:
+        except (AttributeError, RuntimeError):
             pass  # it did finish: the function raised an error of its own
 
 

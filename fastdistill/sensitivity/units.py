@@ -217,7 +217,7 @@ def _from_logits(
         grad_outputs += torch.autograd.grad(value, leaf)
     if logits.dim() == 2 and (logits.shape[1] == 1 or (logits.shape[1] == 2 and of_softmax)):
         vector = torch.ones_like(logits)
-        vector[:, 1:] = -1
+        vector[:, 1:].neg_()
         base = units.gradients(logits, vector)
         return [base * factor[:, :1] for factor in grad_outputs]
     last = len(grad_outputs) - 1

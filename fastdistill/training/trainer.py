@@ -331,15 +331,17 @@ class DistillationTrainer(ResumableTrainer):
         self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Tensor | int | None
     ) -> Tensor | None:
         """A training step's loss, with its gradients where they belong; None where Trainer is to do it."""
-        if self._graphed is None or not self._graphed.step.is_on or model is not self.model:
+        if self._graphed is None or model is not self.model:
             return None
         model.train()
         if callable(getattr(self.optimizer, "train", None)):
             self.optimizer.train()  # type: ignore[union-attr]
         given: dict[str, Any] = dict(self._prepare_inputs(inputs))
         items = None if num_items_in_batch is None else torch.as_tensor(num_items_in_batch, device=self.args.device)
-        told = self._graphed(given, items, state=self.current_gradient_accumulation_steps)
+        # an objective that a callback has changed is another
+        told = self._graphed(given, items, state=(self.current_gradient_accumulation_steps, repr(self.objective)))
         if told is None:
+            self._graphed = self._graphed if self._graphed.step.is_on else None
             return None
         self._note(told)
         return told[0]

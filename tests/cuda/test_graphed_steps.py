@@ -7,7 +7,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -15,11 +14,10 @@ from torch import Tensor
 from transformers import set_seed
 
 import fastdistill
-from fastdistill import CKD, DKD, MSE, PKD, DeKD, DistilBERT, LogitsKD, MultiLabelKD, TinyBERT, WeightedSum, cuda_graphs
+from fastdistill import PKD, LogitsKD, WeightedSum, cuda_graphs
 from fastdistill.cuda_graphs import AFTER, CudaGraphs, GraphedStep
-from fastdistill.objectives.logits import TaskLoss
-from fastdistill.objectives.team import MTBERT, AvgKD
 from tests import tiny
+from tests.training.graphable import TRAININGS, data
 from tests.training.trained import bert_trainer
 
 pytestmark = pytest.mark.gpu
@@ -46,13 +44,6 @@ def replays(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     return found
 
 
-def data(rows: int = 96, *names: str, **options: Any) -> Any:
-    made = tiny.dataset(rows, **options)
-    for seed, name in enumerate(names):
-        made = made.add_column(f"{name}_logits", np.random.default_rng(seed).normal(size=(rows, 2)).tolist())
-    return made
-
-
 def trained(folder: Path, **options: Any) -> Any:
     settings: dict[str, Any] = {
         "model": tiny.bert(1, dropout=0.0), "teacher_model": None, "train_dataset": data(96, "teacher"),
@@ -73,43 +64,6 @@ def check(folder: Path, replays: list[int], make: Callable[[], dict[str, Any]], 
         torch.testing.assert_close(a, b, rtol=rtol, atol=atol, msg=lambda text, name=name: f"{name}: {text}")
     for mine, theirs in zip(graphed.state.log_history[:-1], plain.state.log_history[:-1], strict=True):
         assert mine == pytest.approx(theirs, rel=100 * rtol, abs=100 * atol)
-
-
-TRAININGS: dict[str, Callable[[], dict[str, Any]]] = {
-    "stored logits": dict,
-    "accumulated": lambda: {"args_gradient_accumulation_steps": 3, "args_num_train_epochs": 4},
-    "a live teacher": lambda: {"teacher_model": tiny.bert(2, layers=3), "train_dataset": data()},
-    "no labels": lambda: {
-        "objective": LogitsKD(ce_weight=0.0), "train_dataset": data(96, "teacher").remove_columns("labels")
-    },
-    "attention of ours": lambda: {"model": tiny.bert(1, dropout=0.0, attn_implementation="fastdistill")},
-    "no teacher": lambda: {"objective": TaskLoss()},
-    "decoupled": lambda: {"objective": DKD()},
-    "regression": lambda: {
-        "objective": MSE(), "teacher_model": tiny.bert(2, num_labels=1), "train_dataset": data(regression=True),
-        "model": tiny.bert(1, dropout=0.0, num_labels=1),
-    },
-    "several labels": lambda: {
-        "objective": MultiLabelKD(), "teacher_model": tiny.bert(2, problem_type="multi_label_classification"),
-        "model": tiny.bert(1, dropout=0.0, problem_type="multi_label_classification"),
-        "train_dataset": data().remove_columns("labels").add_column("labels", [[0.0, 1.0]] * 96),
-    },
-    "patient": lambda: {
-        "objective": WeightedSum({"kd": (1, LogitsKD()), "pkd": (10, PKD())}), "teacher_model": tiny.bert(2, layers=4),
-        "train_dataset": data(),
-    },
-    "contextual": lambda: {
-        "objective": WeightedSum({"kd": (1, LogitsKD()), "ckd": (1, CKD(window=5))}), "teacher_model": tiny.bert(2),
-        "train_dataset": data(),
-    },
-    "DistilBERT": lambda: {"objective": DistilBERT(), "teacher_model": tiny.bert(2), "train_dataset": data()},
-    "TinyBERT": lambda: {
-        "objective": TinyBERT(attention_weight=0.1), "teacher_model": tiny.bert(2), "train_dataset": data()
-    },
-    "DeKD": lambda: {"objective": DeKD(da_weight=0.0, assistant=False, log_selection=True)},
-    "a team": lambda: {"objective": AvgKD(("a", "b")), "train_dataset": data(96, "a", "b")},
-    "a team by its labels": lambda: {"objective": MTBERT(("a", "b")), "train_dataset": data(96, "a", "b")},
-}  # fmt: skip
 
 
 @pytest.mark.parametrize("training", TRAININGS)

@@ -22,6 +22,7 @@ from fastdistill.training.graphed import GraphedBackward
 from fastdistill.training.padding import Padded, can_pad
 from tests import tiny
 from tests.rerun import Rerun
+from tests.training.graphable import TRAININGS
 from tests.training.trained import bert_trainer
 
 
@@ -31,6 +32,10 @@ def lines_are_new() -> Iterator[None]:
     yield
 
 
+def test_on_a_cpu_there_are_none(tmp_path: Path) -> None:
+    assert bert_trainer(tmp_path, args_cuda_graphs=True)._as_graphs() is None
+
+
 @pytest.fixture
 def graphs(monkeypatch: pytest.MonkeyPatch) -> Rerun:
     rerun = Rerun()
@@ -38,7 +43,7 @@ def graphs(monkeypatch: pytest.MonkeyPatch) -> Rerun:
     return rerun
 
 
-def data(rows: int = 96) -> Any:
+def data(rows: int = 64) -> Any:
     """With what a teacher says; texts of few lengths."""
     logits = np.random.default_rng(0).normal(size=(rows, 2))
     return tiny.dataset(rows).add_column("teacher_logits", logits.tolist())
@@ -85,13 +90,21 @@ def test_weights_and_logs_are_those_without(tmp_path: Path, graphs: Rerun, accum
     plain = trained(tmp_path, cuda_graphs=False, **options)
     assert not graphs.warmed
     close(trained(tmp_path, cuda_graphs=True, **options), plain)
-    assert graphs.replayed >= 8
+    assert graphs.replayed >= 4
 
 
 def test_a_live_teacher_runs_in_the_graph(tmp_path: Path, graphs: Rerun) -> None:
-    options = {"teacher_model": tiny.bert(2, layers=3), "train_dataset": tiny.dataset(96)}
+    options = {"teacher_model": tiny.bert(2, layers=3), "train_dataset": tiny.dataset(64)}
     close(*(trained(tmp_path, cuda_graphs=one, **options) for one in (True, False)))
-    assert graphs.replayed >= 8
+    assert graphs.replayed >= 4
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("training", TRAININGS)
+def test_each_objective_that_can_be_captured(tmp_path: Path, graphs: Rerun, training: str) -> None:
+    """What runs again waits for nothing, or it is an error."""
+    close(*(trained(tmp_path, cuda_graphs=one, **TRAININGS[training]()) for one in (True, False)))
+    assert graphs.replayed >= 4
 
 
 def test_what_an_objective_learns_is_learned(tmp_path: Path, graphs: Rerun) -> None:
@@ -100,7 +113,7 @@ def test_what_an_objective_learns_is_learned(tmp_path: Path, graphs: Rerun) -> N
         pkd = PKD(pairs=((1, 1),), widths=(16, 24))
         objective = WeightedSum({"kd": (1, LogitsKD()), "hidden": (10, pkd)})
         teacher = tiny.bert(2, hidden_size=24)
-        rows = tiny.dataset(96)
+        rows = tiny.dataset(64)
         return trained(
             tmp_path, cuda_graphs=cuda_graphs, objective=objective, teacher_model=teacher, train_dataset=rows
         )
@@ -264,7 +277,7 @@ def with_a_hook_on_a_weight(model: Any) -> None:
         (checkpointing, "with gradient checkpointing"),
         (hooked, "with a hook on bert.encoder, which a replay does not call"),
         (with_a_hook_on_a_weight, "with a hook on classifier.weight"),
-        (compiled, "that is compiled"),
+        pytest.param(compiled, "that is compiled", marks=pytest.mark.slow),
         (dropping, "whose config has encoder_layerdrop"),
     ],
 )
