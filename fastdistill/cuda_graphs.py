@@ -172,6 +172,7 @@ class CudaGraphs:
             raise (cause or error) from None  # PyTorch's own, at the end, says less than what broke it off
         finally:
             torch.clear_autocast_cache()
+            cause = None  # which has this frame, and what is on the device in those that it came through
 
         def replay() -> T:
             graph.replay()

@@ -17,6 +17,7 @@ from accelerate.utils import send_to_device  # type: ignore[import-untyped]
 from torch.utils.data import DataLoader
 from transformers import PreTrainedModel
 
+from fastdistill.cuda_graphs import graphs_on
 from fastdistill.digest import model_digest
 from fastdistill.models.scores import Scores
 from fastdistill.objectives.base import Objective
@@ -79,7 +80,8 @@ class Scoring:
             batch_size = 1  # a batch's gradient is then an example's
         data = data.select([row for row in range(len(data)) if row // batch_size % number == processes.process_index])
         models = [model for model in (self.teacher, self.student) if model is not None]
-        if cuda_graphs and processes.device.type == "cuda" and all(map(can_pad, models)):
+        scores = not (self.dynabert or self.of_weights)
+        if scores and cuda_graphs and graphs_on(processes.device) and all(map(can_pad, models)):
             collate = Padded(collate, models)
         loader = DataLoader(data.remove_columns("length"), batch_size, collate_fn=collate)
         options: dict[str, Any] = {"objective": self.objective, "progress": processes.is_main_process}

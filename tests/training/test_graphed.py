@@ -303,6 +303,22 @@ def test_gates_and_what_is_looked_for_on_the_host(tmp_path: Path, graphs: Rerun,
     assert "runs teachers on some rows" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    "change, told",
+    [
+        (lambda t: setattr(t.accelerator, "scaler", object()), "float16 gradients"),
+        (lambda t: setattr(t.args, "torch_compile", True), "FSDP's or compiled"),
+        (lambda t: setattr(t.args, "_n_gpu", 2), "several processes or devices share a step"),
+    ],
+)
+def test_runs_that_no_graph_can_be_of(tmp_path: Path, graphs: Rerun, capsys: Any, change: Any, told: str) -> None:
+    t = bert_trainer(tmp_path, args_cuda_graphs=True)
+    assert t._as_graphs() is not None
+    change(t)
+    assert t._as_graphs() is None
+    assert told in capsys.readouterr().err
+
+
 def test_a_loss_of_ones_own_is_not_passed_by(tmp_path: Path, graphs: Rerun, capsys: Any) -> None:
     class Own(module.DistillationTrainer):
         def compute_loss(self, *args: Any, **kwargs: Any) -> Any:
