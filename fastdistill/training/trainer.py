@@ -9,14 +9,13 @@ from typing import Any
 
 import torch
 import transformers
-from accelerate.utils import broadcast, gather_object  # type: ignore[import-untyped]
+from accelerate.utils import broadcast  # type: ignore[import-untyped]
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from transformers import TrainingArguments
 from transformers.modeling_outputs import SequenceClassifierOutput
 
-from fastdistill.cuda_graphs import graphs_on, tell
 from fastdistill.models.architectures import ARCHITECTURES, encoder_layers
 from fastdistill.models.attention_scores import call
 from fastdistill.models.heads import LABELS, head_of, used_states
@@ -24,7 +23,6 @@ from fastdistill.models.inputs import inputs_of, taken_by
 from fastdistill.models.packed import packed_forward
 from fastdistill.models.sharing import CONFIG_KEY
 from fastdistill.objectives.base import LossFunction, Objective, as_needed, as_objective
-from fastdistill.objectives.capturing import obstacle_to_capture
 from fastdistill.objectives.logits import TaskLoss
 from fastdistill.processes import settle_at_exit
 from fastdistill.teachers.outputs import LOGITS, TeacherOutputs, stored_outputs
@@ -40,20 +38,20 @@ from fastdistill.training.checks import (
     config_of,
     default_objective,
     load_teacher,
-    nan_told,
     own_columns,
 )
 from fastdistill.training.config import DistillationConfig
-from fastdistill.training.graphed import GraphedBackward, Told
+from fastdistill.training.graphed import Told
+from fastdistill.training.graphed_trainer import GraphedTrainer
 from fastdistill.training.labels import CheckedLabels
 from fastdistill.training.padding import Padded, can_pad
-from fastdistill.training.resumable import ResumableTrainer
+from fastdistill.training.parts import is_mean, nan_of, weighted
 
 OBJECTIVE_FILE = "objective.safetensors"
 """Holds, within a checkpoint, what the objective itself has learned."""
 
 
-class DistillationTrainer(ResumableTrainer):
+class DistillationTrainer(GraphedTrainer):
     """A Trainer whose loss is an `Objective` of the student's and a frozen teacher's outputs.
 
     Args:
@@ -114,10 +112,6 @@ class DistillationTrainer(ResumableTrainer):
         settle_at_exit()
         super().__init__(model=model, args=args, **trainer)
         self.model_accepts_loss_kwargs = True  # so that compute_loss is told num_items_in_batch, whatever the model
-        self._parts: dict[str, Tensor] = {}
-        self._parts_since = 0
-        self._graphed: GraphedBackward | None = None
-        self._nan: dict[str, Tensor] = {}
 
         student = self.accelerator.unwrap_model(self.model)
         self.head = head_of(student)
@@ -211,23 +205,16 @@ class DistillationTrainer(ResumableTrainer):
     ) -> tuple[Told, Any]:
         """What a micro-batch adds to a step: a function of tensors alone, but for the objective. And the outputs."""
         loss, parts, student, teacher, counts = self._objective_of(model, inputs)
-        is_nan = _nan(teacher, loss)
+        is_nan = nan_of(teacher, loss)
         if counts is not None and num_items_in_batch is not None:
             # The sum over micro-batches is then the mean of what counts in the step; processes are averaged.
             processes = self.accelerator.num_processes if self.args.average_tokens_across_devices else 1
             share = counts.ne(-100).sum() * processes / torch.as_tensor(num_items_in_batch).clamp(min=1)
-            loss = _weighted(loss, share)
+            loss = weighted(loss, share)
         else:  # Trainer divides the loss by the number of micro-batches
             share = torch.full_like(loss.detach(), 1 / self.current_gradient_accumulation_steps)
-        parts = {name: _weighted(part, share) if _is_mean(part) else part for name, part in parts.items()}
+        parts = {name: weighted(part, share) if is_mean(part) else part for name, part in parts.items()}
         return (loss, parts, is_nan), student
-
-    def _note(self, told: Told) -> None:
-        """What is logged and looked at when Trainer logs or saves."""
-        _, parts, is_nan = told
-        self._count(parts)
-        for name, one in is_nan.items():
-            self._nan[name] = self._nan[name] | one if name in self._nan else one
 
     def _not_repeated(self, number: int) -> int:
         """Of so many examples of an evaluation's batch those that do not just fill up this process's last one."""
@@ -269,83 +256,6 @@ class DistillationTrainer(ResumableTrainer):
             )
         return outputs if names else outputs[TEACHER]
 
-    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
-        self._refuse_nan()
-        super()._save_checkpoint(model, trial)
-
-    # NaN from a teacher: noted on the device, and looked at when Trainer logs or saves
-
-    def _refuse_nan(self) -> None:
-        found = gather_object([name for name, is_nan in self._nan.items() if is_nan])
-        self._nan = {}
-        if found:
-            raise ValueError(nan_told(min(found), self.train_dataset))
-
-    # Steps as CUDA graphs
-
-    def _inner_training_loop(self, batch_size: int | None = None, *args: Any, **kwargs: Any) -> Any:
-        self._graphed = self._as_graphs()
-        try:
-            return super()._inner_training_loop(batch_size, *args, **kwargs)
-        finally:
-            self._graphed = None
-
-    def _as_graphs(self) -> GraphedBackward | None:
-        """What captures training steps, if it is asked for, and they can be; a line says why not."""
-        graphs = graphs_on(self.args.device) if getattr(self.args, "cuda_graphs", False) else None
-        if graphs is None:
-            return None
-        student: Any = self.model
-        reason = self._obstacle_to_capture(student)
-        if reason is not None:
-            tell(f"training: no CUDA graphs: {reason}")
-            return None
-        others = (weight for model in self.teachers.values() for weight in model.parameters())
-        return GraphedBackward(self._micro_batch, [*student.parameters(), *self._learned], others, graphs)
-
-    def _obstacle_to_capture(self, student: nn.Module) -> str | None:
-        kind = type(self)
-        if kind.compute_loss is not DistillationTrainer.compute_loss:
-            return f"{kind.__name__} has a compute_loss of its own"
-        if self.accelerator.num_processes > 1 or self.args.n_gpu > 1:
-            return "several processes or devices share a step"
-        if self.is_deepspeed_enabled or self.is_fsdp_enabled or self.args.torch_compile:
-            return "the model is DeepSpeed's, FSDP's or compiled"
-        if self.accelerator.scaler is not None:
-            return "float16 gradients are looked at for infinities"
-        if self.objective.needs.lazily and self.teachers:
-            return f"objective {self.objective} runs teachers on some rows, whose longest is looked for"
-        named = {argument_of(name): model for name, model in self.teachers.items()}
-        return obstacle_to_capture(self.objective, {"model": student, **named})
-
-    def _micro_batch(self, inputs: dict[str, Any], num_items_in_batch: Tensor | None) -> Told:
-        """What Trainer differentiates, and what is told of it."""
-        student: Any = self.model
-        with self.compute_loss_context_manager():
-            (loss, parts, is_nan), _ = self._told(student, inputs, num_items_in_batch)
-        if num_items_in_batch is None:
-            loss = loss / self.current_gradient_accumulation_steps
-        return loss, parts, is_nan
-
-    def _replayed(
-        self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Tensor | int | None
-    ) -> Tensor | None:
-        """A training step's loss, with its gradients where they belong; None where Trainer is to do it."""
-        if self._graphed is None or model is not self.model:
-            return None
-        model.train()
-        if callable(getattr(self.optimizer, "train", None)):
-            self.optimizer.train()  # type: ignore[union-attr]
-        given: dict[str, Any] = dict(self._prepare_inputs(inputs))
-        items = None if num_items_in_batch is None else torch.as_tensor(num_items_in_batch, device=self.args.device)
-        # an objective that a callback has changed is another
-        told = self._graphed(given, items, state=(self.current_gradient_accumulation_steps, repr(self.objective)))
-        if told is None:
-            self._graphed = self._graphed if self._graphed.step.is_on else None
-            return None
-        self._note(told)
-        return told[0]
-
     # What the objective learns: beside the student, since it is no part of it
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
@@ -386,29 +296,6 @@ class DistillationTrainer(ResumableTrainer):
         super()._load_optimizer_and_scheduler(checkpoint)
         if self.objective.module is not None and checkpoint is not None:
             self.objective.module.load_state_dict(load_file(Path(checkpoint) / OBJECTIVE_FILE))
-
-    # Parts of the loss: summed on their device, read when Trainer logs
-
-    def _count(self, parts: dict[str, Tensor]) -> None:
-        if not self._parts:
-            self._parts_since = self.state.global_step
-        for name, value in parts.items():
-            self._parts[name] = self._parts.get(name, 0) + value
-
-    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        if "loss" in logs or "train_loss" in logs:
-            self._refuse_nan()
-        mine = [(name, _is_mean(part)) for name, part in self._parts.items()]
-        kinds = dict(gather_object(mine)) if "loss" in logs else {}
-        if kinds:  # a process may have had other parts than another
-            zero = torch.zeros((), device=self.args.device)
-            sums = torch.stack([self._parts.get(name, zero).float().mean() for name in kinds])
-            totals = zip(kinds.items(), self.accelerator.reduce(sums, "sum").tolist(), strict=True)
-            steps = (self.state.global_step - self._parts_since) * self.accelerator.num_processes
-            logs = {**logs, **{name: total / steps if is_mean else total for (name, is_mean), total in totals}}
-        if "loss" in logs or "train_loss" in logs:  # a log of training, or its end
-            self._parts = {}
-        super().log(logs, start_time)
 
     # Data
 
@@ -478,22 +365,6 @@ class DistillationTrainer(ResumableTrainer):
             return super()._get_dataloader(*args, **kwargs)
         finally:
             self.data_collator = collator
-
-
-def _nan(teacher: Any, loss: Tensor) -> dict[str, Tensor]:
-    """By name of a teacher whether it gave NaN that counts, as the loss then shows."""
-    found = ((name, one) for name, one in (teacher if isinstance(teacher, Mapping) else {TEACHER: teacher}).items())
-    # of examples that do not count a loss is a number
-    return {name: one.is_nan & loss.detach().isnan().any() for name, one in found if one and one.is_nan is not None}
-
-
-def _weighted(value: Tensor, share: Tensor) -> Tensor:
-    """A mean over a micro-batch by its share of a step: of no examples, where it may be NaN, it is 0."""
-    return torch.where(share > 0, value * share, 0.0)
-
-
-def _is_mean(part: Tensor) -> bool:
-    return part.is_floating_point()
 
 
 def _shard_by_layer(plugin: Any, student: nn.Module) -> None:

@@ -11,7 +11,7 @@ from fastdistill.recipes.begin import stages_of
 from fastdistill.recipes.measuring import Scoring
 from fastdistill.recipes.settings import KDSettings
 from fastdistill.sensitivity import units
-from fastdistill.training import trainer
+from fastdistill.training import graphed_trainer
 from tests import tiny
 from tests.recipes.test_best import stages, training
 from tests.rerun import Rerun
@@ -22,7 +22,7 @@ def test_what_is_asked_for_reaches_training_and_scores(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, flags: dict[str, bool]
 ) -> None:
     graphs = Rerun()
-    for module in (trainer, units, measuring):
+    for module in (graphed_trainer, units, measuring):
         monkeypatch.setattr(module, "graphs_on", lambda device: graphs)
     examples = stages(tmp_path / "made").examples
     asked = KDSettings(task="tiny", teacher="minilm", student_layers=1, output=tmp_path / "run", batch_size=4, **flags)

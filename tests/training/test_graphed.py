@@ -17,7 +17,7 @@ from fastdistill.objectives.base import Objective
 from fastdistill.objectives.capturing import obstacle_to_capture
 from fastdistill.objectives.logits import TaskLoss
 from fastdistill.objectives.team import MTBERT, AvgKD, SampledTeacher
-from fastdistill.training import trainer as module
+from fastdistill.training import graphed_trainer as module
 from fastdistill.training.graphed import GraphedBackward
 from fastdistill.training.padding import Padded, can_pad
 from tests import tiny
@@ -308,6 +308,7 @@ def test_gates_and_what_is_looked_for_on_the_host(tmp_path: Path, graphs: Rerun,
     [
         (lambda t: setattr(t.accelerator, "scaler", object()), "float16 gradients"),
         (lambda t: setattr(t.args, "torch_compile", True), "FSDP's or compiled"),
+        (lambda t: setattr(t.args, "gradient_checkpointing", True), "args.gradient_checkpointing"),
         (lambda t: setattr(t.args, "_n_gpu", 2), "several processes or devices share a step"),
     ],
 )
@@ -320,7 +321,7 @@ def test_runs_that_no_graph_can_be_of(tmp_path: Path, graphs: Rerun, capsys: Any
 
 
 def test_a_loss_of_ones_own_is_not_passed_by(tmp_path: Path, graphs: Rerun, capsys: Any) -> None:
-    class Own(module.DistillationTrainer):
+    class Own(fastdistill.DistillationTrainer):
         def compute_loss(self, *args: Any, **kwargs: Any) -> Any:
             return super().compute_loss(*args, **kwargs)
 
