@@ -136,7 +136,7 @@ class CudaGraphs:
     def __init__(self, device: torch.device) -> None:
         self.born = CudaGraphs._broken
         self.device = torch.device("cuda", torch.cuda.current_device() if device.index is None else device.index)
-        self.stream = torch.cuda.Stream(self.device)
+        self.stream = _stream(self.device)
         self.pool = torch.cuda.graph_pool_handle()
 
     @property
@@ -193,6 +193,12 @@ class CudaGraphs:
             torch._C._cuda_releasePool(self.device.index, self.pool)
         except (AttributeError, RuntimeError):
             pass  # it did finish: the function raised an error of its own
+
+
+@functools.cache
+def _stream(device: torch.device) -> torch.cuda.Stream:
+    """One for all: cuBLAS keeps a workspace for every stream that it was ever called on."""
+    return torch.cuda.Stream(device)
 
 
 def graphs_on(device: torch.device) -> Graphs | None:
