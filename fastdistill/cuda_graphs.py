@@ -5,7 +5,8 @@ from __future__ import annotations
 import functools
 import gc
 from collections import Counter
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, ClassVar, Generic, Protocol, TypeVar
 
@@ -13,6 +14,7 @@ import torch
 from rich.console import Console
 from torch import Tensor
 from torch.utils._pytree import tree_flatten, tree_map_only, tree_unflatten
+from transformers.utils import import_utils
 
 T = TypeVar("T")
 
@@ -147,7 +149,7 @@ class CudaGraphs:
         current = torch.cuda.current_stream(self.device)
         self.stream.wait_stream(current)
         try:
-            with torch.cuda.stream(self.stream):
+            with torch.cuda.stream(self.stream), as_if_captured():
                 return run()
         finally:
             current.wait_stream(self.stream)
@@ -199,6 +201,17 @@ class CudaGraphs:
 def _stream(device: torch.device) -> torch.cuda.Stream:
     """One for all: cuBLAS keeps a workspace for every stream that it was ever called on."""
     return torch.cuda.Stream(device)
+
+
+@contextmanager
+def as_if_captured() -> Iterator[None]:
+    """Within it transformers looks at no mask, as while a stream is captured: the same kernels run."""
+    capturing = import_utils.is_cuda_stream_capturing
+    import_utils.is_cuda_stream_capturing = lambda: True
+    try:
+        yield
+    finally:
+        import_utils.is_cuda_stream_capturing = capturing
 
 
 def graphs_on(device: torch.device) -> Graphs | None:

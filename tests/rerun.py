@@ -11,6 +11,8 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from fastdistill.cuda_graphs import as_if_captured
+
 T = TypeVar("T")
 
 WAITING = {
@@ -63,7 +65,7 @@ class Rerun:
         def replay() -> T:
             self.replayed += 1
             with (
-                patch("transformers.utils.import_utils.is_cuda_stream_capturing", lambda: True),
+                as_if_captured(),
                 patch("fastdistill.models.packed.worth_packing", lambda mask: False),  # whose mask is on the CPU
                 WithoutWaiting(),
             ):

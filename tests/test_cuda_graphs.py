@@ -8,8 +8,9 @@ import torch
 from torch import Tensor
 
 from fastdistill import cuda_graphs
-from fastdistill.cuda_graphs import AFTER, GraphedStep, graphs_on
-from tests.rerun import Rerun
+from fastdistill.cuda_graphs import AFTER, GraphedStep, as_if_captured, graphs_on
+from tests import tiny
+from tests.rerun import Rerun, WithoutWaiting
 
 
 @pytest.fixture(autouse=True)
@@ -135,6 +136,18 @@ def test_inputs_that_no_graph_has(given: Any, told: str, capsys: Any) -> None:
     assert step(given, 1.0) is None
     assert not step.is_on
     assert told in capsys.readouterr().err
+
+
+def test_transformers_looks_at_no_mask_as_if_captured() -> None:
+    """Of a batch without padding it then makes one, as it does while a stream is captured."""
+    model = tiny.bert().eval()
+    batch = {"input_ids": torch.full((2, 8), 7), "attention_mask": torch.ones(2, 8, dtype=torch.long)}
+    with torch.no_grad():
+        with pytest.raises(AssertionError, match="would wait for the device"), WithoutWaiting():
+            model(**batch)
+        with as_if_captured(), WithoutWaiting():
+            found = model(**batch).logits
+        torch.testing.assert_close(found, model(**batch).logits)
 
 
 def test_there_are_none_on_a_cpu() -> None:
