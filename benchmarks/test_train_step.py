@@ -1,4 +1,5 @@
-"""A training step of an encoder by attn_implementation: what a model gains or loses whose attention is ours."""
+"""A training step of an encoder by attn_implementation: what a model gains or loses whose attention is ours, and on a
+GPU what a step gains that is replayed as a CUDA graph."""
 
 from __future__ import annotations
 
@@ -9,23 +10,40 @@ import torch
 
 from benchmarks.encoders import batch, encoder
 from benchmarks.harness import DEVICE, OURS, measure, sizes
+from fastdistill.cuda_graphs import AFTER, CudaGraphs
+from fastdistill.training.graphed import GraphedBackward, Told
 
 # like, layers, tokens
 CASES = sizes(tiny=[("MiniLM", 1, 8)], cpu=[("MiniLM", 6, 128)], cuda=[("BERT-base", 12, 128)])
 DTYPE = torch.bfloat16 if DEVICE == "cuda" else torch.float32
 
 
-@pytest.mark.parametrize("implementation", ["sdpa", "eager", OURS])
+GRAPHS = ", graphs"  # of either attention it is ours that captures
+GRAPHED = [f"{OURS}{GRAPHS}", f"{OURS}, sdpa{GRAPHS}"] if DEVICE == "cuda" else []
+
+
+@pytest.mark.parametrize("implementation", ["sdpa", "eager", OURS, *GRAPHED])
 @pytest.mark.parametrize("like,layers,tokens", CASES)
 def test_train_step(benchmark: Any, implementation: str, like: str, layers: int, tokens: int) -> None:
-    model = encoder(layers, like=like, dtype=DTYPE, attention=implementation).train()
+    attention = implementation.removesuffix(GRAPHS).removeprefix(f"{OURS}, ")
+    model = encoder(layers, like=like, dtype=DTYPE, attention=attention).train()
     optimizer = torch.optim.SGD(model.parameters(), 1e-5, fused=True)
     features = batch(32, tokens)
 
+    def loss_of(given: dict[str, Any]) -> Told:
+        return model(**given).loss, {}, {}
+
+    backward = None
+    if implementation.endswith(GRAPHS):
+        backward = GraphedBackward(loss_of, list(model.parameters()), [], CudaGraphs(torch.device(DEVICE)))
+
     def step() -> None:
         optimizer.zero_grad()
-        model(**features).loss.backward()
+        if backward is None or backward(features) is None:
+            loss_of(features)[0].backward()
         optimizer.step()
 
+    for _ in range(AFTER):  # the last is captured
+        step()
     case = f"{like} 32x{tokens}"
     measure(benchmark, step, op="train step", case=case, implementation=implementation, dtype=DTYPE)

@@ -102,6 +102,12 @@ class Objective(ABC):
     module: nn.Module | None = None
     """What the objective itself learns or remembers: trained, moved and saved in checkpoints with the student."""
 
+    @property
+    def on_host(self) -> str | None:
+        """What of each step the host decides, so that no CUDA graph can replay it. None where nothing but the values of
+        tensors that `parts` is given, and of weights, changes from step to step, and no device is asked for one."""
+        return "is not known to be a function of tensors alone (its on_host is not None)"
+
     @abstractmethod
     def parts(self, student: Any, teacher: Any, labels: Tensor | None) -> tuple[Tensor, dict[str, Tensor]]:
         """The loss, and what it is made of: detached, unweighted scalars by name, left on their device; the trainer's
@@ -148,6 +154,11 @@ class WeightedSum(Objective):
     @property
     def needs(self) -> Needs:
         return self._needs
+
+    @property
+    def on_host(self) -> str | None:
+        found = ((term, term.on_host) for _, term in self.terms.values())
+        return next((f"has {term}, which {reason}" for term, reason in found if reason is not None), None)
 
     @property
     def fingerprint(self) -> str:

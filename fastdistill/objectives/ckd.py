@@ -88,6 +88,8 @@ class CKD(Objective):
             raise ValueError(f"window is {self.window}; expected an odd number, 3 or more")
         check_pairs(self.pairs, ("all", "skip", "last"))
 
+    on_host = None
+
     @property
     def needs(self) -> Needs:
         return Needs(hidden_states=True, columns=(ATTENTION_MASK,), labels=False)

@@ -129,6 +129,10 @@ class DeKD(Objective):
                 raise ValueError(f"{name} is {value!r} but {weight} is 0; expected {default!r}, the default")
 
     @property
+    def on_host(self) -> str | None:
+        return "asks how many of a batch's examples the epoch has chosen" if self._chosen is not None else None
+
+    @property
     def needs(self) -> Needs:
         return Needs(
             teachers=("teacher", "assistant") if self.assistant and self.ta_weight else (),

@@ -67,6 +67,8 @@ class DistilBERT(WeightedSum):
 class CosineStates(Objective):
     """The term "cos" of `DistilBERT`."""
 
+    on_host = None
+
     @property
     def needs(self) -> Needs:
         return Needs(hidden_states=True, columns=(ATTENTION_MASK,), labels=False)

@@ -48,6 +48,8 @@ class DKD(Objective):
         if self.label_smoothing and not self.ce_weight:
             raise ValueError(f"label_smoothing is {self.label_smoothing} but ce_weight is 0; expected 0 as well")
 
+    on_host = None
+
     @property
     def needs(self) -> Needs:
         return Needs(teacher=self.kd_weight > 0, only="probabilities", problem="classification", labels=True)

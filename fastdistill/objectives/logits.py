@@ -49,6 +49,8 @@ class LogitsKD(Objective):
         if self.label_smoothing and not self.ce_weight:
             raise ValueError(f"label_smoothing is {self.label_smoothing} but ce_weight is 0; expected 0 as well")
 
+    on_host = None
+
     @property
     def needs(self) -> Needs:
         return Needs(
@@ -127,6 +129,8 @@ class MSE(Objective):
     def __post_init__(self) -> None:
         check_weights(kd_weight=self.kd_weight, label_weight=self.label_weight)
 
+    on_host = None
+
     @property
     def needs(self) -> Needs:
         return Needs(teacher=self.kd_weight > 0, only="logits", problem="regression", labels=self.label_weight > 0)
@@ -178,6 +182,8 @@ class MultiLabelKD(Objective):
         check_choice("divergence", self.divergence, DIVERGENCES)
         check_bool("scale_by_temperature", self.scale_by_temperature)
 
+    on_host = None
+
     @property
     def needs(self) -> Needs:
         return Needs(teacher=self.kd_weight > 0, only="logits", problem="multi_label", labels=self.bce_weight > 0)
@@ -224,6 +230,8 @@ class TaskLoss(Objective):
 
     def __post_init__(self) -> None:
         check_number("label_smoothing", self.label_smoothing, minimum=0, below=1)
+
+    on_host = None
 
     @property
     def needs(self) -> Needs:

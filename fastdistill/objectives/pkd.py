@@ -55,6 +55,8 @@ class PKD(Objective):
             raise ValueError(f"widths is {self.widths} but pairs is {self.pairs!r}; expected the pairs as numbers")
         self.module = None if self.widths is None else projections(self.widths, len(self.pairs))
 
+    on_host = None
+
     @property
     def needs(self) -> Needs:
         return Needs(hidden_states=True, all_tokens=False, labels=False)

@@ -36,6 +36,8 @@ class _OfTeam(Objective):
             check_name("names has", name)
         check_number("temperature", self.temperature, above=0)
 
+    on_host = None
+
     @property
     def needs(self) -> Needs:
         return Needs(teachers=self.names, only="logits", problem="classification", labels=self._labels)
@@ -146,6 +148,7 @@ class SampledTeacher(Objective):
     temperature: float = 1.0
     seed: int = 0
     module: Draws = field(init=False, repr=False, compare=False)
+    on_host = "draws a teacher for each step"
 
     def __post_init__(self) -> None:
         check_number("temperature", self.temperature, above=0)

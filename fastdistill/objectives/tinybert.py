@@ -86,6 +86,8 @@ class AttentionMSE(Objective):
         if not isinstance(self.pairs, str) and any(j == 0 for i, j in self.pairs if i):
             raise ValueError(f"pairs is {self.pairs!r}; expected layers with layers: embeddings have no attention")
 
+    on_host = None
+
     @property
     def needs(self) -> Needs:
         return Needs(attentions=True, all_tokens=True, columns=(ATTENTION_MASK,), labels=False)
@@ -122,6 +124,8 @@ class HiddenMSE(Objective):
     def __post_init__(self) -> None:
         check_pairs(self.pairs, ("all",))
         self.module = None if self.widths is None else projections(self.widths, 1)
+
+    on_host = None
 
     @property
     def needs(self) -> Needs:

@@ -69,12 +69,16 @@ def _facts() -> list[str]:
     else:
         triton = "serve CUDA tensors"
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else "none"
+    graphs = (
+        "capture training and scoring steps, where asked for" if torch.cuda.is_available() else "none; no CUDA device"
+    )
     return [
         cpu,
         f"CUDA C++ kernels: {'loaded' if NATIVE.cuda else 'none; ' + NATIVE.why_no_cuda}",
         f"Triton kernels: {triton}",
         f"CPU: {torch.backends.cpu.get_cpu_capability()}, {torch.get_num_threads()} threads; CUDA device: {device}",
         gates_run_on(),
+        f"CUDA graphs: {graphs}",
     ]
 
 

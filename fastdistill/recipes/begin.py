@@ -88,6 +88,7 @@ def stages_of(settings: RecipeSettings, examples: Examples) -> Stages:
         batch_size=settings.batch_size,
         seed=settings.seed,
         bf16=settings.bf16,
+        cuda_graphs=not settings.no_cuda_graphs,
         checkpoints=settings.checkpoints,
         tensorboard=settings.tensorboard,
         patience=settings.early_stopping,

@@ -198,6 +198,7 @@ def config_of(
     *,
     seed: int,
     bf16: bool,
+    cuda_graphs: bool,
     checkpoints: int,
     tensorboard: bool,
 ) -> DistillationConfig:
@@ -211,6 +212,7 @@ def config_of(
         **optimization.arguments(),
         seed=(seed + training.run * RUNS_APART) % 2**32,
         bf16=bf16,
+        cuda_graphs=cuda_graphs,
         use_cpu=not torch.accelerator.is_available(),
         logging_steps=0.05,
         save_strategy="steps" if checkpoints else "no",

@@ -17,6 +17,7 @@ from accelerate.utils import send_to_device  # type: ignore[import-untyped]
 from torch.utils.data import DataLoader
 from transformers import PreTrainedModel
 
+from fastdistill.cuda_graphs import graphs_on
 from fastdistill.digest import model_digest
 from fastdistill.models.scores import Scores
 from fastdistill.objectives.base import Objective
@@ -24,6 +25,7 @@ from fastdistill.sensitivity.importance import importance
 from fastdistill.sensitivity.units import Sensitivities, score
 from fastdistill.sensitivity.weights import WeightScores, WeightSensitivities, score_weights
 from fastdistill.teachers.store import Collate
+from fastdistill.training.padding import Padded, can_pad
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -67,7 +69,7 @@ class Scoring:
         }
 
     def find(
-        self, data: Dataset, collate: Collate, batch_size: int, checkpoint: Path
+        self, data: Dataset, collate: Collate, batch_size: int, checkpoint: Path, *, cuda_graphs: bool = False
     ) -> Sensitivities | WeightSensitivities:
         processes = PartialState()
         if self.reduce == "example" and not self.of_weights:  # any batches will do: those with the least padding
@@ -77,6 +79,10 @@ class Scoring:
         if self.reduce == "example" and self.of_weights:
             batch_size = 1  # a batch's gradient is then an example's
         data = data.select([row for row in range(len(data)) if row // batch_size % number == processes.process_index])
+        models = [model for model in (self.teacher, self.student) if model is not None]
+        scores = not (self.dynabert or self.of_weights)
+        if scores and cuda_graphs and graphs_on(processes.device) and all(map(can_pad, models)):
+            collate = Padded(collate, models)
         loader = DataLoader(data.remove_columns("length"), batch_size, collate_fn=collate)
         options: dict[str, Any] = {"objective": self.objective, "progress": processes.is_main_process}
         with _moved(processes.device, self.teacher, self.student):
@@ -84,7 +90,8 @@ class Scoring:
                 return Sensitivities(importance(self.teacher, loader, progress=processes.is_main_process), None)
             if self.of_weights:
                 return score_weights(self.teacher, loader, self.student, **options)
-            return score(self.teacher, loader, self.student, reduce=self.reduce, checkpoint=checkpoint, **options)
+            options |= {"reduce": self.reduce, "checkpoint": checkpoint, "cuda_graphs": cuda_graphs}
+            return score(self.teacher, loader, self.student, **options)
 
     def load(self, folder: Path) -> Sensitivities | WeightSensitivities:
         kind = WeightScores if self.of_weights else Scores

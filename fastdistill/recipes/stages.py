@@ -68,6 +68,8 @@ class Stages:
         batch_size: examples in a batch, of all processes together, where a training does not say it.
         seed: of dropout and of the order of examples; stages of equal length see the same batches.
         bf16: mixed precision.
+        cuda_graphs: on CUDA, steps are replayed as CUDA graphs where they can be; what is found is the same, within
+            rounding and but for dropout's numbers, and a stage goes on with or without.
         checkpoints: how often a stage saves its state on its way.
         tensorboard: whether to write TensorBoard logs.
         patience: epochs without a better one after which a training ends; None for none.
@@ -81,6 +83,7 @@ class Stages:
     batch_size: int = 32
     seed: int = 0
     bf16: bool = False
+    cuda_graphs: bool = True
     checkpoints: int = 3
     tensorboard: bool = False
     patience: int | None = None
@@ -187,6 +190,7 @@ class Stages:
             self.optimization,
             seed=self.seed,
             bf16=self.bf16,
+            cuda_graphs=self.cuda_graphs,
             checkpoints=self.checkpoints,
             tensorboard=self.tensorboard,
         )
@@ -238,7 +242,8 @@ class Stages:
 
         def make(folder: Path) -> Callable[[], None]:
             data = self.examples.train if scoring.on == "train" else self.examples.validation
-            found = scoring.find(data, self.examples.collate, self.batch_size, folder / UNFINISHED)
+            collate, unfinished = self.examples.collate, folder / UNFINISHED
+            found = scoring.find(data, collate, self.batch_size, unfinished, cuda_graphs=self.cuda_graphs)
 
             def save() -> None:
                 for kind in scoring.kinds:

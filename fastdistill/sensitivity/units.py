@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm  # type: ignore[import-untyped]
 from transformers.modeling_outputs import SequenceClassifierOutput
 
+from fastdistill.cuda_graphs import GraphedStep, Graphs, graphs_on, tell
 from fastdistill.digest import digest, model_digest, tensor_pieces
 from fastdistill.files import check_file, load_tensors, save_tensors
 from fastdistill.models.attention_scores import call
@@ -23,6 +24,7 @@ from fastdistill.models.hooks import whole
 from fastdistill.models.inputs import inputs_of
 from fastdistill.models.scores import Scores, mix
 from fastdistill.objectives.base import ATTENTION_MASK, LossFunction, Objective, as_objective
+from fastdistill.objectives.capturing import obstacle_to_capture
 from fastdistill.objectives.logits import MSE, LogitsKD, MultiLabelKD, TaskLoss
 from fastdistill.ops.checks import check_choice
 from fastdistill.processes import rank_and_number, sum_over_processes
@@ -67,6 +69,7 @@ def score(
     reduce: Literal["example", "batch"] = "example",
     checkpoint: str | Path | None = None,
     progress: bool = True,
+    cuda_graphs: bool = False,
 ) -> Sensitivities:
     r"""The sensitivity of a teacher's losses to its heads and neurons.
 
@@ -93,6 +96,8 @@ def score(
             settings goes on from there, and skips the batches that it has seen. The loader must give the same ones in
             the same order. Each process has its own. At the end it holds everything, and is yours to remove.
         progress: whether to show a progress bar.
+        cuda_graphs: on CUDA, replay the passes of batches whose shapes come again as CUDA graphs, as
+            `fastdistill.DistillationConfig` has it.
 
     In a data-parallel run each process gives its own share of the data, and all get the sum of what they found.
 
@@ -111,6 +116,7 @@ def score(
     given: list[PreTrainedModel | None] = [teacher, student]
     teacher, student = whole(teacher), None if student is None else whole(student)
     device = next(teacher.parameters()).device
+    graphs = _graphs(teacher, student, chosen) if cuda_graphs else None
     narrowed = (teacher, student) if student is None or not chosen.needs.all_tokens else ()
     with evaluating(teacher, student), first_token_only(*narrowed), unit_values(teacher) as values:
         sizes = values.units
@@ -120,12 +126,18 @@ def score(
         if checkpoint is not None:
             kept = _Checkpoint(checkpoint, given, (chosen.fingerprint, reduce))
         count, done = (0, 0) if kept is None else kept.load(totals)
+        passes = Passes(totals, teacher, student, values, chosen, reduce)
+        step = None if graphs is None else GraphedStep(passes, graphs, "score")
         for number, batch in enumerate(tqdm(loader, desc="score", disable=not progress)):
             if kept is not None:
                 kept.see(batch)
             if number < done:
                 continue
-            count += _add(totals, teacher, student, values, chosen, reduce, batch)
+            split = split_batch(batch, chosen, teacher, student, device)
+            if labelled := split[-1]:
+                if step is None or step(*split) is None:
+                    passes(*split)
+                count += labelled if reduce == "example" else 1
             if kept is not None and (number + 1) % SAVE_EVERY == 0:
                 kept.save(totals, count)
         if kept is not None:
@@ -140,38 +152,54 @@ def score(
     return Sensitivities(found[0], found[1] if student is not None else None)
 
 
-def _add(
-    totals: Tensor,
-    teacher: PreTrainedModel,
-    student: PreTrainedModel | None,
-    units: UnitValues,
-    objective: Objective,
-    reduce: str,
-    batch: dict[str, Any],
-) -> int:
-    """Add a batch's sensitivities to the totals; returns how many examples, or batches, they are of."""
-    features, columns, labels, labelled = split_batch(batch, objective, teacher, student, totals.device)
-    if not labelled:
-        return 0
-    units.clear()
-    with torch.enable_grad():
-        outputs = outputs_of(teacher, features, student)
-    losses: list[Callable[[Any], Tensor]] = [lambda theirs: TaskLoss()(theirs, None, labels) * labelled]
-    if student is not None:
-        with torch.no_grad():
-            answers = outputs_of(student, features, teacher)
-        losses.append(lambda theirs: objective(answers, theirs, labels, **columns) * labelled)
+@dataclass(frozen=True)
+class Passes:
+    """The passes of one batch after another, whose sensitivities are added to the totals: called with what
+    `split_batch` gives, a function of tensors alone where the objective is one."""
 
-    if student is None or objective.needs.only:
-        of_softmax = not labels.is_floating_point() and (student is None or objective.needs.only == "probabilities")
-        found = _from_logits(units, outputs.logits, losses, of_softmax)
-    else:
+    totals: Tensor
+    teacher: PreTrainedModel
+    student: PreTrainedModel | None
+    units: UnitValues
+    objective: Objective
+    reduce: str
+
+    def __call__(
+        self, features: dict[str, Any], columns: dict[str, Tensor], labels: Tensor, labelled: int
+    ) -> dict[str, Tensor]:
+        teacher, student, units, objective = self.teacher, self.student, self.units, self.objective
+        units.clear()
         with torch.enable_grad():
-            values = [loss(outputs) for loss in losses]
-        found = [units.gradients(values[0], retain_graph=True), units.gradients(values[1])]
-    for total, gradients in zip(totals, found, strict=True):
-        total += gradients.abs().sum(0) if reduce == "example" else gradients.sum(0).abs() / labelled
-    return labelled if reduce == "example" else 1
+            outputs = outputs_of(teacher, features, student)
+        losses: list[Callable[[Any], Tensor]] = [lambda theirs: TaskLoss()(theirs, None, labels) * labelled]
+        if student is not None:
+            with torch.no_grad():
+                answers = outputs_of(student, features, teacher)
+            losses.append(lambda theirs: objective(answers, theirs, labels, **columns) * labelled)
+
+        if student is None or objective.needs.only:
+            of_softmax = not labels.is_floating_point() and (student is None or objective.needs.only == "probabilities")
+            found = _from_logits(units, outputs.logits, losses, of_softmax)
+        else:
+            with torch.enable_grad():
+                values = [loss(outputs) for loss in losses]
+            found = [units.gradients(values[0], retain_graph=True), units.gradients(values[1])]
+        by_example = self.reduce == "example"
+        self.totals.add_(
+            torch.stack([one.abs().sum(0) if by_example else one.sum(0).abs() / labelled for one in found])
+        )
+        units.clear()
+        return {}
+
+
+def _graphs(teacher: PreTrainedModel, student: PreTrainedModel | None, objective: Objective) -> Graphs | None:
+    """What captures the passes; a line says why they cannot be."""
+    graphs = graphs_on(next(teacher.parameters()).device)
+    models = {"teacher": teacher} | ({} if student is None else {"student": student})
+    if graphs is None or (reason := obstacle_to_capture(objective, models)) is None:
+        return graphs
+    tell(f"score: no CUDA graphs: {reason}")
+    return None
 
 
 def _from_logits(
@@ -188,7 +216,8 @@ def _from_logits(
             value = loss(SequenceClassifierOutput(logits=leaf))
         grad_outputs += torch.autograd.grad(value, leaf)
     if logits.dim() == 2 and (logits.shape[1] == 1 or (logits.shape[1] == 2 and of_softmax)):
-        vector = logits.new_tensor([1.0, -1.0])[: logits.shape[1]].expand_as(logits)
+        vector = torch.ones_like(logits)
+        vector[:, 1:].neg_()
         base = units.gradients(logits, vector)
         return [base * factor[:, :1] for factor in grad_outputs]
     last = len(grad_outputs) - 1

@@ -30,3 +30,13 @@ class DistillationConfig(TrainingArguments):
             "them, and has no column of lengths."
         },
     )
+    cuda_graphs: bool = field(
+        default=False,
+        metadata={
+            "help": "On CUDA, capture forward and backward passes of shapes that come again as CUDA graphs, and replay "
+            "them: of a small model's step most is else Python and launches. Batches of encoders' classifiers are "
+            "padded to a multiple of 8 tokens, so that there are few shapes. What cannot be captured runs without, and "
+            "a line says why: several processes, float16, compiled models, gradient checkpointing, hooks, objectives "
+            "of which the host decides something in each step. It takes up to twice the memory."
+        },
+    )

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 import transformers
-from accelerate.utils import broadcast, gather_object  # type: ignore[import-untyped]
+from accelerate.utils import broadcast  # type: ignore[import-untyped]
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
@@ -38,18 +38,20 @@ from fastdistill.training.checks import (
     config_of,
     default_objective,
     load_teacher,
-    nan_told,
     own_columns,
 )
 from fastdistill.training.config import DistillationConfig
+from fastdistill.training.graphed import Told
+from fastdistill.training.graphed_trainer import GraphedTrainer
 from fastdistill.training.labels import CheckedLabels
-from fastdistill.training.resumable import ResumableTrainer
+from fastdistill.training.padding import Padded, can_pad
+from fastdistill.training.parts import is_mean, nan_of, weighted
 
 OBJECTIVE_FILE = "objective.safetensors"
 """Holds, within a checkpoint, what the objective itself has learned."""
 
 
-class DistillationTrainer(ResumableTrainer):
+class DistillationTrainer(GraphedTrainer):
     """A Trainer whose loss is an `Objective` of the student's and a frozen teacher's outputs.
 
     Args:
@@ -78,6 +80,8 @@ class DistillationTrainer(ResumableTrainer):
     within rounding. Of a batch with fewer examples than processes some count twice.) Evaluation runs no teacher:
     "eval_loss" is the task's own loss. Of data without labels it is that of an objective that does without.
     `predict` keeps the dataset's order.
+
+    With ``args.cuda_graphs`` forward and backward passes on CUDA are replayed as CUDA graphs (`DistillationConfig`).
 
     What labels mean follows the student's head: `fastdistill.models.heads.Head` tells of each kind which logits they
     are of, and that padding never counts. Each model is given what its own forward takes of a batch, which has the
@@ -108,9 +112,6 @@ class DistillationTrainer(ResumableTrainer):
         settle_at_exit()
         super().__init__(model=model, args=args, **trainer)
         self.model_accepts_loss_kwargs = True  # so that compute_loss is told num_items_in_batch, whatever the model
-        self._parts: dict[str, Tensor] = {}
-        self._parts_since = 0
-        self._nan: dict[str, Tensor] = {}
 
         student = self.accelerator.unwrap_model(self.model)
         self.head = head_of(student)
@@ -144,6 +145,10 @@ class DistillationTrainer(ResumableTrainer):
         """The teacher, or of several the first."""
         return next(iter(self.teachers.values()), None)
 
+    def _models(self) -> list[Any]:
+        """The student, and the teachers that are models."""
+        return [self.model, *self.teachers.values()]
+
     # Loss
 
     def compute_loss(
@@ -154,40 +159,62 @@ class DistillationTrainer(ResumableTrainer):
         num_items_in_batch: Tensor | int | None = None,
     ) -> Any:
         """The objective's loss in training, the task's own in evaluation."""
-        labels, own = self.head.labels(inputs), own_columns(self.objective)
-        batch = {name: value for name, value in inputs.items() if name not in own}
-        own_model: Any = self.model  # which `model` may wrap
-        features = inputs_of(own_model, batch, others=self.teachers.values())
+        labels = self.head.labels(inputs)
         if not model.training and (labels is not None or self.objective.needs.labels is not False):
+            batch, features = self._features(inputs)
             student = packed_forward(model, features)
             logits = self.head.aligned(student, batch).logits
             new = slice(self._not_repeated(len(logits)))
             counted = SequenceClassifierOutput(logits=logits[new])
             loss = TaskLoss()(counted, None, None if labels is None else labels[new])
             return (loss, self.head.told(student, logits)) if return_outputs else loss
+        if not model.training:
+            loss, _, student, *_ = self._objective_of(model, inputs)
+            shown = {name: value for name, value in student.items() if name != "hidden_states"}
+            return (loss, shown) if return_outputs else loss
+        told, student = self._told(model, inputs, num_items_in_batch)
+        self._note(told)
+        return (told[0], student) if return_outputs else told[0]
 
-        needs = self.objective.needs
+    def _features(self, inputs: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+        """Of a batch what is not the objective's own, and of this what the student takes."""
+        own, model = own_columns(self.objective), self.model
+        batch = {name: value for name, value in inputs.items() if name not in own}
+        assert model is not None
+        return batch, inputs_of(model, batch, others=self.teachers.values())
+
+    def _objective_of(
+        self, model: nn.Module, inputs: Mapping[str, Any]
+    ) -> tuple[Tensor, dict[str, Tensor], Any, Any, Tensor | None]:
+        """The objective's loss and its parts, the student's and the teacher's outputs, and which rows count."""
+        labels, needs = self.head.labels(inputs), self.objective.needs
+        batch, features = self._features(inputs)
         teacher = self.teacher_outputs(batch | needs.asked, inputs)
         student = call(model, features | needs.asked)
+        own_model: Any = self.model  # which `model` may wrap
         seen = self._seen(own_model, student, batch)
         counts = self.head.counted(labels, inputs)
         if labels is None and counts is not None:
             seen.counted = counts
         columns = {name: inputs[name] for name in needs.columns}
         loss, parts = self.objective.parts(seen, as_needed(self.objective, teacher), labels, **columns)
-        if not model.training:
-            told = {name: value for name, value in student.items() if name != "hidden_states"}
-            return (loss, told) if return_outputs else loss
-        self._watch(teacher, loss)
+        return loss, parts, student, teacher, counts
+
+    def _told(
+        self, model: nn.Module, inputs: Mapping[str, Any], num_items_in_batch: Tensor | int | None
+    ) -> tuple[Told, Any]:
+        """What a micro-batch adds to a step: a function of tensors alone, but for the objective. And the outputs."""
+        loss, parts, student, teacher, counts = self._objective_of(model, inputs)
+        is_nan = nan_of(teacher, loss)
         if counts is not None and num_items_in_batch is not None:
             # The sum over micro-batches is then the mean of what counts in the step; processes are averaged.
             processes = self.accelerator.num_processes if self.args.average_tokens_across_devices else 1
             share = counts.ne(-100).sum() * processes / torch.as_tensor(num_items_in_batch).clamp(min=1)
-            loss = _weighted(loss, share)
+            loss = weighted(loss, share)
         else:  # Trainer divides the loss by the number of micro-batches
             share = torch.full_like(loss.detach(), 1 / self.current_gradient_accumulation_steps)
-        self._count(parts, share)
-        return (loss, student) if return_outputs else loss
+        parts = {name: weighted(part, share) if is_mean(part) else part for name, part in parts.items()}
+        return (loss, parts, is_nan), student
 
     def _not_repeated(self, number: int) -> int:
         """Of so many examples of an evaluation's batch those that do not just fill up this process's last one."""
@@ -229,24 +256,6 @@ class DistillationTrainer(ResumableTrainer):
             )
         return outputs if names else outputs[TEACHER]
 
-    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
-        self._refuse_nan()
-        super()._save_checkpoint(model, trial)
-
-    # NaN from a teacher: noted on the device, and looked at when Trainer logs or saves
-
-    def _watch(self, teacher: Any, loss: Tensor) -> None:
-        for name, outputs in (teacher if isinstance(teacher, Mapping) else {TEACHER: teacher}).items():
-            if outputs is not None and outputs.is_nan is not None:
-                is_nan = outputs.is_nan & loss.detach().isnan().any()  # else it was of examples that do not count
-                self._nan[name] = self._nan[name] | is_nan if name in self._nan else is_nan
-
-    def _refuse_nan(self) -> None:
-        found = gather_object([name for name, is_nan in self._nan.items() if is_nan])
-        self._nan = {}
-        if found:
-            raise ValueError(nan_told(min(found), self.train_dataset))
-
     # What the objective learns: beside the student, since it is no part of it
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
@@ -256,11 +265,15 @@ class DistillationTrainer(ResumableTrainer):
             optimizer.add_param_group({"params": self._learned, "weight_decay": self.args.weight_decay})
         return optimizer
 
-    def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
+    def training_step(
+        self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Tensor | int | None = None
+    ) -> Tensor:
         if self._stepped:
             for parameter in self._learned:
                 parameter.grad = None
-        loss = super().training_step(*args, **kwargs)
+        loss = self._replayed(model, inputs, num_items_in_batch)
+        if loss is None:
+            loss = super().training_step(model, inputs, num_items_in_batch)
         self._stepped = self.accelerator.sync_gradients
         if self._stepped:
             for parameter in self._learned:
@@ -283,30 +296,6 @@ class DistillationTrainer(ResumableTrainer):
         super()._load_optimizer_and_scheduler(checkpoint)
         if self.objective.module is not None and checkpoint is not None:
             self.objective.module.load_state_dict(load_file(Path(checkpoint) / OBJECTIVE_FILE))
-
-    # Parts of the loss: summed on their device, read when Trainer logs
-
-    def _count(self, parts: dict[str, Tensor], share: Tensor | None = None) -> None:
-        if not self._parts:
-            self._parts_since = self.state.global_step
-        for name, value in parts.items():
-            one = value if share is None or not _is_mean(value) else _weighted(value, share)
-            self._parts[name] = self._parts.get(name, 0) + one
-
-    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        if "loss" in logs or "train_loss" in logs:
-            self._refuse_nan()
-        mine = [(name, _is_mean(part)) for name, part in self._parts.items()]
-        kinds = dict(gather_object(mine)) if "loss" in logs else {}
-        if kinds:  # a process may have had other parts than another
-            zero = torch.zeros((), device=self.args.device)
-            sums = torch.stack([self._parts.get(name, zero).float().mean() for name in kinds])
-            totals = zip(kinds.items(), self.accelerator.reduce(sums, "sum").tolist(), strict=True)
-            steps = (self.state.global_step - self._parts_since) * self.accelerator.num_processes
-            logs = {**logs, **{name: total / steps if is_mean else total for (name, is_mean), total in totals}}
-        if "loss" in logs or "train_loss" in logs:  # a log of training, or its end
-            self._parts = {}
-        super().log(logs, start_time)
 
     # Data
 
@@ -370,19 +359,12 @@ class DistillationTrainer(ResumableTrainer):
         if not kwargs.get("is_training") or self.objective.needs.labels is not None:
             dataset = kwargs["dataset"] if "dataset" in kwargs else args[0]
             self.data_collator = CheckedLabels(collator, self.head, dataset)
+        if kwargs.get("is_training") and self._graphed is not None and all(map(can_pad, self._models())):
+            self.data_collator = Padded(self.data_collator, self._models())
         try:
             return super()._get_dataloader(*args, **kwargs)
         finally:
             self.data_collator = collator
-
-
-def _weighted(value: Tensor, share: Tensor) -> Tensor:
-    """A mean over a micro-batch by its share of a step: of no examples, where it may be NaN, it is 0."""
-    return torch.where(share > 0, value * share, 0.0)
-
-
-def _is_mean(part: Tensor) -> bool:
-    return part.is_floating_point()
 
 
 def _shard_by_layer(plugin: Any, student: nn.Module) -> None:

@@ -220,7 +220,7 @@ def test_a_killed_process_is_taken_up_again(sources: Path, finished: Path, tmp_p
         (("--batch-size", "8"), set(STAGES)),
         (("--seed", "1"), set(STAGES)),
         (("--bf16",), set(STAGES)),
-        (("--checkpoints", "0", "--tensorboard"), set()),
+        (("--checkpoints", "0", "--tensorboard", "--no-cuda-graphs"), set()),
     ],
 )
 def test_a_changed_option_repeats_what_depends_on_it(

@@ -137,6 +137,10 @@ class TrainingSettings(Settings):
     bf16: bool = flag(
         "train and evaluate in bfloat16 mixed precision; scores of heads, neurons or weights stay float32"
     )
+    no_cuda_graphs: bool = flag(
+        "on a GPU, launch each operation of a step by itself, and capture no training and scoring step as CUDA graphs, "
+        "which take up to twice the memory (those of --executor stacked and of autoskd's search never are captured)"
+    )
     checkpoints: int = option(
         3,
         kind=Integer(0),

@@ -1,0 +1,98 @@
+"""A trainer whose steps can be CUDA graphs."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fastdistill.cuda_graphs import graphs_on, tell
+from fastdistill.objectives.base import Objective
+from fastdistill.objectives.capturing import obstacle_to_capture
+from fastdistill.training.checks import argument_of
+from fastdistill.training.graphed import GraphedBackward, Told
+from fastdistill.training.parts import PartsTrainer
+
+
+class GraphedTrainer(PartsTrainer):
+    """With ``args.cuda_graphs`` it replays forward and backward passes on CUDA, where they can be captured."""
+
+    objective: Objective
+    teachers: dict[str, nn.Module]
+    _learned: list[nn.Parameter]
+    _graphed: GraphedBackward | None = None
+
+    @abstractmethod
+    def _told(
+        self, model: nn.Module, inputs: Mapping[str, Any], num_items_in_batch: Tensor | int | None
+    ) -> tuple[Told, Any]:
+        """What a micro-batch adds to a step: a function of tensors alone, but for the objective. And the outputs."""
+
+    def _inner_training_loop(self, batch_size: int | None = None, *args: Any, **kwargs: Any) -> Any:
+        self._graphed = self._as_graphs()
+        try:
+            return super()._inner_training_loop(batch_size, *args, **kwargs)
+        finally:
+            self._graphed = None
+
+    def _as_graphs(self) -> GraphedBackward | None:
+        """What captures training steps, if it is asked for, and they can be; a line says why not."""
+        graphs = graphs_on(self.args.device) if getattr(self.args, "cuda_graphs", False) else None
+        if graphs is None:
+            return None
+        student: Any = self.model
+        reason = self._obstacle_to_capture(student)
+        if reason is not None:
+            tell(f"training: no CUDA graphs: {reason}")
+            return None
+        others = (weight for model in self.teachers.values() for weight in model.parameters())
+        return GraphedBackward(self._micro_batch, [*student.parameters(), *self._learned], others, graphs)
+
+    def _obstacle_to_capture(self, student: nn.Module) -> str | None:
+        kinds = type(self).__mro__
+        ours, used = (next(kind for kind in kinds if name in vars(kind)) for name in ("_told", "compute_loss"))
+        if used is not ours:
+            return f"{used.__name__} has a compute_loss of its own"
+        if self.accelerator.num_processes > 1 or self.args.n_gpu > 1:
+            return "several processes or devices share a step"
+        if self.is_deepspeed_enabled or self.is_fsdp_enabled or self.args.torch_compile:
+            return "the model is DeepSpeed's, FSDP's or compiled"
+        if self.args.gradient_checkpointing:  # which Trainer enables later
+            return "args.gradient_checkpointing saves the generator's state on the host"
+        if self.accelerator.scaler is not None:
+            return "float16 gradients are looked at for infinities"
+        if self.objective.needs.lazily and self.teachers:
+            return f"objective {self.objective} runs teachers on some rows, whose longest is looked for"
+        named = {argument_of(name): model for name, model in self.teachers.items()}
+        return obstacle_to_capture(self.objective, {"model": student, **named})
+
+    def _micro_batch(self, inputs: dict[str, Any], num_items_in_batch: Tensor | None) -> Told:
+        """What Trainer differentiates, and what is told of it."""
+        student: Any = self.model
+        with self.compute_loss_context_manager():
+            (loss, parts, is_nan), _ = self._told(student, inputs, num_items_in_batch)
+        if num_items_in_batch is None:
+            loss = loss / self.current_gradient_accumulation_steps
+        return loss, parts, is_nan
+
+    def _replayed(
+        self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Tensor | int | None
+    ) -> Tensor | None:
+        """A training step's loss, with its gradients where they belong; None where Trainer is to do it."""
+        if self._graphed is None or model is not self.model:
+            return None
+        model.train()
+        if callable(getattr(self.optimizer, "train", None)):
+            self.optimizer.train()  # type: ignore[union-attr]
+        given: dict[str, Any] = dict(self._prepare_inputs(inputs))
+        items = None if num_items_in_batch is None else torch.as_tensor(num_items_in_batch, device=self.args.device)
+        # an objective that a callback has changed is another
+        told = self._graphed(given, items, state=(self.current_gradient_accumulation_steps, repr(self.objective)))
+        if told is None:
+            self._graphed = self._graphed if self._graphed.step.is_on else None
+            return None
+        self._note(told)
+        return told[0]
