@@ -126,9 +126,9 @@ def test_of_equals_the_lower_index_is_the_larger(device: str, classes: int, nan_
     torch.testing.assert_close(grad.sum(1), torch.zeros(4, dtype=torch.float64, device=device))
 
 
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("shape", [(5, 7), (7,), (2, 3, 40), (0, 4)])
-def test_opcheck(device: str, kind: str, shape: tuple[int, ...]) -> None:
+@pytest.mark.slow
+@pytest.mark.parametrize(("shape", "kind"), [*zip([(5, 7), (7,), (2, 3, 40)], KINDS, strict=True), ((0, 4), "margin")])
+def test_opcheck(device: str, shape: tuple[int, ...], kind: str) -> None:
     logits = make(*shape, device=device)
     torch.library.opcheck(torch.ops.fastdistill.uncertainty.default, (logits.requires_grad_(), kind, True))
     args = (torch.ones(shape[:-1], dtype=torch.float64, device=device), logits.detach(), kind, True)

@@ -78,6 +78,7 @@ def close(found: Any, expected: Any) -> bool:
     return bool(found == (pytest.approx(expected, rel=1e-6) if isinstance(expected, float) else expected))
 
 
+@pytest.mark.slow
 def test_what_local_does(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """With other seeds, rates, teachers, objectives and runs, that end after other epochs."""
     teachers = [tiny.bert(seed, layers=2) for seed in (5, 6)]
