@@ -124,10 +124,10 @@ def test_a_mask_of_the_least_number_is_no_mask(dtype: torch.dtype) -> None:
 
 @pytest.mark.slow
 @interpreted
-@pytest.mark.parametrize(("queries", "keys"), [(1, 1), (150, 70), (64, 129), (300, 20)])
+@pytest.mark.parametrize(("heads", "queries", "keys"), [(2, 1, 1), (1, 150, 70), (1, 64, 129), (1, 300, 20)])
 @pytest.mark.parametrize("causal", [False, True])
-def test_lengths(queries: int, keys: int, causal: bool) -> None:
-    check(make(1, 1, queries, keys), causal=causal)
+def test_lengths(heads: int, queries: int, keys: int, causal: bool) -> None:
+    check(make(1, heads, queries, keys), causal=causal)
 
 
 @pytest.mark.slow
