@@ -9,13 +9,14 @@ BIN := $(VENV)/bin
 NATIVE := $(shell find csrc -type f)
 export FASTDISTILL_ISA ?= native
 
-.PHONY: demo check fast test lowest bench lint gpu gpu-sanitize build clean
+.PHONY: demo check fast test lowest bench lint style types gpu gpu-sanitize build clean
 
 demo: $(VENV)/ready
 	$(BIN)/fastdistill stark --task docstrings --teacher minilm --student-layers 2 --sparsity 0.2,0.4,0.6 --epochs 2 --output runs/demo
 
-# Everything but the tests marked slow.
-check: lint fast
+# Everything but the tests marked slow, beside mypy, which without a cache has work for one core alone.
+check: style
+	$(MAKE) --jobs 2 types fast
 
 fast: $(VENV)/ready
 	$(BIN)/$(PYTEST) -m "not slow"
@@ -38,8 +39,12 @@ bench: $(VENV)/ready
 	$(BIN)/python -m pytest benchmarks --benchmark-only --benchmark-json=runs/benchmarks.json
 	$(BIN)/python -m benchmarks.report runs/benchmarks.json
 
-lint: $(VENV)/ready
+lint: style types
+
+style: $(VENV)/ready
 	$(BIN)/ruff check .
+
+types: $(VENV)/ready
 	$(BIN)/mypy
 
 # Builds, tests and measures on the GPU of this machine; installs nothing from outside. ONLY=kd_ce_loss: of one op;

@@ -60,6 +60,7 @@ def digest(corpus):
     return hashlib.sha256(json.dumps(corpus).encode()).hexdigest()
 
 
+@pytest.mark.slow
 def test_another_process_makes_the_same_corpus_and_imports_nothing_for_it(corpus):
     script = """
 import hashlib, importlib.util, json, sys

@@ -69,6 +69,7 @@ def test_every_width(classes: int) -> None:
     check(*make(3, classes), reduction="none")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("classes", [TILED, SWEPT])
 def test_every_dtype(dtype: torch.dtype, classes: int) -> None:
@@ -120,6 +121,7 @@ def test_rows_that_do_not_count(classes: int) -> None:
     assert all((g[1] == 0).all() and g[2].isnan().all() and g[::3].isfinite().all() for g in grads)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("rows, classes", [(5, 3), (700, 3), (3, SWEPT)])
 @pytest.mark.parametrize("reduction", REDUCTIONS)
 def test_terms_stand_behind_the_loss(rows: int, classes: int, reduction: str) -> None:

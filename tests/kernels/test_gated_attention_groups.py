@@ -25,6 +25,7 @@ def make(
     return [torch.randn(2, n, h, size, generator=g).to(DEVICE, dtype).transpose(1, 2) for n, h in sizes]
 
 
+@pytest.mark.slow
 @interpreted
 @pytest.mark.parametrize("gate", [None, GATE, CLOSED])
 @pytest.mark.parametrize("gate_grad", [False, True])
@@ -34,6 +35,7 @@ def test_gates(gate: Tensor | None, gate_grad: bool, dtype: torch.dtype) -> None
     check(make(dtype=dtype), gate, PADDING, gate_grad=gate_grad and gate is not None)
 
 
+@pytest.mark.slow
 @interpreted
 @pytest.mark.parametrize("shape", [(6, 1, 1, 40), (6, 3, 20, 36), (2, 1, 70, 20)])
 @pytest.mark.parametrize(("dtype", "causal"), [(torch.float32, True), (HALF, False)])

@@ -95,6 +95,7 @@ def test_every_option(classes: int, reduction: str, divergence: str) -> None:
     check(student, teacher, labels, **common, ce_weight=0.0)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtypes", list(itertools.product(DTYPES, DTYPES)))
 def test_every_dtype(dtypes: tuple[torch.dtype, torch.dtype]) -> None:
     check(*make(4, TILED, dtypes=dtypes), label_smoothing=0.1)
@@ -112,6 +113,7 @@ def test_long_rows() -> None:
     check(*make(2, module.LONG_ROW + 8, dtypes=torch.bfloat16))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("rows", [1, 2, 511, 512, 513, 5000])
 @pytest.mark.parametrize("reduction", REDUCTIONS)
 def test_every_number_of_rows(rows: int, reduction: str) -> None:
@@ -138,6 +140,7 @@ def test_a_term_without_weight_is_not_computed(classes: int) -> None:
     assert ours[2].count_nonzero() == 0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("classes", [TILED, SWEPT])
 def test_gradients_only_where_asked_for(classes: int) -> None:
     student, teacher, labels = make(3, classes)
@@ -150,6 +153,7 @@ def test_gradients_only_where_asked_for(classes: int) -> None:
             torch.testing.assert_close(grad, expected if want else expected.new_empty(0))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("classes", [6, SWEPT])
 def test_any_strides(classes: int, monkeypatch: pytest.MonkeyPatch) -> None:
     student, teacher, labels = make(2, 3, classes + 5)
@@ -189,6 +193,7 @@ def test_no_row_counts(rows: int, classes: int) -> None:
     assert loss.isnan() and all(grad.count_nonzero() == 0 for grad in grads)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("classes", [TILED, SWEPT])
 @pytest.mark.parametrize("ce_weight", [0.0, 0.3])
 def test_labels_that_are_no_class(classes: int, ce_weight: float) -> None:
@@ -209,6 +214,7 @@ def test_labels_that_are_no_class_count_in_the_mean() -> None:
     torch.testing.assert_close(of_mean[:5] * 5, of_sum[:5])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", [torch.uint8, torch.int8, torch.int16, torch.int32])
 def test_any_integer_labels(dtype: torch.dtype) -> None:
     student, teacher, labels = make(9, 100)

@@ -53,6 +53,7 @@ def check(inputs: list[Tensor | None], mask: Tensor | None = None) -> None:
         assert_accurate(value, answer, ordinary, what)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("taps", [1, 3, 5])
 def test_every_dtype(taps: int, dtype: torch.dtype) -> None:

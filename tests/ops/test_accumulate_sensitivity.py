@@ -246,6 +246,7 @@ def test_inference_mode(device: str) -> None:
         assert total.tolist() == [2, 2, 2]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("weights", [True, False])
 def test_opcheck(weights: bool, device: str) -> None:
     groups = [tensors(shape, FLOATING[:1] * 3, device=device) for shape in ((3, 4), (5,), (0,))]

@@ -251,6 +251,7 @@ def test_second_derivative_is_an_error() -> None:
 # Under PyTorch's other machinery --------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mask", ["none", "right", "integers"])
 def test_opcheck(device: str, mask: str) -> None:
     given = masks()[mask]

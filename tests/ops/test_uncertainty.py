@@ -126,9 +126,9 @@ def test_of_equals_the_lower_index_is_the_larger(device: str, classes: int, nan_
     torch.testing.assert_close(grad.sum(1), torch.zeros(4, dtype=torch.float64, device=device))
 
 
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("shape", [(5, 7), (7,), (2, 3, 40), (0, 4)])
-def test_opcheck(device: str, kind: str, shape: tuple[int, ...]) -> None:
+@pytest.mark.slow
+@pytest.mark.parametrize(("shape", "kind"), [*zip([(5, 7), (7,), (2, 3, 40)], KINDS, strict=True), ((0, 4), "margin")])
+def test_opcheck(device: str, shape: tuple[int, ...], kind: str) -> None:
     logits = make(*shape, device=device)
     torch.library.opcheck(torch.ops.fastdistill.uncertainty.default, (logits.requires_grad_(), kind, True))
     args = (torch.ones(shape[:-1], dtype=torch.float64, device=device), logits.detach(), kind, True)
@@ -202,25 +202,22 @@ def test_minus_infinity_is_no_probability(device: str, classes: int, kind: str, 
         assert grad.count_nonzero() == grad[:, start : start + 4].count_nonzero()
 
 
+EVERYWHERE, TWO = slice(None), slice(2)
+POISONS = [(math.nan, 0), (math.nan, -1), (math.nan, EVERYWHERE), (INF, 0), (INF, -1), (INF, TWO), (-INF, EVERYWHERE)]
+
+
 @pytest.mark.parametrize("classes", [2, 6, 60, 3000])
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("poison", [math.nan, INF, "all -inf", "all nan", "two inf"])
-@pytest.mark.parametrize("place", [0, -1])
 def test_what_is_not_finite_spoils_only_its_row(
-    device: str, classes: int, dtype: torch.dtype, kind: str, poison: float | str, place: int, nan_filled: None
+    device: str, classes: int, dtype: torch.dtype, kind: str, nan_filled: None
 ) -> None:
-    logits = make(4, classes, device=device, dtype=dtype)
-    if isinstance(poison, float):
+    for poison, place in POISONS:
+        logits = make(4, classes, device=device, dtype=dtype)
         logits[1, place] = poison
-    elif poison == "two inf":
-        logits[1, :2] = INF
-    else:
-        logits[1] = float(poison.removeprefix("all "))
-    value, grad = with_gradient(uncertainty, logits, kind, True)
-    assert value.isnan().tolist() == [False, True, False, False]
-    assert grad.isnan().all(-1).tolist() == [False, True, False, False]
-    assert grad.isnan().any(-1).tolist() == [False, True, False, False]
+        value, grad = with_gradient(uncertainty, logits, kind, True)
+        for spoilt in (value.isnan(), grad.isnan().all(-1), grad.isnan().any(-1)):
+            assert spoilt.tolist() == [False, True, False, False], (poison, place)
 
 
 PLACES = {2: [0, 1], 3: [0, 1, 2], 16: [0, 7, 15], 17: [0, 9, 16], 40: [0, 31, 39], 2500: [0, 300, 2047, 2499]}
@@ -229,12 +226,13 @@ PLACES = {2: [0, 1], 3: [0, 1, 2], 16: [0, 7, 15], 17: [0, 9, 16], 40: [0, 31, 3
 @pytest.mark.parametrize("classes", PLACES)
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("logit", [math.nan, INF, -INF, 0.0, -0.0, 9.0, 20.0, 5e4, -5e4])
-def test_any_logit_anywhere(
-    device: str, classes: int, dtype: torch.dtype, kind: str, logit: float, nan_filled: None
-) -> None:
+def test_any_logit_anywhere(device: str, classes: int, dtype: torch.dtype, kind: str, nan_filled: None) -> None:
+    for logit in (math.nan, INF, -INF, 0.0, -0.0, 9.0, 20.0, 5e4, -5e4):
+        check_logit(logit, PLACES[classes], classes, kind, device, dtype)
+
+
+def check_logit(logit: float, places: list[int], classes: int, kind: str, device: str, dtype: torch.dtype) -> None:
     """Beside ordinary logits, beside zeros of either sign, beside its equals but one, and beside nothing but -inf."""
-    places = PLACES[classes]
     rows = torch.cat([make(len(places), classes), torch.zeros(len(places), classes).fill_(-0.0)])
     rows = torch.cat([rows, torch.full((len(places), classes), logit), torch.full((len(places), classes), -INF)])
     for row, place in zip(rows, places * 4, strict=True):

@@ -78,6 +78,7 @@ def close(found: Any, expected: Any) -> bool:
     return bool(found == (pytest.approx(expected, rel=1e-6) if isinstance(expected, float) else expected))
 
 
+@pytest.mark.slow
 def test_what_local_does(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """With other seeds, rates, teachers, objectives and runs, that end after other epochs."""
     teachers = [tiny.bert(seed, layers=2) for seed in (5, 6)]
@@ -206,14 +207,13 @@ class CutOnce(TrainerCallback):  # type: ignore[misc]
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("dropout", [0.0, 0.2])
-def test_what_was_cut_off_goes_on(tmp_path: Path, dropout: float) -> None:
+def test_what_was_cut_off_goes_on(tmp_path: Path) -> None:
     """From each one's checkpoint, of dropout's numbers, too; one that was done is not done again."""
 
     def trials(name: str, step: int) -> list[Trial]:
         begun = stages(tmp_path, name, checkpoints=3)
         cut = (CutOnce(4, step, tmp_path / f"{name}-{step}"),)
-        one = training("one", LogitsKD(), teacher=tiny.bert(5), model=tiny.bert(1, layers=1, dropout=dropout).double())
+        one = training("one", LogitsKD(), teacher=tiny.bert(5), model=tiny.bert(1, layers=1, dropout=0.2).double())
         return [Trial(begun.seeded(seed), replace(one, callbacks=cut)) for seed in (3, 4, 5)]
 
     (tmp_path / "whole-0").touch()
@@ -254,14 +254,14 @@ def test_recipes(tmp_path: Path, recipe: str, capsys: pytest.CaptureFixture[str]
     tiny.task_folder(tmp_path / "task", train=48)
     encoder = tiny.bert(layers=3, num_attention_heads=4, dropout=0.0).double()
     tiny.model_folder(tmp_path / "encoder", encoder.bert)
-    more = ["--student-layers", "1", "--seeds", "0,1", "--learning-rate-grid", "0.01,0.02", "--baselines"]
-    more += ["--sparsity", "0.2,0.5", "--no-plots"] if recipe == "stark" else []
+    own = {"kd": ["--seeds", "0,1", "--baselines"], "stark": ["--sparsity", "0.2,0.5", "--no-plots"]}
+    more = ["--student-layers", "1", "--learning-rate-grid", "0.01,0.02", *own[recipe]]
     arguments = command(recipe, tmp_path, tmp_path / "OUTPUT", *more)
     at = arguments.index("--learning-rate")
     del arguments[at : at + 2]
     for executor in ("local", "stacked"):
-        own = [argument.replace("OUTPUT", executor) for argument in arguments]
-        assert main([*own, "--executor", executor]) == 0
+        there = [argument.replace("OUTPUT", executor) for argument in arguments]
+        assert main([*there, "--executor", executor]) == 0
     assert "side by side: " in capsys.readouterr().err
     found, expected = (record(tmp_path / executor) for executor in ("stacked", "local"))
     for one in (found, expected):
