@@ -85,54 +85,102 @@ class Specialization(NamedTuple):
     KEYS: int
 
 
-@triton.jit
-def _at(pointer, example, head, example_stride, head_stride):
-    """Where a head's rows are; all offsets in 64 bits, all strides multiples of ALIGNMENT."""
-    return pointer + example * _multiple(example_stride, ALIGNMENT) + head * _multiple(head_stride, ALIGNMENT)
+# Tensors as kernels get them. Triton, which looks at the numbers in a tuple even where it is told not to specialize,
+# compiles for the defaults: of these odd ones it takes the number of bits alone.
+INT64, INT32 = 2**63 - 1, 2**31 - 1
+
+
+class Rows(NamedTuple):
+    """[B, H, S, D] with unit stride in a row; all other strides are multiples of ALIGNMENT."""
+
+    ptr: Any
+    example: int = INT64
+    head: int = INT64
+    row: int = INT32
+
+
+class Gate(NamedTuple):
+    """[B, H]"""
+
+    ptr: Any
+    example: int = INT64
+    head: int = INT64
+
+
+class Mask(NamedTuple):
+    """[B, H, queries, keys]"""
+
+    ptr: Any
+    example: int = INT64
+    head: int = INT64
+    row: int = INT64
+    column: int = INT64
 
 
 @triton.jit
-def _elements(row, rows, stride, SPEC: tl.constexpr):
+def _place(rows, heads, BLOCK: tl.constexpr):
+    """Of a program: its block of rows, its pair of example and head, both of the pair."""
+    blocks = tl.cdiv(rows, BLOCK)
+    pair = tl.program_id(0) // blocks
+    return tl.program_id(0) % blocks, pair, (pair // heads).to(tl.int64), (pair % heads).to(tl.int64)
+
+
+@triton.jit
+def _like(rows, ptr):
+    """Rows of the same strides elsewhere."""
+    return Rows(ptr, rows.example, rows.head, rows.row)
+
+
+@triton.jit
+def _at(rows, example, head):
+    """A head's rows; all offsets in 64 bits."""
+    ptr = rows.ptr + example * _multiple(rows.example, ALIGNMENT) + head * _multiple(rows.head, ALIGNMENT)
+    return _like(rows, ptr)
+
+
+@triton.jit
+def _elements(rows, row, count, SPEC: tl.constexpr):
     """Of a block of rows, [rows of the block, SPEC.BLOCK_SIZE]: where they are, and which there are."""
     channel = tl.arange(0, SPEC.BLOCK_SIZE)[None, :]
-    exists = (row < rows)[:, None]
+    exists = (row < count)[:, None]
     if SPEC.SIZE != SPEC.BLOCK_SIZE:
         exists = exists & (channel < SPEC.SIZE)
-    return row.to(tl.int64)[:, None] * _multiple(stride, ALIGNMENT) + channel, exists
+    return rows.ptr + (row.to(tl.int64)[:, None] * _multiple(rows.row, ALIGNMENT) + channel), exists
 
 
 @triton.jit
-def _load(pointer, row, rows, stride, SPEC: tl.constexpr):
-    offset, exists = _elements(row, rows, stride, SPEC)
-    return tl.load(pointer + offset, mask=exists, other=0)
+def _load(rows, row, count, SPEC: tl.constexpr):
+    pointers, exists = _elements(rows, row, count, SPEC)
+    return tl.load(pointers, mask=exists, other=0)
 
 
 @triton.jit
-def _store(pointer, values, row, rows, stride, SPEC: tl.constexpr):
-    offset, exists = _elements(row, rows, stride, SPEC)
-    tl.store(pointer + offset, values.to(pointer.dtype.element_ty), mask=exists)
+def _store(rows, values, row, count, SPEC: tl.constexpr):
+    pointers, exists = _elements(rows, row, count, SPEC)
+    tl.store(pointers, values.to(rows.ptr.dtype.element_ty), mask=exists)
 
 
 @triton.jit
-def _mask_at(pointer, example, head, example_stride, head_stride, SPEC: tl.constexpr):
+def _mask_at(mask, example, head, SPEC: tl.constexpr):
     if SPEC.MASK_ROWS:
-        return pointer + example * _multiple(example_stride, TILED) + head * _multiple(head_stride, TILED)
+        ptr = mask.ptr + example * _multiple(mask.example, TILED) + head * _multiple(mask.head, TILED)
     else:
-        return pointer + example * example_stride + head * head_stride
+        ptr = mask.ptr + example * mask.example + head * mask.head
+    return Mask(ptr, mask.example, mask.head, mask.row, mask.column)
 
 
 @triton.jit
-def _masked(scores, row, column, mask_ptr, mask_row, mask_column, queries, keys, SPEC: tl.constexpr):
+def _masked(scores, row, column, mask, queries, keys, SPEC: tl.constexpr):
     """The scores, -inf where a query may not attend to a key or there is no such key."""
     if SPEC.MASK == "none":
         if not SPEC.EVEN_KEYS:
             scores = tl.where(column < keys, scores, -float("inf"))
     else:
         if SPEC.MASK_ROWS:  # of whole tiles
-            pointers = mask_ptr + column.to(tl.int64) + row.to(tl.int64) * _multiple(mask_row, TILED)
+            pointers = mask.ptr + column.to(tl.int64) + row.to(tl.int64) * _multiple(mask.row, TILED)
             exists = row < queries
         else:
-            pointers = mask_ptr + column.to(tl.int64) * mask_column
+            pointers = mask.ptr + column.to(tl.int64) * mask.column
             exists = column < keys
         if SPEC.MASK == "bool":
             scores = tl.where(tl.load(pointers, mask=exists, other=0) != 0, scores, -float("inf"))
@@ -157,63 +205,45 @@ def _kept(row, column, head, seed, dropout_p):
 
 
 @triton.jit
-def _gate(gate_ptr, example, head, stride_example, stride_head, SPEC: tl.constexpr):
+def _gate(gate, example, head, SPEC: tl.constexpr):
     if SPEC.GATED:
-        return tl.load(gate_ptr + example * stride_example + head * stride_head).to(tl.float32)
+        return tl.load(gate.ptr + example * gate.example + head * gate.head).to(tl.float32)
     else:
         return 1.0
 
 
-# What no kernel is compiled anew for: strides, sizes, numbers.
-NUMBERS = [
-    *(f"{tensor}_{dim}"
-      for tensor in ("grad_output", "query", "key", "value", "output", "grad", "grad_query", "grad_key", "gate", "mask")
-      for dim in ("example", "head", "row", "column")),
-    "heads", "queries", "keys", "scale", "dropout_p",
-]  # fmt: skip
+NUMBERS = ["heads", "queries", "keys", "scale", "dropout_p"]  # that no kernel is compiled anew for
 
 
 @triton.jit(do_not_specialize=NUMBERS)
 def _forward_kernel(
-    query_ptr, key_ptr, value_ptr,
-    output_ptr,
+    query_rows: Rows, key_rows: Rows, value_rows: Rows,
+    output_rows: Rows,
     ungated_ptr,  # like output; not written unless SPEC.GATE_GRAD
     logsumexp_ptr,  # [B, H, queries], contiguous
-    gate_ptr, mask_ptr, seed_ptr,  # not read unless SPEC.GATED, SPEC.MASK, SPEC.DROPOUT
-    query_example: tl.int64, query_head: tl.int64,
-    key_example: tl.int64, key_head: tl.int64,
-    value_example: tl.int64, value_head: tl.int64,
-    output_example: tl.int64, output_head: tl.int64,
-    gate_example: tl.int64, gate_head: tl.int64,
-    mask_example: tl.int64, mask_head: tl.int64, mask_row: tl.int64, mask_column: tl.int64,
-    query_row: tl.int32, key_row: tl.int32, value_row: tl.int32, output_row: tl.int32,
-    heads: tl.int32, queries: tl.int32, keys: tl.int32,
-    scale: tl.float32, dropout_p: tl.float32,
-    SPEC: tl.constexpr,
+    gates: Gate, mask: Mask, seed_ptr,  # not read unless SPEC.GATED, SPEC.MASK, SPEC.DROPOUT
+    heads: tl.int32, queries: tl.int32, keys: tl.int32, scale: tl.float32, dropout_p: tl.float32, SPEC: tl.constexpr,
 ):  # fmt: skip
     QUERIES: tl.constexpr = SPEC.QUERIES
     KEYS: tl.constexpr = SPEC.KEYS
     BLOCK_SIZE: tl.constexpr = SPEC.BLOCK_SIZE
-    blocks = tl.cdiv(queries, QUERIES)
-    block = tl.program_id(0) % blocks
-    pair = tl.program_id(0) // blocks
-    example, head = (pair // heads).to(tl.int64), (pair % heads).to(tl.int64)
+    block, pair, example, head = _place(queries, heads, QUERIES)
     row = block * QUERIES + tl.arange(0, QUERIES)
-    output_ptr = _at(output_ptr, example, head, output_example, output_head)
+    output_rows = _at(output_rows, example, head)
     logsumexp_ptr += pair.to(tl.int64) * queries + row
-    gate = _gate(gate_ptr, example, head, gate_example, gate_head, SPEC)
+    gate = _gate(gates, example, head, SPEC)
     if SPEC.GATED and not SPEC.GATE_GRAD:  # noqa: SIM102 (a branch of the compiler's)
         if gate == 0:
             nothing = tl.zeros([QUERIES, BLOCK_SIZE], tl.float32)
-            _store(output_ptr, nothing, row, queries, output_row, SPEC)
+            _store(output_rows, nothing, row, queries, SPEC)
             tl.store(logsumexp_ptr, tl.zeros([QUERIES], tl.float32), mask=row < queries)
             return
 
-    query_ptr = _at(query_ptr, example, head, query_example, query_head)
-    key_ptr = _at(key_ptr, example, head // SPEC.GROUP, key_example, key_head)
-    value_ptr = _at(value_ptr, example, head // SPEC.GROUP, value_example, value_head)
-    mask_ptr = _mask_at(mask_ptr, example, head, mask_example, mask_head, SPEC)
-    query = _load(query_ptr, row, queries, query_row, SPEC)
+    query_rows = _at(query_rows, example, head)
+    key_rows = _at(key_rows, example, head // SPEC.GROUP)
+    value_rows = _at(value_rows, example, head // SPEC.GROUP)
+    mask = _mask_at(mask, example, head, SPEC)
+    query = _load(query_rows, row, queries, SPEC)
     largest = tl.full([QUERIES], -float("inf"), tl.float32)
     total = tl.zeros([QUERIES], tl.float32)
     output = tl.zeros([QUERIES, BLOCK_SIZE], tl.float32)
@@ -222,9 +252,9 @@ def _forward_kernel(
         end = tl.minimum(keys, (block + 1) * QUERIES)
     for start in range(0, end, KEYS):
         column = start + tl.arange(0, KEYS)
-        key = _load(key_ptr, column, keys, key_row, SPEC)
+        key = _load(key_rows, column, keys, SPEC)
         scores = tl.dot(query, tl.trans(key), input_precision=SPEC.PRECISION) * (scale * SPEC.UNIT)
-        scores = _masked(scores, row[:, None], column[None, :], mask_ptr, mask_row, mask_column, queries, keys, SPEC)
+        scores = _masked(scores, row[:, None], column[None, :], mask, queries, keys, SPEC)
         higher = tl.maximum(largest, tl.max(scores, 1))
         shift = tl.where(higher == -float("inf"), 0, higher)  # nothing to attend to so far
         weights = _exp(scores - shift[:, None], SPEC)
@@ -234,7 +264,7 @@ def _forward_kernel(
         if SPEC.DROPOUT:
             kept = _kept(row[:, None], column[None, :], pair, tl.load(seed_ptr), dropout_p)
             weights = tl.where(kept, weights, 0)
-        value = _load(value_ptr, column, keys, value_row, SPEC)
+        value = _load(value_rows, column, keys, SPEC)
         output = tl.dot(weights.to(value.dtype), value, output * shrink[:, None], input_precision=SPEC.PRECISION)
 
     empty = total == 0
@@ -242,41 +272,30 @@ def _forward_kernel(
     tl.store(logsumexp_ptr, logsumexp, mask=row < queries)
     output *= (1 / (tl.where(empty, 1, total) * (1 - dropout_p)))[:, None]
     if SPEC.GATE_GRAD:
-        ungated_ptr = _at(ungated_ptr, example, head, output_example, output_head)
-        _store(ungated_ptr, output, row, queries, output_row, SPEC)
-    _store(output_ptr, output * gate, row, queries, output_row, SPEC)
+        _store(_at(_like(output_rows, ungated_ptr), example, head), output, row, queries, SPEC)
+    _store(output_rows, output * gate, row, queries, SPEC)
 
 
 @triton.jit(do_not_specialize=NUMBERS)
 def _dots_kernel(
-    grad_output_ptr,
-    output_ptr,  # without gates where SPEC.GATE_GRAD
+    grad_output_rows: Rows,
+    output_rows: Rows,  # without gates where SPEC.GATE_GRAD
     dots_ptr,  # out [B, H, queries], contiguous: sums over channels of grad_output * gated output
     shares_ptr,  # out [B, H, blocks], contiguous: the blocks' sums of grad_output * output, if SPEC.GATE_GRAD
-    gate_ptr,
-    grad_output_example: tl.int64, grad_output_head: tl.int64,
-    output_example: tl.int64, output_head: tl.int64,
-    gate_example: tl.int64, gate_head: tl.int64,
-    mask_example: tl.int64, mask_head: tl.int64, mask_row: tl.int64, mask_column: tl.int64,
-    grad_output_row: tl.int32, output_row: tl.int32,
-    heads: tl.int32, queries: tl.int32, keys: tl.int32,
-    scale: tl.float32, dropout_p: tl.float32,
-    SPEC: tl.constexpr,
+    gates: Gate, mask: Mask, seed_ptr,
+    heads: tl.int32, queries: tl.int32, keys: tl.int32, scale: tl.float32, dropout_p: tl.float32, SPEC: tl.constexpr,
 ):  # fmt: skip
     QUERIES: tl.constexpr = SPEC.QUERIES
-    blocks = tl.cdiv(queries, QUERIES)
-    block = tl.program_id(0) % blocks
-    pair = tl.program_id(0) // blocks
-    example, head = (pair // heads).to(tl.int64), (pair % heads).to(tl.int64)
-    gate = _gate(gate_ptr, example, head, gate_example, gate_head, SPEC)
+    block, pair, example, head = _place(queries, heads, QUERIES)
+    gate = _gate(gates, example, head, SPEC)
     if SPEC.GATED and not SPEC.GATE_GRAD:  # noqa: SIM102 (a branch of the compiler's)
         if gate == 0:
             return
     row = block * QUERIES + tl.arange(0, QUERIES)
-    grad_output_ptr = _at(grad_output_ptr, example, head, grad_output_example, grad_output_head)
-    output_ptr = _at(output_ptr, example, head, output_example, output_head)
-    grad_output = _load(grad_output_ptr, row, queries, grad_output_row, SPEC).to(tl.float32)
-    output = _load(output_ptr, row, queries, output_row, SPEC).to(tl.float32)
+    grad_output_rows = _at(grad_output_rows, example, head)
+    output_rows = _at(output_rows, example, head)
+    grad_output = _load(grad_output_rows, row, queries, SPEC).to(tl.float32)
+    output = _load(output_rows, row, queries, SPEC).to(tl.float32)
     dots = tl.sum(grad_output * output, 1)
     if SPEC.GATE_GRAD:
         tl.store(shares_ptr + tl.program_id(0), tl.sum(dots, 0))
@@ -286,58 +305,46 @@ def _dots_kernel(
 
 @triton.jit(do_not_specialize=NUMBERS)
 def _query_kernel(
-    grad_output_ptr, query_ptr, key_ptr, value_ptr,
-    grad_ptr,  # out
-    logsumexp_ptr, dots_ptr, gate_ptr, mask_ptr, seed_ptr,
-    grad_output_example: tl.int64, grad_output_head: tl.int64,
-    query_example: tl.int64, query_head: tl.int64,
-    key_example: tl.int64, key_head: tl.int64,
-    value_example: tl.int64, value_head: tl.int64,
-    grad_example: tl.int64, grad_head: tl.int64,
-    gate_example: tl.int64, gate_head: tl.int64,
-    mask_example: tl.int64, mask_head: tl.int64, mask_row: tl.int64, mask_column: tl.int64,
-    grad_output_row: tl.int32, query_row: tl.int32, key_row: tl.int32, value_row: tl.int32, grad_row: tl.int32,
-    heads: tl.int32, queries: tl.int32, keys: tl.int32,
-    scale: tl.float32, dropout_p: tl.float32,
-    SPEC: tl.constexpr,
+    grad_output_rows: Rows, query_rows: Rows, key_rows: Rows, value_rows: Rows,
+    grad_rows: Rows,  # out
+    logsumexp_ptr, dots_ptr,
+    gates: Gate, mask: Mask, seed_ptr,
+    heads: tl.int32, queries: tl.int32, keys: tl.int32, scale: tl.float32, dropout_p: tl.float32, SPEC: tl.constexpr,
 ):  # fmt: skip
     """The gradient to a block of queries."""
     QUERIES: tl.constexpr = SPEC.QUERIES
     KEYS: tl.constexpr = SPEC.KEYS
     BLOCK_SIZE: tl.constexpr = SPEC.BLOCK_SIZE
-    blocks = tl.cdiv(queries, QUERIES)
-    block = tl.program_id(0) % blocks
-    pair = tl.program_id(0) // blocks
-    example, head = (pair // heads).to(tl.int64), (pair % heads).to(tl.int64)
+    block, pair, example, head = _place(queries, heads, QUERIES)
     row = block * QUERIES + tl.arange(0, QUERIES)
-    grad_ptr = _at(grad_ptr, example, head, grad_example, grad_head)
-    gate = _gate(gate_ptr, example, head, gate_example, gate_head, SPEC)
+    grad_rows = _at(grad_rows, example, head)
+    gate = _gate(gates, example, head, SPEC)
     if SPEC.GATED:  # noqa: SIM102 (a branch of the compiler's)
         if gate == 0:
             nothing = tl.zeros([QUERIES, BLOCK_SIZE], tl.float32)
-            _store(grad_ptr, nothing, row, queries, grad_row, SPEC)
+            _store(grad_rows, nothing, row, queries, SPEC)
             return
 
-    grad_output_ptr = _at(grad_output_ptr, example, head, grad_output_example, grad_output_head)
-    query_ptr = _at(query_ptr, example, head, query_example, query_head)
-    key_ptr = _at(key_ptr, example, head // SPEC.GROUP, key_example, key_head)
-    value_ptr = _at(value_ptr, example, head // SPEC.GROUP, value_example, value_head)
-    mask_ptr = _mask_at(mask_ptr, example, head, mask_example, mask_head, SPEC)
+    grad_output_rows = _at(grad_output_rows, example, head)
+    query_rows = _at(query_rows, example, head)
+    key_rows = _at(key_rows, example, head // SPEC.GROUP)
+    value_rows = _at(value_rows, example, head // SPEC.GROUP)
+    mask = _mask_at(mask, example, head, SPEC)
     rows = pair.to(tl.int64) * queries + row
     logsumexp = tl.load(logsumexp_ptr + rows, mask=row < queries, other=0) * SPEC.UNIT
     dots = tl.load(dots_ptr + rows, mask=row < queries, other=0)
-    grad_output = _load(grad_output_ptr, row, queries, grad_output_row, SPEC)
-    query = _load(query_ptr, row, queries, query_row, SPEC)
+    grad_output = _load(grad_output_rows, row, queries, SPEC)
+    query = _load(query_rows, row, queries, SPEC)
     grad = tl.zeros([QUERIES, BLOCK_SIZE], tl.float32)
     end = keys
     if SPEC.CAUSAL:
         end = tl.minimum(keys, (block + 1) * QUERIES)
     for start in range(0, end, KEYS):
         column = start + tl.arange(0, KEYS)
-        key = _load(key_ptr, column, keys, key_row, SPEC)
-        value = _load(value_ptr, column, keys, value_row, SPEC)
+        key = _load(key_rows, column, keys, SPEC)
+        value = _load(value_rows, column, keys, SPEC)
         scores = tl.dot(query, tl.trans(key), input_precision=SPEC.PRECISION) * (scale * SPEC.UNIT)
-        scores = _masked(scores, row[:, None], column[None, :], mask_ptr, mask_row, mask_column, queries, keys, SPEC)
+        scores = _masked(scores, row[:, None], column[None, :], mask, queries, keys, SPEC)
         weights = _exp(scores - logsumexp[:, None], SPEC)
         slopes = tl.dot(grad_output, tl.trans(value), input_precision=SPEC.PRECISION) * (gate / (1 - dropout_p))
         if SPEC.DROPOUT:
@@ -345,54 +352,43 @@ def _query_kernel(
             slopes = tl.where(kept, slopes, 0)
         slopes = weights * (slopes - dots[:, None])
         grad = tl.dot(slopes.to(key.dtype), key, grad, input_precision=SPEC.PRECISION)
-    _store(grad_ptr, grad * scale, row, queries, grad_row, SPEC)
+    _store(grad_rows, grad * scale, row, queries, SPEC)
 
 
 @triton.jit(do_not_specialize=NUMBERS)
 def _key_value_kernel(
-    grad_output_ptr, query_ptr, key_ptr, value_ptr,
-    grad_key_ptr, grad_value_ptr,  # out, of the same strides
-    logsumexp_ptr, dots_ptr, gate_ptr, mask_ptr, seed_ptr,
-    grad_output_example: tl.int64, grad_output_head: tl.int64,
-    query_example: tl.int64, query_head: tl.int64,
-    key_example: tl.int64, key_head: tl.int64,
-    value_example: tl.int64, value_head: tl.int64,
-    grad_example: tl.int64, grad_head: tl.int64,
-    gate_example: tl.int64, gate_head: tl.int64,
-    mask_example: tl.int64, mask_head: tl.int64, mask_row: tl.int64, mask_column: tl.int64,
-    grad_output_row: tl.int32, query_row: tl.int32, key_row: tl.int32, value_row: tl.int32, grad_row: tl.int32,
-    heads: tl.int32, queries: tl.int32, keys: tl.int32,
-    scale: tl.float32, dropout_p: tl.float32,
-    SPEC: tl.constexpr,
+    grad_output_rows: Rows, query_rows: Rows, key_rows: Rows, value_rows: Rows,
+    grad_key_rows: Rows,  # out
+    grad_value_ptr,  # out, of the same strides
+    logsumexp_ptr, dots_ptr,
+    gates: Gate, mask: Mask, seed_ptr,
+    heads: tl.int32, queries: tl.int32, keys: tl.int32, scale: tl.float32, dropout_p: tl.float32, SPEC: tl.constexpr,
 ):  # fmt: skip
     """The gradients to a block of keys and values. Tiles have keys down and queries across."""
     QUERIES: tl.constexpr = SPEC.QUERIES
     KEYS: tl.constexpr = SPEC.KEYS
     BLOCK_SIZE: tl.constexpr = SPEC.BLOCK_SIZE
-    blocks = tl.cdiv(keys, KEYS)
-    block = tl.program_id(0) % blocks
-    pair = tl.program_id(0) // blocks
-    example, head = (pair // heads).to(tl.int64), (pair % heads).to(tl.int64)
+    block, pair, example, head = _place(keys, heads, KEYS)
     column = block * KEYS + tl.arange(0, KEYS)
-    grad_key_ptr = _at(grad_key_ptr, example, head, grad_example, grad_head)
-    grad_value_ptr = _at(grad_value_ptr, example, head, grad_example, grad_head)
-    gate = _gate(gate_ptr, example, head, gate_example, gate_head, SPEC)
+    grad_key_rows = _at(grad_key_rows, example, head)
+    grad_value_rows = _at(_like(grad_key_rows, grad_value_ptr), example, head)
+    gate = _gate(gates, example, head, SPEC)
     if SPEC.GATED:  # noqa: SIM102 (a branch of the compiler's)
         if gate == 0:
             nothing = tl.zeros([KEYS, BLOCK_SIZE], tl.float32)
-            _store(grad_key_ptr, nothing, column, keys, grad_row, SPEC)
-            _store(grad_value_ptr, nothing, column, keys, grad_row, SPEC)
+            _store(grad_key_rows, nothing, column, keys, SPEC)
+            _store(grad_value_rows, nothing, column, keys, SPEC)
             return
 
-    grad_output_ptr = _at(grad_output_ptr, example, head, grad_output_example, grad_output_head)
-    query_ptr = _at(query_ptr, example, head, query_example, query_head)
-    key_ptr = _at(key_ptr, example, head // SPEC.GROUP, key_example, key_head)
-    value_ptr = _at(value_ptr, example, head // SPEC.GROUP, value_example, value_head)
-    mask_ptr = _mask_at(mask_ptr, example, head, mask_example, mask_head, SPEC)
+    grad_output_rows = _at(grad_output_rows, example, head)
+    query_rows = _at(query_rows, example, head)
+    key_rows = _at(key_rows, example, head // SPEC.GROUP)
+    value_rows = _at(value_rows, example, head // SPEC.GROUP)
+    mask = _mask_at(mask, example, head, SPEC)
     logsumexp_ptr += pair.to(tl.int64) * queries
     dots_ptr += pair.to(tl.int64) * queries
-    key = _load(key_ptr, column, keys, key_row, SPEC)
-    value = _load(value_ptr, column, keys, value_row, SPEC)
+    key = _load(key_rows, column, keys, SPEC)
+    value = _load(value_rows, column, keys, SPEC)
     grad_key = tl.zeros([KEYS, BLOCK_SIZE], tl.float32)
     grad_value = tl.zeros([KEYS, BLOCK_SIZE], tl.float32)
     begin = 0
@@ -400,13 +396,13 @@ def _key_value_kernel(
         begin = block * KEYS // QUERIES * QUERIES
     for start in range(begin, queries, QUERIES):
         row = start + tl.arange(0, QUERIES)
-        query = _load(query_ptr, row, queries, query_row, SPEC)
-        grad_output = _load(grad_output_ptr, row, queries, grad_output_row, SPEC)
+        query = _load(query_rows, row, queries, SPEC)
+        grad_output = _load(grad_output_rows, row, queries, SPEC)
         # a row beyond the last has weights 0
         logsumexp = tl.load(logsumexp_ptr + row, mask=row < queries, other=float("inf")) * SPEC.UNIT
         dots = tl.load(dots_ptr + row, mask=row < queries, other=0)
         scores = tl.dot(key, tl.trans(query), input_precision=SPEC.PRECISION) * (scale * SPEC.UNIT)
-        scores = _masked(scores, row[None, :], column[:, None], mask_ptr, mask_row, mask_column, queries, keys, SPEC)
+        scores = _masked(scores, row[None, :], column[:, None], mask, queries, keys, SPEC)
         weights = _exp(scores - logsumexp[None, :], SPEC)
         slopes = tl.dot(value, tl.trans(grad_output), input_precision=SPEC.PRECISION) * (gate / (1 - dropout_p))
         dropped = weights
@@ -419,78 +415,66 @@ def _key_value_kernel(
         grad_key = tl.dot(slopes.to(query.dtype), query, grad_key, input_precision=SPEC.PRECISION)
     grad_key *= scale
     grad_value *= gate / (1 - dropout_p)
-    _store(grad_key_ptr, grad_key, column, keys, grad_row, SPEC)
-    _store(grad_value_ptr, grad_value, column, keys, grad_row, SPEC)
+    _store(grad_key_rows, grad_key, column, keys, SPEC)
+    _store(grad_value_rows, grad_value, column, keys, SPEC)
 
 
 @triton.jit(do_not_specialize=NUMBERS)
 def _whole_kernel(
-    grad_output_ptr, query_ptr, key_ptr, value_ptr,
-    output_ptr,  # without gates where SPEC.GATE_GRAD
-    grad_query_ptr, grad_key_ptr, grad_value_ptr,  # out
+    grad_output_rows: Rows, query_rows: Rows, key_rows: Rows, value_rows: Rows,
+    output_rows: Rows,  # without gates where SPEC.GATE_GRAD
+    grad_query_rows: Rows, grad_key_rows: Rows,  # out
+    grad_value_ptr,  # out, of the strides of grad_key
     logsumexp_ptr,
     grad_gate_ptr,  # out [B, H], contiguous; not written unless SPEC.GATE_GRAD
-    gate_ptr, mask_ptr, seed_ptr,
-    grad_output_example: tl.int64, grad_output_head: tl.int64,
-    query_example: tl.int64, query_head: tl.int64,
-    key_example: tl.int64, key_head: tl.int64,
-    value_example: tl.int64, value_head: tl.int64,
-    output_example: tl.int64, output_head: tl.int64,
-    grad_query_example: tl.int64, grad_query_head: tl.int64,
-    grad_key_example: tl.int64, grad_key_head: tl.int64,
-    gate_example: tl.int64, gate_head: tl.int64,
-    mask_example: tl.int64, mask_head: tl.int64, mask_row: tl.int64, mask_column: tl.int64,
-    grad_output_row: tl.int32, query_row: tl.int32, key_row: tl.int32, value_row: tl.int32, output_row: tl.int32,
-    grad_query_row: tl.int32, grad_key_row: tl.int32,
-    heads: tl.int32, queries: tl.int32, keys: tl.int32,
-    scale: tl.float32, dropout_p: tl.float32,
-    SPEC: tl.constexpr,
+    gates: Gate, mask: Mask, seed_ptr,
+    heads: tl.int32, queries: tl.int32, keys: tl.int32, scale: tl.float32, dropout_p: tl.float32, SPEC: tl.constexpr,
 ):  # fmt: skip
-    """All gradients of a head whose keys fit one tile. Those to key and value have the same strides."""
+    """All gradients of a head whose keys fit one tile."""
     QUERIES: tl.constexpr = SPEC.QUERIES
     KEYS: tl.constexpr = SPEC.KEYS
     BLOCK_SIZE: tl.constexpr = SPEC.BLOCK_SIZE
     pair = tl.program_id(0)
     example, head = (pair // heads).to(tl.int64), (pair % heads).to(tl.int64)
     column = tl.arange(0, KEYS)
-    grad_output_ptr = _at(grad_output_ptr, example, head, grad_output_example, grad_output_head)
-    query_ptr = _at(query_ptr, example, head, query_example, query_head)
-    key_ptr = _at(key_ptr, example, head // SPEC.GROUP, key_example, key_head)
-    value_ptr = _at(value_ptr, example, head // SPEC.GROUP, value_example, value_head)
-    output_ptr = _at(output_ptr, example, head, output_example, output_head)
-    grad_query_ptr = _at(grad_query_ptr, example, head, grad_query_example, grad_query_head)
-    grad_key_ptr = _at(grad_key_ptr, example, head, grad_key_example, grad_key_head)
-    grad_value_ptr = _at(grad_value_ptr, example, head, grad_key_example, grad_key_head)
-    mask_ptr = _mask_at(mask_ptr, example, head, mask_example, mask_head, SPEC)
+    grad_output_rows = _at(grad_output_rows, example, head)
+    query_rows = _at(query_rows, example, head)
+    key_rows = _at(key_rows, example, head // SPEC.GROUP)
+    value_rows = _at(value_rows, example, head // SPEC.GROUP)
+    output_rows = _at(output_rows, example, head)
+    grad_query_rows = _at(grad_query_rows, example, head)
+    grad_key_rows = _at(grad_key_rows, example, head)
+    grad_value_rows = _at(_like(grad_key_rows, grad_value_ptr), example, head)
+    mask = _mask_at(mask, example, head, SPEC)
     logsumexp_ptr += pair.to(tl.int64) * queries
-    gate = _gate(gate_ptr, example, head, gate_example, gate_head, SPEC)
+    gate = _gate(gates, example, head, SPEC)
     share = 0.0
     if SPEC.GATED:  # noqa: SIM102 (a branch of the compiler's)
         if gate == 0:
             nothing = tl.zeros([QUERIES, BLOCK_SIZE], tl.float32)
             for start in range(0, queries, QUERIES):
                 row = start + tl.arange(0, QUERIES)
-                _store(grad_query_ptr, nothing, row, queries, grad_query_row, SPEC)
+                _store(grad_query_rows, nothing, row, queries, SPEC)
                 if SPEC.GATE_GRAD:
-                    grad_output = _load(grad_output_ptr, row, queries, grad_output_row, SPEC)
-                    output = _load(output_ptr, row, queries, output_row, SPEC)
+                    grad_output = _load(grad_output_rows, row, queries, SPEC)
+                    output = _load(output_rows, row, queries, SPEC)
                     share += tl.sum(tl.sum(grad_output.to(tl.float32) * output.to(tl.float32), 1), 0)
             nothing = tl.zeros([KEYS, BLOCK_SIZE], tl.float32)
-            _store(grad_key_ptr, nothing, column, keys, grad_key_row, SPEC)
-            _store(grad_value_ptr, nothing, column, keys, grad_key_row, SPEC)
+            _store(grad_key_rows, nothing, column, keys, SPEC)
+            _store(grad_value_rows, nothing, column, keys, SPEC)
             if SPEC.GATE_GRAD:
                 tl.store(grad_gate_ptr + pair, share)
             return
 
-    key = _load(key_ptr, column, keys, key_row, SPEC)
-    value = _load(value_ptr, column, keys, value_row, SPEC)
+    key = _load(key_rows, column, keys, SPEC)
+    value = _load(value_rows, column, keys, SPEC)
     grad_key = tl.zeros([KEYS, BLOCK_SIZE], tl.float32)
     grad_value = tl.zeros([KEYS, BLOCK_SIZE], tl.float32)
     for start in range(0, queries, QUERIES):
         row = start + tl.arange(0, QUERIES)
-        query = _load(query_ptr, row, queries, query_row, SPEC)
-        grad_output = _load(grad_output_ptr, row, queries, grad_output_row, SPEC)
-        output = _load(output_ptr, row, queries, output_row, SPEC)
+        query = _load(query_rows, row, queries, SPEC)
+        grad_output = _load(grad_output_rows, row, queries, SPEC)
+        output = _load(output_rows, row, queries, SPEC)
         dots = tl.sum(grad_output.to(tl.float32) * output.to(tl.float32), 1)
         if SPEC.GATE_GRAD:
             share += tl.sum(dots, 0)
@@ -498,7 +482,7 @@ def _whole_kernel(
         # a row beyond the last has weights 0
         logsumexp = tl.load(logsumexp_ptr + row, mask=row < queries, other=float("inf")) * SPEC.UNIT
         scores = tl.dot(key, tl.trans(query), input_precision=SPEC.PRECISION) * (scale * SPEC.UNIT)
-        scores = _masked(scores, row[None, :], column[:, None], mask_ptr, mask_row, mask_column, queries, keys, SPEC)
+        scores = _masked(scores, row[None, :], column[:, None], mask, queries, keys, SPEC)
         weights = _exp(scores - logsumexp[None, :], SPEC)
         slopes = tl.dot(value, tl.trans(grad_output), input_precision=SPEC.PRECISION) * (gate / (1 - dropout_p))
         dropped = weights
@@ -510,11 +494,11 @@ def _whole_kernel(
         slopes = (weights * (slopes - dots[None, :])).to(query.dtype)
         grad_key = tl.dot(slopes, query, grad_key, input_precision=SPEC.PRECISION)
         grad_query = tl.dot(tl.trans(slopes), key, input_precision=SPEC.PRECISION) * scale
-        _store(grad_query_ptr, grad_query, row, queries, grad_query_row, SPEC)
+        _store(grad_query_rows, grad_query, row, queries, SPEC)
     grad_key *= scale
     grad_value *= gate / (1 - dropout_p)
-    _store(grad_key_ptr, grad_key, column, keys, grad_key_row, SPEC)
-    _store(grad_value_ptr, grad_value, column, keys, grad_key_row, SPEC)
+    _store(grad_key_rows, grad_key, column, keys, SPEC)
+    _store(grad_value_rows, grad_value, column, keys, SPEC)
     if SPEC.GATE_GRAD:
         tl.store(grad_gate_ptr + pair, share)
 
@@ -522,6 +506,7 @@ def _whole_kernel(
 # Launching ------------------------------------------------------------------------------------------------------------
 
 MASKS = ("none", "bool", "float")
+STRIDED = {3: Rows, 2: Gate, 4: Mask}  # by how many strides a kernel is given
 
 
 def _block(length: int, most: int) -> int:
@@ -535,11 +520,11 @@ def _is_hopper() -> bool:
 
 
 def launch(
-    name: str, tensors: Sequence[Tensor], strides: Sequence[int], row_strides: Sequence[int], sizes: Sequence[int],
-    numbers: Sequence[float], options: Sequence[int], rows: int, pairs: int,
+    name: str, tensors: Sequence[Tensor], strides: Sequence[int], sizes: Sequence[int], numbers: Sequence[float],
+    options: Sequence[int], rows: int, pairs: int,
 ) -> tuple[Any, int]:  # fmt: skip
-    """Launches a kernel, compiling it first if need be. Returns what Triton compiled and how many rows a program takes,
-    0 for all of them."""
+    """Launches a kernel, compiling it first if need be, with as many of each tensor's strides as is said. Returns what
+    Triton compiled and how many rows a program takes, 0 for all of them."""
     _, queries, keys = sizes
     size, group, gated, gate_grad, mask, mask_rows, causal, dropout = options
     single = tensors[0].dtype == torch.float32
@@ -549,15 +534,18 @@ def launch(
     most_queries, most_keys, warps, stages, registers = TILES[name][kind][block_size > 64]
     query_block, key_block = most_queries if name == "dots" else _block(queries, most_queries), _block(keys, most_keys)
     taken = {"whole": 0, "key_value": key_block}.get(name, query_block)
-    programs = pairs * (triton.cdiv(rows, taken) if taken else 1)
+    grid = (pairs * (triton.cdiv(rows, taken) if taken else 1), 1, 1)
     specialization = Specialization(
         SIZE=size, BLOCK_SIZE=block_size, GROUP=group, GATED=bool(gated), GATE_GRAD=bool(gate_grad),
         MASK=MASKS[mask], MASK_ROWS=bool(mask_rows), CAUSAL=bool(causal), DROPOUT=bool(dropout),
         UNIT=1.0 if MASKS[mask] == "float" else LOG2_E.value, EVEN_KEYS=keys % key_block == 0,
         PRECISION="tf32x3" if single else "tf32", QUERIES=query_block, KEYS=key_block,
     )  # fmt: skip
-    compiled = globals()[f"_{name}_kernel"][(programs,)](
-        *tensors, *strides, *row_strides, *sizes, *numbers, SPEC=specialization,
-        num_warps=warps, num_stages=stages, maxnreg=registers,
-    )  # fmt: skip
+    kernel, rest = globals()[f"_{name}_kernel"], (*sizes, *numbers, specialization)
+    compiled = None
+    if not triton.knobs.runtime.interpret:
+        anywhere = (STRIDED[n](x) if n else x for x, n in zip(tensors, strides, strict=True))
+        compiled = kernel.warmup(*anywhere, *rest, grid=grid, num_warps=warps, num_stages=stages, maxnreg=registers)
+    here = (STRIDED[n](x, *x.stride()[:n]) if n else x for x, n in zip(tensors, strides, strict=True))
+    (compiled or kernel)[grid](*here, *rest)
     return compiled, taken

@@ -14,13 +14,16 @@ import triton
 import triton.language as tl
 from fastdistill.kernels.common import _cast, _multiple
 from fastdistill.kernels.kd_row import (
-    LOG2_E,
     SIZES,
+    Pair,
+    Specialization,
+    Tensors,
     _coefficients,
     _gradients,
     _labels,
     _lane_max,
     _loss,
+    _numbers,
     _rows_that_count,
     _shift,
     _spread,
@@ -73,11 +76,11 @@ def _reduce_kernel(
 
 
 @triton.jit
-def _store_losses(losses_ptr, losses, row, rows, exists, counts, valid, divisor, REDUCTION: tl.constexpr,
+def _store_losses(losses_ptr, losses, row, rows, exists, counts, valid, divisor, SPEC: tl.constexpr,
                   SINGLE: tl.constexpr):  # fmt: skip
     """Losses of a program's rows, or their sum; returns where the next term's go."""
     losses = tl.where(counts, tl.where(valid, losses, float("nan")), 0.0)
-    if REDUCTION == "none":
+    if SPEC.REDUCTION == "none":
         tl.store(losses_ptr + row, losses, mask=exists)
         return losses_ptr + rows
     elif SINGLE:
@@ -90,116 +93,79 @@ def _store_losses(losses_ptr, losses, row, rows, exists, counts, valid, divisor,
 
 @triton.jit(do_not_specialize=SIZES)
 def _tile_kernel(
-    student_ptr,  # [rows, classes], any row stride, unit column stride
-    teacher_ptr,  # the same; not read if DIVERGENCE is "none"
-    labels_ptr,  # [rows], integer; not read unless LABELLED
-    counts_ptr,  # [count_programs], from _count_kernel; read for a mean over labelled rows, unless SINGLE
-    losses_ptr,  # out [1 + terms, rows], or [1 + terms, programs] if reduced; its dtype is the one computed in
-    student_grad_ptr,  # out [rows, classes], contiguous; not written unless STUDENT_GRAD
-    teacher_grad_ptr,  # out [rows, classes], contiguous; not written unless TEACHER_GRAD
-    rows,
-    classes,
-    student_stride,  # elements from a row to the next
-    teacher_stride,
-    count_programs,
-    ignore_index,
-    temperature: tl.float64,
-    factor: tl.float64,  # of the divergences: temperature^2, or 1
-    kd_weight: tl.float64,
-    target_weight: tl.float64,  # of the target's own term, if it is APART
-    ce_weight: tl.float64,
-    label_smoothing: tl.float64,
-    DIVERGENCE: tl.constexpr,  # "forward_kl", "soft_ce", "reverse_kl" or "none"
-    LABELLED: tl.constexpr,  # there are labels
-    TASK: tl.constexpr,  # cross-entropy is part of the loss
-    SMOOTH: tl.constexpr,  # and its label_smoothing is not 0
-    POWER: tl.constexpr,  # the temperature, to take exp(z) as exp(z / temperature) ** temperature; 0 not to
-    APART: tl.constexpr,  # the target, from the classes that the divergence is of
-    REDUCTION: tl.constexpr,  # "mean", "sum" or "none"
-    TERMS: tl.constexpr,  # after the loss the terms are wanted
-    STUDENT_GRAD: tl.constexpr,
-    TEACHER_GRAD: tl.constexpr,
-    ALIGNMENT: tl.constexpr,  # divides classes and both strides
+    tensors: Tensors,
+    rows, classes, student_stride, teacher_stride, count_programs, ignore_index,
+    temperature: tl.float64, factor: tl.float64, kd_weight: tl.float64, target_weight: tl.float64,
+    ce_weight: tl.float64, label_smoothing: tl.float64,
+    SPEC: tl.constexpr,
     SINGLE: tl.constexpr,  # there is only this program, and the loss it writes is the final one
     ROWS: tl.constexpr,  # rows a program
     COLUMNS: tl.constexpr,  # not fewer than classes
-):
+):  # fmt: skip
+    losses_ptr = tensors.losses
     DTYPE: tl.constexpr = losses_ptr.dtype.element_ty
-    temperature, factor = tl.full([], temperature, DTYPE), tl.full([], factor, DTYPE)
-    kd_weight, target_weight = tl.full([], kd_weight, DTYPE), tl.full([], target_weight, DTYPE)
-    ce_weight, label_smoothing = tl.full([], ce_weight, DTYPE), tl.full([], label_smoothing, DTYPE)
-    scale = LOG2_E / temperature
-    classes = _multiple(classes, ALIGNMENT)
+    numbers = _numbers(temperature, factor, kd_weight, target_weight, ce_weight, label_smoothing, DTYPE)
+    classes = _multiple(classes, SPEC.ALIGNMENT)
 
     program = tl.program_id(0)
     row = program.to(tl.int64) * ROWS + tl.arange(0, ROWS)
     column = tl.arange(0, COLUMNS)[None, None, :]
     exists = row < rows
     inside = _spread(exists) & (column < classes)
-    label, counts, valid = _labels(labels_ptr, row, exists, classes, ignore_index, LABELLED)
+    label, counts, valid = _labels(tensors.labels, row, exists, classes, ignore_index, SPEC.LABELLED)
 
-    student_row = student_ptr + row * _multiple(student_stride, ALIGNMENT)
+    student_row = tensors.student + row * _multiple(student_stride, SPEC.ALIGNMENT)
     student = tl.load(_spread(student_row) + column, mask=inside, other=-float("inf")).to(DTYPE)
     teacher, teacher_row = student, student_row
-    if DIVERGENCE != "none":
-        teacher_row = teacher_ptr + row * _multiple(teacher_stride, ALIGNMENT)
+    if SPEC.DIVERGENCE != "none":
+        teacher_row = tensors.teacher + row * _multiple(teacher_stride, SPEC.ALIGNMENT)
         teacher = tl.load(_spread(teacher_row) + column, mask=inside, other=-float("inf")).to(DTYPE)
-    student, teacher = _without(student, teacher, column, _spread(label), APART, -float("inf"))
+    student, teacher = _without(student, teacher, column, _spread(label), -float("inf"), SPEC)
     student_max, teacher_max = _lane_max(student), _lane_max(teacher)
     label_shifted, teacher_label_shifted = student_max, student_max
-    if TASK or APART:
+    if SPEC.TASK or SPEC.APART:
         label_logit = tl.load(student_row + label, mask=counts & valid, other=0).to(DTYPE)
-        label_shifted = _shift(label_logit, student_max, scale, True)
-    if APART:
+        label_shifted = _shift(label_logit, student_max, numbers.scale, True)
+    if SPEC.APART:
         label_logit = tl.load(teacher_row + label, mask=counts & valid, other=0).to(DTYPE)
-        teacher_label_shifted = _shift(label_logit, teacher_max, scale, True)
+        teacher_label_shifted = _shift(label_logit, teacher_max, numbers.scale, True)
 
     summed = inside
-    if APART:
+    if SPEC.APART:
         summed = inside & (column != _spread(label))
-    sums = _sums(
-        student, teacher, summed, _spread(student_max), _spread(teacher_max), scale, temperature,
-        DIVERGENCE, TASK, SMOOTH, POWER, True,
-    )  # fmt: skip
-    loss, target, divergence, cross_entropy = _loss(
-        sums, label_shifted, teacher_label_shifted, classes, temperature, factor, kd_weight, target_weight, ce_weight,
-        label_smoothing, DIVERGENCE, TASK, SMOOTH, APART,
-    )  # fmt: skip
+    references = Pair(_spread(student_max), _spread(teacher_max))
+    targets = Pair(label_shifted, teacher_label_shifted)
+    sums = _sums(student, teacher, summed, references, numbers, SPEC, True)
+    loss, target, divergence, cross_entropy = _loss(sums, targets, classes, numbers, SPEC)
     divisor = tl.full([], 1, DTYPE)
-    if REDUCTION == "mean" and SINGLE:
+    if SPEC.REDUCTION == "mean" and SINGLE:
         divisor = tl.sum(counts.to(DTYPE))
-    elif REDUCTION == "mean":
-        divisor = _rows_that_count(counts_ptr, count_programs, rows, LABELLED).to(DTYPE)
-    losses_ptr = _store_losses(losses_ptr, loss, row, rows, exists, counts, valid, divisor, REDUCTION, SINGLE)
-    if TERMS:
-        if APART:
-            losses_ptr = _store_losses(losses_ptr, target, row, rows, exists, counts, valid, divisor, REDUCTION, SINGLE)
-        losses_ptr = _store_losses(losses_ptr, divergence, row, rows, exists, counts, valid, divisor, REDUCTION, SINGLE)
-        _store_losses(losses_ptr, cross_entropy, row, rows, exists, counts, valid, divisor, REDUCTION, SINGLE)
+    elif SPEC.REDUCTION == "mean":
+        divisor = _rows_that_count(tensors.counts, count_programs, rows, SPEC.LABELLED).to(DTYPE)
+    losses_ptr = _store_losses(losses_ptr, loss, row, rows, exists, counts, valid, divisor, SPEC, SINGLE)
+    if SPEC.TERMS:
+        if SPEC.APART:
+            losses_ptr = _store_losses(losses_ptr, target, row, rows, exists, counts, valid, divisor, SPEC, SINGLE)
+        losses_ptr = _store_losses(losses_ptr, divergence, row, rows, exists, counts, valid, divisor, SPEC, SINGLE)
+        _store_losses(losses_ptr, cross_entropy, row, rows, exists, counts, valid, divisor, SPEC, SINGLE)
 
-    if STUDENT_GRAD or TEACHER_GRAD:
+    if SPEC.STUDENT_GRAD or SPEC.TEACHER_GRAD:
         share = tl.where(valid, 1 / divisor, float("nan"))
-        coefficients = _coefficients(
-            sums, label_shifted, teacher_label_shifted, share, classes, temperature, factor, kd_weight, target_weight,
-            ce_weight, label_smoothing, DIVERGENCE, TASK, APART,
-        )  # fmt: skip
-        student_grad, teacher_grad = _gradients(
-            student, teacher, _spread(student_max), _spread(teacher_max), coefficients, scale, temperature,
-            DIVERGENCE, TASK, SMOOTH, POWER, APART, True,
-        )  # fmt: skip
+        coefficients = _coefficients(sums, targets, share, classes, numbers, SPEC)
+        student_grad, teacher_grad = _gradients(student, teacher, references, coefficients, numbers, SPEC, True)
         start = _spread(row * classes)
-        if STUDENT_GRAD:
-            if APART:
+        if SPEC.STUDENT_GRAD:
+            if SPEC.APART:
                 student_grad = tl.where(column == _spread(label), coefficients[8], student_grad)
-            elif TASK:
+            elif SPEC.TASK:
                 student_grad -= tl.where(column == _spread(label), coefficients[4], 0.0)
             student_grad = tl.where(_spread(counts), student_grad, 0.0)
-            tl.store(student_grad_ptr + start + column, _cast(student_grad, student_grad_ptr), mask=inside)
-        if TEACHER_GRAD:
-            if APART:
+            tl.store(tensors.student_grad + start + column, _cast(student_grad, tensors.student_grad), mask=inside)
+        if SPEC.TEACHER_GRAD:
+            if SPEC.APART:
                 teacher_grad = tl.where(column == _spread(label), coefficients[9], teacher_grad)
             teacher_grad = tl.where(_spread(counts), teacher_grad, 0.0)
-            tl.store(teacher_grad_ptr + start + column, _cast(teacher_grad, teacher_grad_ptr), mask=inside)
+            tl.store(tensors.teacher_grad + start + column, _cast(teacher_grad, tensors.teacher_grad), mask=inside)
 
 
 # Launchers ------------------------------------------------------------------------------------------------------------
@@ -294,12 +260,16 @@ def _launch(
             count_programs = -(-rows // COUNT_BLOCK)
             counts = student.new_empty(count_programs, dtype=torch.int32)
             _count_kernel[(count_programs,)](targets, counts, rows, ignore_index, COUNT_BLOCK, num_warps=8)
+        specialization = Specialization(
+            DIVERGENCE=divergence, LABELLED=labelled, TASK=task, SMOOTH=task and label_smoothing != 0, POWER=power,
+            APART=apart, REDUCTION=reduction, TERMS=return_terms, STUDENT_GRAD=student_grad,
+            TEACHER_GRAD=teacher_grad, ALIGNMENT=alignment,
+        )  # fmt: skip
         arguments = (
-            student, teacher, targets, counts, losses, grad_student, grad_teacher, rows, classes, student_stride,
-            teacher_stride, count_programs, ignore_index, temperature,
+            Tensors(student, teacher, targets, counts, losses, grad_student, grad_teacher), rows, classes,
+            student_stride, teacher_stride, count_programs, ignore_index, temperature,
             temperature**2 if scale_by_temperature else 1.0, kd_weight, target_weight or 0.0, ce_weight,
-            label_smoothing, divergence, labelled, task, task and label_smoothing != 0, power, apart, reduction,
-            return_terms, student_grad, teacher_grad, alignment,
+            label_smoothing, specialization,
         )  # fmt: skip
         if tiled:
             _tile_kernel[(programs,)](

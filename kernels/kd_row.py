@@ -22,6 +22,7 @@ Any reference near the maximum is as good as the maximum.
 from __future__ import annotations
 
 import math
+from typing import Any, NamedTuple
 
 import triton
 import triton.language as tl
@@ -29,8 +30,65 @@ import triton.language as tl
 LOG2_E = tl.constexpr(math.log2(math.e))
 LN_2 = tl.constexpr(math.log(2))
 
+
+class Tensors(NamedTuple):
+    """What a kernel reads and writes."""
+
+    student: Any  # [rows, classes], any row stride, unit column stride
+    teacher: Any  # the same; not read if SPEC.DIVERGENCE is "none"
+    labels: Any  # [rows], integer; not read unless LABELLED
+    counts: Any  # [count_programs], from _count_kernel; read for a mean over labelled rows, unless SINGLE
+    losses: Any  # out [1 + terms, rows], or [1 + terms, programs] if reduced; its dtype is the one computed in
+    student_grad: Any  # out [rows, classes], contiguous; not written unless STUDENT_GRAD
+    teacher_grad: Any  # out [rows, classes], contiguous; not written unless TEACHER_GRAD
+
+
+class Pair(NamedTuple):
+    """What there is of both sides."""
+
+    student: Any
+    teacher: Any
+
+
+class Numbers(NamedTuple):
+    """What a row's loss depends on, in the dtype computed in."""
+
+    temperature: Any
+    factor: Any  # of the divergences: temperature^2, or 1
+    kd_weight: Any
+    target_weight: Any  # of the target's own term, if it is APART
+    ce_weight: Any
+    label_smoothing: Any
+    scale: Any  # log2(e) / temperature
+
+
+class Specialization(NamedTuple):
+    """What a kernel is compiled for."""
+
+    DIVERGENCE: str  # "forward_kl", "soft_ce", "reverse_kl" or "none"
+    LABELLED: bool  # there are labels
+    TASK: bool  # cross-entropy is part of the loss
+    SMOOTH: bool  # and its label_smoothing is not 0
+    POWER: int  # the temperature, to take exp(z) as exp(z / temperature) ** temperature; 0 not to
+    APART: bool  # the target, from the classes that the divergence is of
+    REDUCTION: str  # "mean", "sum" or "none"
+    TERMS: bool  # after the loss the terms are wanted
+    STUDENT_GRAD: bool
+    TEACHER_GRAD: bool
+    ALIGNMENT: int  # divides classes and both strides
+
+
 SIZES = ["rows", "classes", "student_stride", "teacher_stride", "count_programs", "ignore_index"]
 """Arguments of the kernels that none is compiled anew for."""
+
+
+@triton.jit
+def _numbers(temperature, factor, kd_weight, target_weight, ce_weight, label_smoothing, DTYPE: tl.constexpr):
+    temperature = tl.full([], temperature, DTYPE)
+    return Numbers(
+        temperature, tl.full([], factor, DTYPE), tl.full([], kd_weight, DTYPE), tl.full([], target_weight, DTYPE),
+        tl.full([], ce_weight, DTYPE), tl.full([], label_smoothing, DTYPE), LOG2_E / temperature,
+    )  # fmt: skip
 
 
 # Sums over a tile -----------------------------------------------------------------------------------------------------
@@ -77,53 +135,51 @@ def _power(x, EXPONENT: tl.constexpr):
 
 
 @triton.jit
-def _task_exp(shifted, soft_exp, temperature, POWER: tl.constexpr):
+def _task_exp(shifted, soft_exp, temperature, SPEC: tl.constexpr):
     """The exponential at temperature 1, from soft_exp = 2**shifted, the one at temperature, where POWER allows."""
-    if POWER == 0:
+    if SPEC.POWER == 0:
         return tl.exp2(shifted * temperature)
     else:
-        return _power(soft_exp, POWER)
+        return _power(soft_exp, SPEC.POWER)
 
 
 @triton.jit
-def _gap(student_shifted, teacher_shifted, DIVERGENCE: tl.constexpr):
-    if DIVERGENCE == "forward_kl":
+def _gap(student_shifted, teacher_shifted, SPEC: tl.constexpr):
+    if SPEC.DIVERGENCE == "forward_kl":
         return teacher_shifted - student_shifted
-    elif DIVERGENCE == "reverse_kl":
+    elif SPEC.DIVERGENCE == "reverse_kl":
         return student_shifted - teacher_shifted
     else:
         return -student_shifted
 
 
 @triton.jit
-def _by_role(student, teacher, DIVERGENCE: tl.constexpr):
+def _by_role(student, teacher, SPEC: tl.constexpr):
     """(the side that weighs, the other side); its own inverse."""
-    if DIVERGENCE == "reverse_kl":
+    if SPEC.DIVERGENCE == "reverse_kl":
         return student, teacher
     else:
         return teacher, student
 
 
 @triton.jit
-def _sums(student, teacher, inside, student_reference, teacher_reference, scale, temperature,
-          DIVERGENCE: tl.constexpr, TASK: tl.constexpr, SMOOTH: tl.constexpr, POWER: tl.constexpr,
-          CAREFUL: tl.constexpr):  # fmt: skip
+def _sums(student, teacher, inside, references, numbers, SPEC: tl.constexpr, CAREFUL: tl.constexpr):
     """Per lane: sums of the student's exponentials at temperature and at 1, of the teacher's at temperature, of the
     weighted gaps, and of the student's shifted logits. Elements not inside the row must have exponentials of 0."""
-    student_shifted = _shift(student, student_reference, scale, CAREFUL)
+    student_shifted = _shift(student, references.student, numbers.scale, CAREFUL)
     student_exp = tl.exp2(student_shifted)
     student_sum = _lane_sum(student_exp)
     task_sum, teacher_sum, gap_sum, shifted_sum = student_sum, student_sum, student_sum, student_sum
-    if TASK and POWER != 1:
-        task_sum = _lane_sum(_task_exp(student_shifted, student_exp, temperature, POWER))
-    if SMOOTH:
+    if SPEC.TASK and SPEC.POWER != 1:
+        task_sum = _lane_sum(_task_exp(student_shifted, student_exp, numbers.temperature, SPEC))
+    if SPEC.SMOOTH:
         shifted_sum = _lane_sum(tl.where(inside, student_shifted, 0.0))
-    if DIVERGENCE != "none":
-        teacher_shifted = _shift(teacher, teacher_reference, scale, CAREFUL)
+    if SPEC.DIVERGENCE != "none":
+        teacher_shifted = _shift(teacher, references.teacher, numbers.scale, CAREFUL)
         teacher_exp = tl.exp2(teacher_shifted)
         teacher_sum = _lane_sum(teacher_exp)
-        gap = _gap(student_shifted, teacher_shifted, DIVERGENCE)
-        weight, _ = _by_role(student_exp, teacher_exp, DIVERGENCE)
+        gap = _gap(student_shifted, teacher_shifted, SPEC)
+        weight, _ = _by_role(student_exp, teacher_exp, SPEC)
         if CAREFUL:
             gap = tl.where(weight == 0, 0.0, gap)  # no weight, no gap, however large
         gap_sum = _lane_sum(weight * gap)
@@ -152,29 +208,29 @@ def _weighted(weight, x):
 
 
 @triton.jit
-def _target_divergence(sums, student_target, teacher_target, DIVERGENCE: tl.constexpr):
+def _target_divergence(sums, targets, SPEC: tl.constexpr):
     """(divergence, gradient to the student's log odds, to the teacher's), from the targets' shifted logits."""
     student_sum, _, teacher_sum, _, _ = sums
-    student_odds = (student_target - tl.log2(student_sum)) * LN_2
-    teacher_odds = (teacher_target - tl.log2(teacher_sum)) * LN_2
-    odds_a, odds_b = _by_role(student_odds, teacher_odds, DIVERGENCE)
+    student_odds = (targets.student - tl.log2(student_sum)) * LN_2
+    teacher_odds = (targets.teacher - tl.log2(teacher_sum)) * LN_2
+    odds_a, odds_b = _by_role(student_odds, teacher_odds, SPEC)
     odds_a, yes_a, no_a, p_a, q_a = _odds(odds_a)
     odds_b, yes_b, no_b, p_b, q_b = _odds(odds_b)
     to_b = tl.where(odds_a > 0, q_a - q_b, p_b - p_a)
-    if DIVERGENCE == "soft_ce":
+    if SPEC.DIVERGENCE == "soft_ce":
         divergence = _weighted(p_a, yes_b) + _weighted(q_a, no_b)
         to_a = _weighted(p_a * q_a, -odds_b)
     else:
         divergence = _weighted(p_a, yes_b - yes_a) + _weighted(q_a, no_b - no_a)
         to_a = _weighted(p_a * q_a, odds_a - odds_b)
-    to_student, to_teacher = _by_role(to_a, to_b, DIVERGENCE)
+    to_student, to_teacher = _by_role(to_a, to_b, SPEC)
     return divergence, to_student, to_teacher
 
 
 @triton.jit
-def _without(student, teacher, position, label, APART: tl.constexpr, PADDING: tl.constexpr):
+def _without(student, teacher, position, label, PADDING: tl.constexpr, SPEC: tl.constexpr):
     """Logits of both sides, the target's replaced by PADDING if it is APART."""
-    if APART:
+    if SPEC.APART:
         student = tl.where(position == label, PADDING, student)
         teacher = tl.where(position == label, PADDING, teacher)
     return student, teacher
@@ -184,68 +240,66 @@ def _without(student, teacher, position, label, APART: tl.constexpr, PADDING: tl
 
 
 @triton.jit
-def _loss(sums, label_shifted, teacher_label_shifted, classes, temperature, factor, kd_weight, target_weight, ce_weight,
-          label_smoothing, DIVERGENCE: tl.constexpr, TASK: tl.constexpr, SMOOTH: tl.constexpr,
-          APART: tl.constexpr):  # fmt: skip
-    """(loss, and without their weights the target's term, the divergence, cross-entropy)."""
+def _loss(sums, targets, classes, numbers, SPEC: tl.constexpr):
+    """(loss, and without their weights the target's term, the divergence, cross-entropy), from a row's sums and the
+    targets' shifted logits."""
     student_sum, task_sum, teacher_sum, gap_sum, shifted_sum = sums
     loss = tl.zeros_like(student_sum)
     target, divergence, cross_entropy = loss, loss, loss
-    if DIVERGENCE != "none":
-        weigher_sum, other_sum = _by_role(student_sum, teacher_sum, DIVERGENCE)
+    if SPEC.DIVERGENCE != "none":
+        weigher_sum, other_sum = _by_role(student_sum, teacher_sum, SPEC)
         divergence = gap_sum / weigher_sum * LN_2
-        if DIVERGENCE == "soft_ce":
+        if SPEC.DIVERGENCE == "soft_ce":
             divergence += tl.log(other_sum)
         else:
             divergence += tl.log(other_sum / weigher_sum)
-        divergence *= factor
-        loss += kd_weight * divergence
-    if APART:
-        target = factor * _target_divergence(sums, label_shifted, teacher_label_shifted, DIVERGENCE)[0]
-        loss += target_weight * target
-    if TASK:
-        unshift = temperature * LN_2
+        divergence *= numbers.factor
+        loss += numbers.kd_weight * divergence
+    if SPEC.APART:
+        target = numbers.factor * _target_divergence(sums, targets, SPEC)[0]
+        loss += numbers.target_weight * target
+    if SPEC.TASK:
+        unshift = numbers.temperature * LN_2
         log_sum = tl.log(task_sum)
-        cross_entropy = log_sum - label_shifted * unshift
-        if APART:
+        cross_entropy = log_sum - targets.student * unshift
+        if SPEC.APART:
             cross_entropy = _odds(-cross_entropy)[1]
-            log_sum = cross_entropy + label_shifted * unshift
-            shifted_sum += label_shifted
-        if SMOOTH:
+            log_sum = cross_entropy + targets.student * unshift
+            shifted_sum += targets.student
+        if SPEC.SMOOTH:
             uniform = log_sum - shifted_sum / classes * unshift
-            cross_entropy = (1 - label_smoothing) * cross_entropy + label_smoothing * uniform
-        loss += ce_weight * cross_entropy
+            cross_entropy = (1 - numbers.label_smoothing) * cross_entropy + numbers.label_smoothing * uniform
+        loss += numbers.ce_weight * cross_entropy
     return loss, target, divergence, cross_entropy
 
 
 @triton.jit
-def _coefficients(sums, label_shifted, teacher_label_shifted, share, classes, temperature, factor, kd_weight,
-                  target_weight, ce_weight, label_smoothing, DIVERGENCE: tl.constexpr, TASK: tl.constexpr,
-                  APART: tl.constexpr):  # fmt: skip
+def _coefficients(sums, targets, share, classes, numbers, SPEC: tl.constexpr):
     """What the gradients of a row need whose loss counts share times: mean gap, factors of the student's and the
     teacher's exponentials at temperature and of the student's at 1, what to subtract at the label and at each class;
     if the target is APART, more factors of the exponentials at temperature, and the gradients at the label."""
     student_sum, task_sum, teacher_sum, gap_sum, _ = sums
-    weigher_sum, _ = _by_role(student_sum, teacher_sum, DIVERGENCE)
-    soft, hard = share * kd_weight * factor / temperature, share * ce_weight
+    weigher_sum, _ = _by_role(student_sum, teacher_sum, SPEC)
+    soft = share * numbers.kd_weight * numbers.factor / numbers.temperature
+    hard = share * numbers.ce_weight
     task_factor = hard / task_sum
     at_student, at_teacher = hard, hard
-    if APART:
-        _, at_student, at_teacher = _target_divergence(sums, label_shifted, teacher_label_shifted, DIVERGENCE)
-        at_student *= share * target_weight * factor / temperature
-        at_teacher *= share * target_weight * factor / temperature
+    if SPEC.APART:
+        _, at_student, at_teacher = _target_divergence(sums, targets, SPEC)
+        at_student *= share * numbers.target_weight * numbers.factor / numbers.temperature
+        at_teacher *= share * numbers.target_weight * numbers.factor / numbers.temperature
     student_target, teacher_target = -at_student / student_sum, -at_teacher / teacher_sum
-    if APART and TASK:
-        others = _odds(label_shifted * temperature * LN_2 - tl.log(task_sum))[4]  # their probability
+    if SPEC.APART and SPEC.TASK:
+        others = _odds(targets.student * numbers.temperature * LN_2 - tl.log(task_sum))[4]  # their probability
         task_factor *= others
-        at_student += hard * (label_smoothing - label_smoothing / classes - others)
+        at_student += hard * (numbers.label_smoothing - numbers.label_smoothing / classes - others)
     return (
         _spread(gap_sum / weigher_sum),
         _spread(soft / student_sum),
         _spread(soft / teacher_sum),
         _spread(task_factor),
-        _spread(hard * (1 - label_smoothing)),
-        _spread(hard * label_smoothing / classes),
+        _spread(hard * (1 - numbers.label_smoothing)),
+        _spread(hard * numbers.label_smoothing / classes),
         _spread(student_target),
         _spread(teacher_target),
         _spread(at_student),
@@ -254,30 +308,28 @@ def _coefficients(sums, label_shifted, teacher_label_shifted, share, classes, te
 
 
 @triton.jit
-def _gradients(student, teacher, student_reference, teacher_reference, coefficients, scale, temperature,
-               DIVERGENCE: tl.constexpr, TASK: tl.constexpr, SMOOTH: tl.constexpr, POWER: tl.constexpr,
-               APART: tl.constexpr, CAREFUL: tl.constexpr):  # fmt: skip
+def _gradients(student, teacher, references, coefficients, numbers, SPEC: tl.constexpr, CAREFUL: tl.constexpr):
     """(student gradient, teacher gradient) of a tile, but for what is to be subtracted at the label, or to be put there
     if the target is APART."""
     mean_gap, student_factor, teacher_factor, task_factor, at_label, at_each = coefficients[:6]
-    student_shifted = _shift(student, student_reference, scale, CAREFUL)
+    student_shifted = _shift(student, references.student, numbers.scale, CAREFUL)
     student_exp = tl.exp2(student_shifted)
     student_grad = tl.zeros_like(student)
     teacher_grad = student_grad + at_label * 0  # NaN where the label is no class
-    if DIVERGENCE != "none":
-        teacher_shifted = _shift(teacher, teacher_reference, scale, CAREFUL)
+    if SPEC.DIVERGENCE != "none":
+        teacher_shifted = _shift(teacher, references.teacher, numbers.scale, CAREFUL)
         teacher_exp = tl.exp2(teacher_shifted)
-        gap = (_gap(student_shifted, teacher_shifted, DIVERGENCE) - mean_gap) * LN_2
-        weight, other = _by_role(student_exp * student_factor, teacher_exp * teacher_factor, DIVERGENCE)
+        gap = (_gap(student_shifted, teacher_shifted, SPEC) - mean_gap) * LN_2
+        weight, other = _by_role(student_exp * student_factor, teacher_exp * teacher_factor, SPEC)
         if CAREFUL:
             gap = tl.where(weight == 0, 0.0, gap)
-        student_grad, teacher_grad = _by_role(weight * gap, other - weight, DIVERGENCE)
-        if APART:
+        student_grad, teacher_grad = _by_role(weight * gap, other - weight, SPEC)
+        if SPEC.APART:
             student_grad += student_exp * coefficients[6]
             teacher_grad += teacher_exp * coefficients[7]
-    if TASK:
-        student_grad += _task_exp(student_shifted, student_exp, temperature, POWER) * task_factor
-    if SMOOTH:
+    if SPEC.TASK:
+        student_grad += _task_exp(student_shifted, student_exp, numbers.temperature, SPEC) * task_factor
+    if SPEC.SMOOTH:
         student_grad -= at_each
     return student_grad, teacher_grad
 

@@ -14,12 +14,14 @@ import triton
 import triton.language as tl
 from fastdistill.kernels.common import _cast, _multiple
 from fastdistill.kernels.kd_row import (
-    LOG2_E,
     SIZES,
+    Pair,
+    Tensors,
     _coefficients,
     _gradients,
     _labels,
     _loss,
+    _numbers,
     _rows_that_count,
     _shift,
     _sums,
@@ -28,10 +30,11 @@ from fastdistill.kernels.kd_row import (
 
 
 @triton.jit
-def _load(student_ptr, teacher_ptr, position, inside, whole, PADDING: tl.constexpr, DTYPE: tl.constexpr,
-          DIVERGENCE: tl.constexpr, EVICT: tl.constexpr):  # fmt: skip
+def _load(logits, position, inside, whole, PADDING: tl.constexpr, EVICT: tl.constexpr, DTYPE: tl.constexpr,
+          SPEC: tl.constexpr):  # fmt: skip
     """A block of both logits, with PADDING where it is not inside the row; in wide loads, unmasked, if whole."""
-    if DIVERGENCE == "none":
+    student_ptr, teacher_ptr = logits
+    if SPEC.DIVERGENCE == "none":
         teacher_ptr = student_ptr
     if whole:
         student = tl.load(student_ptr + position, eviction_policy=EVICT)
@@ -71,40 +74,32 @@ def _block(index, offset, begin, end, SIZE: tl.constexpr):
 
 
 @triton.jit
-def _sweep_max(student_ptr, teacher_ptr, offset, begin, end, label, blocks, DTYPE: tl.constexpr, SIZE: tl.constexpr,
-               DIVERGENCE: tl.constexpr, APART: tl.constexpr):  # fmt: skip
+def _sweep_max(logits, offset, begin, end, label, blocks, SIZE: tl.constexpr, DTYPE: tl.constexpr, SPEC: tl.constexpr):
     """The largest logits of the row's first blocks; NaN may go unnoticed."""
     student_max = tl.full([], -float("inf"), DTYPE)
     teacher_max = student_max
     for index in range(blocks):
         position, inside, whole = _block(index, offset, begin, end, SIZE)
-        student, teacher = _load(
-            student_ptr, teacher_ptr, position, inside, whole, -float("inf"), DTYPE, DIVERGENCE, ""
-        )
-        student, teacher = _without(student, teacher, position, label, APART, -float("inf"))
+        student, teacher = _load(logits, position, inside, whole, -float("inf"), "", DTYPE, SPEC)
+        student, teacher = _without(student, teacher, position, label, -float("inf"), SPEC)
         student_max = tl.maximum(student_max, tl.max(student))
         teacher_max = tl.maximum(teacher_max, tl.max(teacher))
     return student_max, teacher_max
 
 
 @triton.jit
-def _sweep_sums(student_ptr, teacher_ptr, offset, begin, end, label, student_reference, teacher_reference, scale,
-                temperature, DTYPE: tl.constexpr, SIZE: tl.constexpr, DIVERGENCE: tl.constexpr, TASK: tl.constexpr,
-                SMOOTH: tl.constexpr, POWER: tl.constexpr, PADDING: tl.constexpr, APART: tl.constexpr,
-                CAREFUL: tl.constexpr):  # fmt: skip
+def _sweep_sums(logits, offset, begin, end, label, references, numbers, SIZE: tl.constexpr, DTYPE: tl.constexpr,
+                SPEC: tl.constexpr, PADDING: tl.constexpr, CAREFUL: tl.constexpr):  # fmt: skip
     """_sums of a row."""
     zero = tl.zeros([offset.shape[1]], DTYPE)
     student_sum, task_sum, teacher_sum, gap_sum, shifted_sum = zero, zero, zero, zero, zero
     for index in range(tl.cdiv(end, SIZE)):
         position, inside, whole = _block(index, offset, begin, end, SIZE)
-        student, teacher = _load(student_ptr, teacher_ptr, position, inside, whole, PADDING, DTYPE, DIVERGENCE, "")
-        student, teacher = _without(student, teacher, position, label, APART, PADDING)
-        if APART:
+        student, teacher = _load(logits, position, inside, whole, PADDING, "", DTYPE, SPEC)
+        student, teacher = _without(student, teacher, position, label, PADDING, SPEC)
+        if SPEC.APART:
             inside = inside & (position != label)
-        sums = _sums(
-            student, teacher, inside, student_reference, teacher_reference, scale, temperature,
-            DIVERGENCE, TASK, SMOOTH, POWER, CAREFUL,
-        )  # fmt: skip
+        sums = _sums(student, teacher, inside, references, numbers, SPEC, CAREFUL)
         student_sum += sums[0]
         task_sum += sums[1]
         teacher_sum += sums[2]
@@ -114,107 +109,67 @@ def _sweep_sums(student_ptr, teacher_ptr, offset, begin, end, label, student_ref
 
 
 @triton.jit
-def _sweep_gradients(student_ptr, teacher_ptr, student_grad_ptr, teacher_grad_ptr, offset, begin, end, label, valid,
-                     student_reference, teacher_reference, coefficients, scale, temperature, DTYPE: tl.constexpr,
-                     SIZE: tl.constexpr, DIVERGENCE: tl.constexpr, TASK: tl.constexpr, SMOOTH: tl.constexpr,
-                     POWER: tl.constexpr, APART: tl.constexpr, STUDENT_GRAD: tl.constexpr,
-                     TEACHER_GRAD: tl.constexpr, CAREFUL: tl.constexpr):  # fmt: skip
+def _sweep_gradients(logits, grads, offset, begin, end, label, valid, references, coefficients, numbers,
+                     SIZE: tl.constexpr, DTYPE: tl.constexpr, SPEC: tl.constexpr, CAREFUL: tl.constexpr):  # fmt: skip
     """Writes the gradients of a row, last block first."""
     blocks = tl.cdiv(end, SIZE)
     for step in range(blocks):
         position, inside, whole = _block(blocks - 1 - step, offset, begin, end, SIZE)
-        student, teacher = _load(
-            student_ptr, teacher_ptr, position, inside, whole, 0.0, DTYPE, DIVERGENCE, "evict_first"
-        )
-        student_grad, teacher_grad = _gradients(
-            student, teacher, student_reference, teacher_reference, coefficients, scale, temperature,
-            DIVERGENCE, TASK, SMOOTH, POWER, APART, CAREFUL,
-        )  # fmt: skip
-        if STUDENT_GRAD:
-            _store(student_grad_ptr, position, student_grad, inside, whole)
-        if TEACHER_GRAD:
-            _store(teacher_grad_ptr, position, teacher_grad, inside, whole)
-    if APART:
+        student, teacher = _load(logits, position, inside, whole, 0.0, "evict_first", DTYPE, SPEC)
+        student_grad, teacher_grad = _gradients(student, teacher, references, coefficients, numbers, SPEC, CAREFUL)
+        if SPEC.STUDENT_GRAD:
+            _store(grads.student, position, student_grad, inside, whole)
+        if SPEC.TEACHER_GRAD:
+            _store(grads.teacher, position, teacher_grad, inside, whole)
+    if SPEC.APART:
         tl.debug_barrier()  # after the block that it is in
-        if STUDENT_GRAD:
-            tl.store(student_grad_ptr + label, _cast(coefficients[8], student_grad_ptr), mask=valid)
-        if TEACHER_GRAD:
-            tl.store(teacher_grad_ptr + label, _cast(coefficients[9], teacher_grad_ptr), mask=valid)
-    elif TASK and STUDENT_GRAD:  # the label's element once more: cheaper than to look for it in every block
-        student = tl.load(student_ptr + label, mask=valid, other=0).to(DTYPE)
+        if SPEC.STUDENT_GRAD:
+            tl.store(grads.student + label, _cast(coefficients[8], grads.student), mask=valid)
+        if SPEC.TEACHER_GRAD:
+            tl.store(grads.teacher + label, _cast(coefficients[9], grads.teacher), mask=valid)
+    elif SPEC.TASK and SPEC.STUDENT_GRAD:  # the label's element once more: cheaper than to look for it in every block
+        student = tl.load(logits.student + label, mask=valid, other=0).to(DTYPE)
         teacher = student
-        if DIVERGENCE != "none":
-            teacher = tl.load(teacher_ptr + label, mask=valid, other=0).to(DTYPE)
-        student_grad, _ = _gradients(
-            student, teacher, student_reference, teacher_reference, coefficients, scale, temperature,
-            DIVERGENCE, TASK, SMOOTH, POWER, APART, CAREFUL,
-        )  # fmt: skip
+        if SPEC.DIVERGENCE != "none":
+            teacher = tl.load(logits.teacher + label, mask=valid, other=0).to(DTYPE)
+        student_grad, _ = _gradients(student, teacher, references, coefficients, numbers, SPEC, CAREFUL)
         tl.debug_barrier()
-        tl.store(student_grad_ptr + label, _cast(student_grad - coefficients[4], student_grad_ptr), mask=valid)
+        tl.store(grads.student + label, _cast(student_grad - coefficients[4], grads.student), mask=valid)
 
 
 @triton.jit(do_not_specialize=SIZES)
 def _sweep_kernel(
-    student_ptr,  # as in _tile_kernel, down to ALIGNMENT; a program has one row, so losses_ptr is [1 + terms, rows]
-    teacher_ptr,
-    labels_ptr,
-    counts_ptr,
-    losses_ptr,
-    student_grad_ptr,
-    teacher_grad_ptr,
-    rows,
-    classes,
-    student_stride,
-    teacher_stride,
-    count_programs,
-    ignore_index,
-    temperature: tl.float64,
-    factor: tl.float64,
-    kd_weight: tl.float64,
-    target_weight: tl.float64,
-    ce_weight: tl.float64,
-    label_smoothing: tl.float64,
-    DIVERGENCE: tl.constexpr,
-    LABELLED: tl.constexpr,
-    TASK: tl.constexpr,
-    SMOOTH: tl.constexpr,
-    POWER: tl.constexpr,
-    APART: tl.constexpr,
-    REDUCTION: tl.constexpr,
-    TERMS: tl.constexpr,
-    STUDENT_GRAD: tl.constexpr,
-    TEACHER_GRAD: tl.constexpr,
-    ALIGNMENT: tl.constexpr,
+    tensors: Tensors,  # a program has one row, so losses are [1 + terms, rows]
+    rows, classes, student_stride, teacher_stride, count_programs, ignore_index,
+    temperature: tl.float64, factor: tl.float64, kd_weight: tl.float64, target_weight: tl.float64,
+    ce_weight: tl.float64, label_smoothing: tl.float64,
+    SPEC: tl.constexpr,
     PACKED: tl.constexpr,  # both strides are classes: where rows are not aligned, blocks are, and begin before the row
     PARTS: tl.constexpr,  # vectors of a lane in a block
     LANES: tl.constexpr,
     WIDTH: tl.constexpr,  # elements of a vector: 16 bytes of the narrower logits
-):
+):  # fmt: skip
+    student_ptr, teacher_ptr, labels_ptr, counts_ptr, losses_ptr, student_grad_ptr, teacher_grad_ptr = tensors
     DTYPE: tl.constexpr = losses_ptr.dtype.element_ty
     SIZE: tl.constexpr = PARTS * LANES * WIDTH
     NARROW: tl.constexpr = LANES * WIDTH
     FP16: tl.constexpr = student_ptr.dtype.element_ty == tl.float16 or teacher_ptr.dtype.element_ty == tl.float16
     PADDING: tl.constexpr = -65504.0 if FP16 else -1e30  # finite, for no gap between paddings to be inf - inf
-    temperature, factor = tl.full([], temperature, DTYPE), tl.full([], factor, DTYPE)
-    kd_weight, target_weight = tl.full([], kd_weight, DTYPE), tl.full([], target_weight, DTYPE)
-    ce_weight, label_smoothing = tl.full([], ce_weight, DTYPE), tl.full([], label_smoothing, DTYPE)
-    scale = LOG2_E / temperature
-    classes = _multiple(classes, ALIGNMENT)
+    numbers = _numbers(temperature, factor, kd_weight, target_weight, ce_weight, label_smoothing, DTYPE)
+    classes = _multiple(classes, SPEC.ALIGNMENT)
     row = tl.program_id(0).to(tl.int64)
-    label, counts, valid = _labels(labels_ptr, row, row < rows, classes, ignore_index, LABELLED)
+    label, counts, valid = _labels(labels_ptr, row, row < rows, classes, ignore_index, SPEC.LABELLED)
 
     grad_start = row * classes
-    student_start = row * _multiple(student_stride, ALIGNMENT)
-    teacher_start = row * _multiple(teacher_stride, ALIGNMENT)
+    student_start = row * _multiple(student_stride, SPEC.ALIGNMENT)
+    teacher_start = row * _multiple(teacher_stride, SPEC.ALIGNMENT)
     begin = 0
-    if PACKED and ALIGNMENT < WIDTH:
+    if PACKED and SPEC.ALIGNMENT < WIDTH:
         begin = (grad_start % WIDTH).to(tl.int32)
         grad_start = grad_start // WIDTH * WIDTH
         student_start, teacher_start = grad_start, grad_start
-    student_ptr += student_start
-    teacher_ptr += teacher_start
-    student_grad_ptr += grad_start
-    teacher_grad_ptr += grad_start
+    logits = Pair(student_ptr + student_start, teacher_ptr + teacher_start)
+    grads = Pair(student_grad_ptr + grad_start, teacher_grad_ptr + grad_start)
     end = begin + classes
     label = begin + label.to(tl.int32)
     offset = _offset(PARTS, LANES, WIDTH)
@@ -222,82 +177,72 @@ def _sweep_kernel(
 
     if counts:
         label_logit, teacher_label_logit = tl.zeros([], DTYPE), tl.zeros([], DTYPE)
-        if TASK or APART:
-            label_logit = tl.load(student_ptr + label, mask=valid, other=0).to(DTYPE)
-        if APART:
-            teacher_label_logit = tl.load(teacher_ptr + label, mask=valid, other=0).to(DTYPE)
-        student_max, teacher_max = _sweep_max(
-            student_ptr, teacher_ptr, offset, begin, end, label, 1, DTYPE, SIZE, DIVERGENCE, APART
-        )
-        student_reference, teacher_reference = student_max * scale, teacher_max * scale
-        label_shifted = _shift(label_logit, student_reference, scale, False)
+        if SPEC.TASK or SPEC.APART:
+            label_logit = tl.load(logits.student + label, mask=valid, other=0).to(DTYPE)
+        if SPEC.APART:
+            teacher_label_logit = tl.load(logits.teacher + label, mask=valid, other=0).to(DTYPE)
+        student_max, teacher_max = _sweep_max(logits, offset, begin, end, label, 1, SIZE, DTYPE, SPEC)
+        student_reference, teacher_reference = student_max * numbers.scale, teacher_max * numbers.scale
+        label_shifted = _shift(label_logit, student_reference, numbers.scale, False)
         teacher_label_shifted = label_shifted
-        if APART:
-            teacher_label_shifted = _shift(teacher_label_logit, teacher_reference, scale, False)
-        student_sum, task_sum, teacher_sum, gap_sum, shifted_sum = _sweep_sums(
-            student_ptr, teacher_ptr, offset, begin, end, label, student_reference, teacher_reference, scale,
-            temperature, DTYPE, SIZE, DIVERGENCE, TASK, SMOOTH, POWER, PADDING, APART, False,
+        if SPEC.APART:
+            teacher_label_shifted = _shift(teacher_label_logit, teacher_reference, numbers.scale, False)
+        references, targets = Pair(student_reference, teacher_reference), Pair(label_shifted, teacher_label_shifted)
+        sums = _sweep_sums(
+            logits, offset, begin, end, label, references, numbers, SIZE, DTYPE, SPEC, PADDING, False
         )  # fmt: skip
+        student_sum, task_sum, teacher_sum, gap_sum, _ = sums
         total = student_sum + task_sum + teacher_sum + tl.abs(gap_sum)
-        padding = PADDING * scale - tl.minimum(student_reference, teacher_reference)
+        padding = PADDING * numbers.scale - tl.minimum(student_reference, teacher_reference)
         plain = (
             (total < 2**60)  # nor is one over it too small
             & (tl.abs(student_reference) + tl.abs(teacher_reference) < 2**24)
-            & (tl.maximum(padding, padding * temperature) < -200)
+            & (tl.maximum(padding, padding * numbers.temperature) < -200)
         )
         if not plain:
-            student_reference, teacher_reference = _sweep_max(
-                student_ptr, teacher_ptr, narrow, begin, end, label, tl.cdiv(end, NARROW), DTYPE, NARROW, DIVERGENCE,
-                APART,
-            )  # fmt: skip
-            label_shifted = _shift(label_logit, student_reference, scale, True)
-            if APART:
-                teacher_label_shifted = _shift(teacher_label_logit, teacher_reference, scale, True)
-            student_sum, task_sum, teacher_sum, gap_sum, shifted_sum = _sweep_sums(
-                student_ptr, teacher_ptr, narrow, begin, end, label, student_reference, teacher_reference, scale,
-                temperature, DTYPE, NARROW, DIVERGENCE, TASK, SMOOTH, POWER, -float("inf"), APART, True,
-            )  # fmt: skip
-        sums = (student_sum, task_sum, teacher_sum, gap_sum, shifted_sum)
-        loss, target, divergence, cross_entropy = _loss(
-            sums, label_shifted, teacher_label_shifted, classes, temperature, factor, kd_weight, target_weight,
-            ce_weight, label_smoothing, DIVERGENCE, TASK, SMOOTH, APART,
-        )  # fmt: skip
+            student_max, teacher_max = _sweep_max(
+                logits, narrow, begin, end, label, tl.cdiv(end, NARROW), NARROW, DTYPE, SPEC
+            )
+            references = Pair(student_max, teacher_max)
+            label_shifted = _shift(label_logit, student_max, numbers.scale, True)
+            if SPEC.APART:
+                teacher_label_shifted = _shift(teacher_label_logit, teacher_max, numbers.scale, True)
+            targets = Pair(label_shifted, teacher_label_shifted)
+            sums = _sweep_sums(
+                logits, narrow, begin, end, label, references, numbers, NARROW, DTYPE, SPEC, -float("inf"), True
+            )
+        loss, target, divergence, cross_entropy = _loss(sums, targets, classes, numbers, SPEC)
         tl.store(losses_ptr + row, tl.where(valid, loss, float("nan")))
-        if TERMS:
-            if APART:
+        if SPEC.TERMS:
+            if SPEC.APART:
                 losses_ptr += rows
                 tl.store(losses_ptr + row, tl.where(valid, target, float("nan")))
             tl.store(losses_ptr + rows + row, tl.where(valid, divergence, float("nan")))
             tl.store(losses_ptr + 2 * rows + row, tl.where(valid, cross_entropy, float("nan")))
 
-        if STUDENT_GRAD or TEACHER_GRAD:
+        if SPEC.STUDENT_GRAD or SPEC.TEACHER_GRAD:
             divisor = tl.full([], 1, DTYPE)
-            if REDUCTION == "mean":
-                divisor = _rows_that_count(counts_ptr, count_programs, rows, LABELLED).to(DTYPE)
+            if SPEC.REDUCTION == "mean":
+                divisor = _rows_that_count(counts_ptr, count_programs, rows, SPEC.LABELLED).to(DTYPE)
             share = tl.where(valid, 1 / divisor, float("nan"))
-            coefficients = _coefficients(
-                sums, label_shifted, teacher_label_shifted, share, classes, temperature, factor, kd_weight,
-                target_weight, ce_weight, label_smoothing, DIVERGENCE, TASK, APART,
-            )  # fmt: skip
+            coefficients = _coefficients(sums, targets, share, classes, numbers, SPEC)
             if plain:
                 _sweep_gradients(
-                    student_ptr, teacher_ptr, student_grad_ptr, teacher_grad_ptr, offset, begin, end, label, valid,
-                    student_reference, teacher_reference, coefficients, scale, temperature, DTYPE, SIZE,
-                    DIVERGENCE, TASK, SMOOTH, POWER, APART, STUDENT_GRAD, TEACHER_GRAD, False,
+                    logits, grads, offset, begin, end, label, valid, references, coefficients, numbers,
+                    SIZE, DTYPE, SPEC, False,
                 )  # fmt: skip
             else:
                 _sweep_gradients(
-                    student_ptr, teacher_ptr, student_grad_ptr, teacher_grad_ptr, narrow, begin, end, label, valid,
-                    student_reference, teacher_reference, coefficients, scale, temperature, DTYPE, NARROW,
-                    DIVERGENCE, TASK, SMOOTH, POWER, APART, STUDENT_GRAD, TEACHER_GRAD, True,
+                    logits, grads, narrow, begin, end, label, valid, references, coefficients, numbers,
+                    NARROW, DTYPE, SPEC, True,
                 )  # fmt: skip
     else:
-        for plane in tl.static_range(3 + APART if TERMS else 1):
+        for plane in tl.static_range(3 + SPEC.APART if SPEC.TERMS else 1):
             tl.store(losses_ptr + plane * rows + row, 0.0)
         zero = tl.zeros([PARTS, LANES, WIDTH], DTYPE)
         for index in range(tl.cdiv(end, SIZE)):
             position, inside, whole = _block(index, offset, begin, end, SIZE)
-            if STUDENT_GRAD:
-                _store(student_grad_ptr, position, zero, inside, whole)
-            if TEACHER_GRAD:
-                _store(teacher_grad_ptr, position, zero, inside, whole)
+            if SPEC.STUDENT_GRAD:
+                _store(grads.student, position, zero, inside, whole)
+            if SPEC.TEACHER_GRAD:
+                _store(grads.teacher, position, zero, inside, whole)

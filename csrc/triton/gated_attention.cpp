@@ -7,6 +7,7 @@
 #include <ATen/Functions.h>
 #include <torch/library.h>
 
+#include <algorithm>
 #include <limits>
 #include <optional>
 #include <tuple>
@@ -99,7 +100,6 @@ Tensor in_tiles(const Tensor& mask, bool single) {
 struct Call {
   int64_t batch, heads, queries, keys, size, group; // a group's heads have one key and value
   Tensor gate, mask, seed; // where there are none, any tensor: it is not read
-  std::vector<int64_t> gate_strides = {0, 0}, mask_strides = {0, 0, 0, 0};
   double scale, dropout_p;
   std::vector<int64_t> options; // as kernels/gated_attention.py takes them apart
 
@@ -108,10 +108,8 @@ struct Call {
       : batch(query.size(0)), heads(query.size(1)), queries(query.size(2)), keys(key.size(2)), size(query.size(3)),
         group(heads / key.size(1)), gate(query), mask(query), seed(seed_.value_or(query)), scale(scale_),
         dropout_p(seed_ ? dropout_p_ : 0) {
-    if (head_gate) {
+    if (head_gate)
       gate = head_gate->expand({batch, heads});
-      gate_strides = gate.strides().vec();
-    }
     Mask kind = kNone;
     bool rows = false;
     if (attn_mask) {
@@ -120,27 +118,20 @@ struct Call {
       rows = queries > 1 && mask.stride(2) != 0;
       if (rows)
         mask = in_tiles(mask, query.scalar_type() == at::kFloat);
-      mask_strides = mask.strides().vec();
       if (mask.scalar_type() == at::kBool)
         mask = mask.view(at::kByte);
     }
     options = {size, group, head_gate.has_value(), gate_grad, kind, rows, is_causal, seed_.has_value()};
   }
 
-  // A launch whose kernel takes the tensors and, of the first `strided` of them, its strides but the last.
-  void launch(const char* kernel, const std::vector<Tensor>& tensors, std::initializer_list<size_t> strided,
-              int64_t rows) const {
-    std::vector<int64_t> strides, row_strides;
-    strides.reserve(2 * strided.size() + 6);
-    row_strides.reserve(strided.size());
-    for (const size_t i : strided) {
-      strides.insert(strides.end(), tensors[i].strides().begin(), tensors[i].strides().begin() + 2);
-      row_strides.push_back(tensors[i].stride(2));
-    }
-    strides.insert(strides.end(), gate_strides.begin(), gate_strides.end());
-    strides.insert(strides.end(), mask_strides.begin(), mask_strides.end());
-    triton::run({"gated_attention", kernel, tensors, std::move(strides), std::move(row_strides), {heads, queries, keys}, {scale, dropout_p},
-                 options, rows, batch * heads});
+  // A launch whose kernel takes the tensors, the first `strided` of them with the strides of rows, and what all take.
+  void launch(const char* kernel, std::vector<Tensor> tensors, size_t strided, int64_t rows) const {
+    std::vector<int64_t> strides(tensors.size(), 0);
+    std::fill_n(strides.begin(), strided, triton::kRows);
+    tensors.insert(tensors.end(), {gate, mask, seed});
+    strides.insert(strides.end(), {2, 4, 0});
+    triton::run({"gated_attention", kernel, std::move(tensors), std::move(strides), {heads, queries, keys},
+                 {scale, dropout_p}, options, rows, batch * heads});
   }
 };
 
@@ -161,9 +152,8 @@ std::tuple<Tensor, Tensor, Tensor> gated_attention(
   const Tensor ungated = gate_grad ? empty_heads(query) : at::empty({0}, query.options());
   const Tensor logsumexp = at::empty({call.batch, call.heads, call.queries}, query.options().dtype(at::kFloat));
   call.launch("forward",
-              {aligned(query), aligned(key), aligned(value), output, gate_grad ? ungated : output, logsumexp, call.gate,
-               call.mask, call.seed},
-              {0, 1, 2, 3}, call.queries);
+              {aligned(query), aligned(key), aligned(value), output, gate_grad ? ungated : output, logsumexp}, 4,
+              call.queries);
   return {output, ungated, logsumexp};
 }
 
@@ -197,17 +187,14 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> gated_attention_backward(
   if (whole) {
     if (gate_grad)
       shares = at::empty({call.batch, call.heads}, numbers);
-    call.launch("whole", {g, q, k, v, o, grad_query, grad_key, grad_value, lse, shares, call.gate, call.mask, call.seed},
-                {0, 1, 2, 3, 4, 5, 6}, 1);
+    call.launch("whole", {g, q, k, v, o, grad_query, grad_key, grad_value, lse, shares}, 7, 1);
   } else {
     const Tensor dots = at::empty_like(lse);
     if (gate_grad)
       shares = at::empty({call.batch, call.heads, (call.queries + kDotRows - 1) / kDotRows}, numbers);
-    call.launch("dots", {g, o, dots, shares, call.gate}, {0, 1}, call.queries);
-    const std::vector<Tensor> inputs = {g, q, k, v, grad_key, grad_value, lse, dots, call.gate, call.mask, call.seed};
-    call.launch("key_value", inputs, {0, 1, 2, 3, 4}, call.keys);
-    call.launch("query", {g, q, k, v, grad_query, lse, dots, call.gate, call.mask, call.seed}, {0, 1, 2, 3, 4},
-                call.queries);
+    call.launch("dots", {g, o, dots, shares}, 2, call.queries);
+    call.launch("key_value", {g, q, k, v, grad_key, grad_value, lse, dots}, 5, call.keys);
+    call.launch("query", {g, q, k, v, grad_query, lse, dots}, 5, call.queries);
   }
   Tensor grad_gate = at::empty({0}, query.options());
   if (gate_grad && head_gate)

@@ -72,14 +72,21 @@ void launch_kernel(const Kernel& kernel, const Launch& launch) {
   std::array<void*, 64> parameters;
   std::array<void*, 2> scratch = {nullptr, nullptr}; // parameters that Triton adds
   size_t count = 0;
-  for (size_t i = 0; i < launch.tensors.size(); ++i)
-    parameters.at(count++) = &(addresses.at(i) = launch.tensors[i].data_ptr());
-  for (const int64_t& stride : launch.strides)
-    parameters.at(count++) = const_cast<int64_t*>(&stride);
   size_t narrowed = 0;
-  for (const auto* values : {&launch.row_strides, &launch.sizes})
-    for (const int64_t value : *values)
-      parameters.at(count++) = &(narrow.at(narrowed++) = static_cast<int32_t>(value));
+  const auto add_narrow = [&](int64_t value) {
+    parameters.at(count++) = &(narrow.at(narrowed++) = static_cast<int32_t>(value));
+  };
+  for (size_t i = 0; i < launch.tensors.size(); ++i) {
+    parameters.at(count++) = &(addresses.at(i) = launch.tensors[i].data_ptr());
+    const bool rows = launch.strides[i] == kRows;
+    const at::IntArrayRef strides = launch.tensors[i].strides();
+    for (const int64_t& stride : strides.slice(0, launch.strides[i] - rows))
+      parameters.at(count++) = const_cast<int64_t*>(&stride);
+    if (rows)
+      add_narrow(strides[2]);
+  }
+  for (const int64_t size : launch.sizes)
+    add_narrow(size);
   for (size_t i = 0; i < launch.numbers.size(); ++i)
     parameters.at(count++) = &(numbers.at(i) = static_cast<float>(launch.numbers[i]));
   for (void*& pointer : scratch)
@@ -102,8 +109,8 @@ void launch_kernel(const Kernel& kernel, const Launch& launch) {
 }
 
 using Compile = std::vector<int64_t>(
-    std::string_view, std::string_view, at::TensorList, at::IntArrayRef, at::IntArrayRef, at::IntArrayRef,
-    at::ArrayRef<double>, at::IntArrayRef, int64_t, int64_t);
+    std::string_view, std::string_view, at::TensorList, at::IntArrayRef, at::IntArrayRef, at::ArrayRef<double>,
+    at::IntArrayRef, int64_t, int64_t);
 
 } // namespace
 
@@ -125,8 +132,8 @@ void run(const Launch& launch) {
   }
   static const auto op = find_op<Compile>("fastdistill::launch_triton");
   const std::vector<int64_t> compiled = op.call(
-      launch.module, launch.kernel, launch.tensors, launch.strides, launch.row_strides, launch.sizes, launch.numbers,
-      launch.options, launch.rows, launch.pairs);
+      launch.module, launch.kernel, launch.tensors, launch.strides, launch.sizes, launch.numbers, launch.options,
+      launch.rows, launch.pairs);
   if (compiled.empty()) // the interpreter's
     return;
   const std::lock_guard lock(mutex);

@@ -11,14 +11,16 @@
 
 namespace fastdistill::triton {
 
-// What a kernel is launched with. Its parameters are, in this order: the tensors' addresses, strides (int64), strides of
-// rows, which are short and in the innermost loops (int32), sizes (int32) and numbers (float32); then come compile-time
+constexpr int64_t kRows = 3; // strides, of which the last is short and in the innermost loops
+
+// What a kernel is launched with. Its parameters are, in this order: each tensor's address and as many of its strides as
+// `strides` says (int64, but the last of kRows int32), sizes (int32) and numbers (float32); then come compile-time
 // constants, which Python derives from the options and the sizes.
 struct Launch {
   const char* module; // in fastdistill.kernels
   const char* kernel;
   std::vector<at::Tensor> tensors;
-  std::vector<int64_t> strides, row_strides, sizes;
+  std::vector<int64_t> strides, sizes;
   std::vector<double> numbers;
   std::vector<int64_t> options;
   int64_t rows, pairs; // programs: for each pair as many as the kernel needs for that many rows

@@ -103,7 +103,7 @@ def _launch_triton(module: str, kernel: str, *launch: Any) -> list[int]:
 
 if importlib.util.find_spec("triton") is not None:
     LIBRARY.define(
-        "launch_triton(str module, str kernel, Tensor[] tensors, int[] strides, int[] row_strides, int[] sizes, "
-        "float[] numbers, int[] options, int rows, int pairs) -> int[]"
+        "launch_triton(str module, str kernel, Tensor[] tensors, int[] strides, int[] sizes, float[] numbers, "
+        "int[] options, int rows, int pairs) -> int[]"
     )
     LIBRARY.impl("launch_triton", _launch_triton, "CompositeExplicitAutograd")
