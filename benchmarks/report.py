@@ -35,7 +35,7 @@ HEADLINES = {
         ("uncertainty", "1024×30522"),
         ("gated_ffn and gradients", "32×128×384×1536, 50% off"),
         ("score", "32x128, 2 classes"),
-        ("STARK", "sst2, 4000 examples, 3 sparsities, one thread, 3 seeds at once"),
+        ("STARK", "sst2, 1000 examples, 3 sparsities"),
     ],
     "cuda": [
         ("kd_ce_loss", "8192×128256"),
@@ -184,12 +184,13 @@ def show(kept: Kept, name: str, folder: Path = RESULTS) -> str:
 
 def headlines(folder: Path = RESULTS) -> str:
     """For the README: some lines of the run on each kind of device, a picture, and where the rest is."""
-    runs = {path.stem: json.loads(path.read_text()) for path in sorted(folder.glob("*.json"), reverse=True)}
+    found = {path.stem: json.loads(path.read_text()) for path in sorted(folder.glob("*.json"))}
+    runs = dict(sorted(found.items(), key=lambda run: (run[1]["rows"][0]["device"] == "cpu", -len(run[1]["rows"]))))
     parts = []
     for kept in runs.values():
         device = kept["rows"][0]["device"]
         wanted = [line for line in HEADLINES[device] if line in by_case(kept["rows"])]
-        if len(wanted) > 1:
+        if wanted:
             parts.append(f"{table(kept, wanted)}\n\n{where(kept)}")
     shown = next(iter(runs))
     links = ", ".join(f"[{name}](benchmarks/results/{name}.md)" for name in runs)
