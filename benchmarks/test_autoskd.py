@@ -4,8 +4,6 @@ distribution, against the same written plainly, in three forms. By default 2 can
 from __future__ import annotations
 
 import functools
-import json
-import shutil
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +13,6 @@ from benchmarks import plain_autoskd, whole
 from benchmarks.harness import measure_recipe
 from benchmarks.plain_stark import Form
 from fastdistill import first_layers, from_pretrained
-from fastdistill.cli import main
 
 EXAMPLES = whole.examples(64, 2000)
 CANDIDATES, SEARCH_EPOCHS, EPOCHS = (2, 4, 1) if whole.SMALL else (10, 5, 3)
@@ -43,10 +40,7 @@ def trained() -> dict[int, Path]:
 
 
 def ours(seed: int, output: Path) -> float:
-    for folder in trained().values():
-        shutil.copytree(folder, output / folder.name)
-    assert main([*command(output), "--seeds", str(seed)]) == 0
-    return float(json.loads((output / "results.json").read_text())["results"]["autoskd"]["accuracy"])
+    return whole.accuracy(command(output), trained().values(), seed, output)
 
 
 def plain(form: Form, seed: int, output: Path) -> float:

@@ -4,8 +4,6 @@ asks both; against the same written plainly, in three forms."""
 from __future__ import annotations
 
 import functools
-import json
-import shutil
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +13,6 @@ from benchmarks import plain_dekd, whole
 from benchmarks.harness import measure_recipe
 from benchmarks.plain_stark import Form
 from fastdistill import first_layers, from_pretrained
-from fastdistill.cli import main
 
 EXAMPLES, EPOCHS = whole.examples(512), 3
 STUDENT, ASSISTANT = 2, 4  # layers
@@ -32,9 +29,7 @@ def fine_tuned() -> Path:
 
 
 def ours(seed: int, output: Path) -> float:
-    shutil.copytree(fine_tuned(), output / "teacher")
-    assert main([*command(output), "--seeds", str(seed)]) == 0
-    return float(json.loads((output / "results.json").read_text())["results"]["dekd"]["accuracy"])
+    return whole.accuracy(command(output), [fine_tuned()], seed, output)
 
 
 def plain(form: Form, seed: int, output: Path) -> float:

@@ -4,8 +4,6 @@ forms."""
 from __future__ import annotations
 
 import functools
-import json
-import shutil
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +13,6 @@ from benchmarks import plain_stark, whole
 from benchmarks.harness import measure_recipe
 from benchmarks.plain_stark import Form
 from fastdistill import first_layers, from_pretrained
-from fastdistill.cli import main
 
 EXAMPLES, EPOCHS = whole.examples(512), 3
 SPARSITIES = (0.2, 0.4, 0.6)
@@ -31,9 +28,7 @@ def fine_tuned() -> Path:
 
 
 def ours(seed: int, output: Path) -> float:
-    shutil.copytree(fine_tuned(), output / "teacher")
-    assert main([*command(output), "--seeds", str(seed)]) == 0
-    return float(json.loads((output / "results.json").read_text())["results"]["stark"]["accuracy"])
+    return whole.accuracy(command(output), [fine_tuned()], seed, output)
 
 
 def plain(form: Form, seed: int, output: Path) -> float:

@@ -8,9 +8,11 @@ set another, as a folder of SST-2's files with 4000; the accuracies are noted wi
 from __future__ import annotations
 
 import functools
+import json
 import os
+import shutil
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -55,6 +57,14 @@ def models(command: Callable[[Path], list[str]], wanted: Callable[[str], bool]) 
         patch.setattr(Stages, "train", only_wanted)
         main(command(output))
     return output
+
+
+def accuracy(command: list[str], begun: Iterable[Path], seed: int, output: Path) -> float:
+    """Of a recipe's own student, from models that are there already."""
+    for folder in begun:
+        shutil.copytree(folder, output / folder.name)
+    assert main([*command, "--seeds", str(seed)]) == 0
+    return float(json.loads((output / "results.json").read_text())["results"][command[0]]["accuracy"])
 
 
 def tokenized(train: int, evaluated: int | None = None) -> tuple[Any, Any, Any]:

@@ -66,7 +66,11 @@ def nan_of(teacher: Any, loss: Tensor) -> dict[str, Tensor]:
     """By name of a teacher whether it gave NaN that counts, as the loss then shows."""
     found = ((name, one) for name, one in (teacher if isinstance(teacher, Mapping) else {TEACHER: teacher}).items())
     # of examples that do not count a loss is a number
-    return {name: one.is_nan & loss.detach().isnan().any() for name, one in found if one and one.is_nan is not None}
+    return {
+        name: one.is_nan & loss.detach().isnan().any()
+        for name, one in found
+        if one is not None and one.is_nan is not None
+    }
 
 
 def weighted(value: Tensor, share: Tensor) -> Tensor:
