@@ -42,11 +42,13 @@ def pytest_unconfigure() -> None:
 
 
 LONG = ("test_native.py", "test_cuda_sources.py", "test_compiled.py", "test_parallel.py")
-"""Files that take a minute or more: they begin first, so that no process ends with one while others have nothing."""
+"""Files that take a minute or more: they begin first, then others with slow tests, so that no process ends with one
+while others have nothing."""
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    items.sort(key=lambda item: item.path.name not in LONG)
+    slow = {item.path for item in items if item.get_closest_marker("slow")}
+    items.sort(key=lambda item: (item.path.name not in LONG, item.path not in slow))
     if not torch.cuda.is_available():
         for item in items:
             if item.get_closest_marker("gpu"):

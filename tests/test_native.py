@@ -53,7 +53,9 @@ def test_ops_on_every_instruction_set_built(isa: str) -> None:
 
 @pytest.mark.slow
 def test_ops_in_plain_pytorch() -> None:
-    chosen = "contracts and contiguous and opcheck or not compile and not opcheck and not bad_arguments"
+    one = "contracts and opcheck and False-contiguous"  # that outputs are no views of inputs, which are not written to
+    shared = ("compile", "opcheck", "bad_arguments", "gradcheck", "vmap", "every_place")  # autograd, and oracles
+    chosen = f"{one} or " + " and ".join(f"not {name}" for name in shared)
     assert " passed" in run_op_tests("-k", chosen, FASTDISTILL_NATIVE="0")
     report = run_python("import fastdistill; print(fastdistill.doctor())", FASTDISTILL_NATIVE="0").stdout
     assert "C++ kernels: none; FASTDISTILL_NATIVE=0" in report

@@ -25,7 +25,6 @@ GROUPS = {"groups": 2}
 # mask, dtype, gate, dropout and tile, in the combinations that need the most registers.
 CASES: list[tuple[int, int, torch.dtype, bool | None, dict[str, Any]]] = [
     (64, 2048, BF16, True, PADDING),
-    (64, 2048, FP16, False, PADDING),
     (64, 2048, BF16, True, PADDING | DROPOUT),
     (16, 2048, BF16, True, CAUSAL),
     (80, 1999, BF16, False, CAUSAL),
@@ -35,20 +34,17 @@ CASES: list[tuple[int, int, torch.dtype, bool | None, dict[str, Any]]] = [
     (64, 128, BF16, True, SHORT_ROWS | GROUPS),
     (128, 2048, BF16, True, CAUSAL | GROUPS),
     (64, 128, FP16, True, SHORT_ROWS | DROPOUT),
-    (32, 100, BF16, False, CAUSAL | DROPOUT),
     (32, 1999, BF16, None, UNEVEN_ROWS),
     (64, 2048, FP16, False, ROWS | DROPOUT),
     (128, 1999, BF16, True, UNEVEN_ROWS | DROPOUT),
-    (80, 2000, BF16, True, BIAS | DROPOUT),
     (64, 2000, BF16, None, HALF_BIAS | DROPOUT),
     (32, 2048, FP32, False, ROWS),
-    (64, 1999, FP32, None, CAUSAL | DROPOUT),
     (64, 2048, FP32, True, ROWS | DROPOUT),
     (128, 1999, FP32, True, UNEVEN_ROWS | DROPOUT),
     (128, 2048, FP32, False, PADDING | GROUPS),
     (80, 2000, FP32, True, BIAS | DROPOUT),
 ]
-FEW = CASES[1::4]
+FEW = [CASES[i] for i in (0, 4, 8, 11, 14, 17)]
 
 
 def launches(cases: list[Any]) -> Iterator[str]:

@@ -23,8 +23,6 @@ CASES: list[tuple[int, int, tuple[torch.dtype, torch.dtype], dict[str, Any]]] = 
     (4096, 3, SINGLE, {}),
     (8, 1000, HALF, EVERYTHING),
     (2, 32000, HALF, {}),
-    (2, 32000, SINGLE, {}),
-    (2, 50257, HALF, {}),
     (2, 128256, HALF, {}),
     (2, 128256, HALF, {"student_grad": False}),
     (2, 128256, HALF, {"kd_weight": 0.0}),
@@ -43,7 +41,7 @@ CASES: list[tuple[int, int, tuple[torch.dtype, torch.dtype], dict[str, Any]]] = 
     (2, 128256, HALF, EVERYTHING | APART | {"divergence": "reverse_kl"}),
     (2, 128256, DOUBLE, EVERYTHING | APART),
 ]
-FEW = [*CASES[:2], CASES[4], CASES[12], CASES[18], CASES[22]]
+FEW = [CASES[i] for i in (0, 1, 4, 10, 16, 20)]
 
 
 def launches(cases: list[Any]) -> Iterator[str]:
