@@ -15,18 +15,9 @@ from torch.func import functional_call
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers import get_linear_schedule_with_warmup
 
-from benchmarks.plain_stark import Form, accuracy, adamw, loader, step, stored
+from benchmarks.plain_stark import Form, accuracy, fit, loader, step, stored
 
 THETA_RATE = 1e-3  # also how far the look-ahead goes
-
-
-def train(student: Any, batches: Any, loss: Callable[[Tensor, Any], Tensor], epochs: int, rate: float) -> Any:
-    student = copy.deepcopy(student).train()
-    optimizer, schedule = adamw(student, epochs * len(batches), rate)
-    for _ in range(epochs):
-        for batch in batches:
-            step(student, loss(student(**inputs(batch)).logits, batch), optimizer, schedule)
-    return student.eval()
 
 
 def inputs(batch: Any) -> dict[str, Tensor]:
@@ -121,8 +112,14 @@ def autoskd(
     if form is Form.STORED:
         data = stored(data, tokenizer, team)
     batches, evaluated = loader(data, tokenizer, True, form), loader(validation, tokenizer, False, form)
-    alone = train(student, batches, lambda logits, batch: F.cross_entropy(logits, batch["labels"]), **training)
-    least = accuracy(alone, evaluated)
+
+    def trained(loss: Callable[[Tensor, Any], Tensor]) -> float:
+        def of_batch(student: Any, batch: Any) -> Tensor:
+            return loss(student(**inputs(batch)).logits, batch)
+
+        return fit(student, batches, of_batch, evaluated, **training)[1]
+
+    least = trained(lambda logits, batch: F.cross_entropy(logits, batch["labels"]))
     weaker = sum(accuracy(teacher, evaluated) < least for teacher in team)
     halves = [loader(data.shard(2, half), tokenizer, True, form) for half in range(2)]
     thetas = search(student, team, halves, search_epochs, candidates, min(weaker, len(team) - 1), training["rate"])
@@ -130,4 +127,4 @@ def autoskd(
     def of_one(theta: Tensor) -> Callable[[Tensor, Any], Tensor]:
         return lambda logits, batch: soft_ce(logits, answers(team, sample(theta), batch))
 
-    return max(accuracy(train(student, batches, of_one(theta), **training), evaluated) for theta in thetas)
+    return max(trained(of_one(theta)) for theta in thetas)

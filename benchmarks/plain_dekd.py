@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from benchmarks.plain_stark import Form, accuracy, adamw, distil, loader, step
+from benchmarks.plain_stark import Form, distil, fit, loader
 
 TAU, WEIGHTS = 5.0, (0.5, 0.3, 0.2)
 
@@ -78,19 +78,18 @@ def loss(student: Any, teacher: Any, assistant: Any, tables: list[Tensor], batch
 
 
 def dekd(
-    teacher: Any, assistant: Any, student: Any, data: Any, validation: Any, tokenizer: Any, form: Form, *,
-    epochs: int, rate: float,
-) -> float:  # fmt: skip
+    teacher: Any, assistant: Any, student: Any, data: Any, validation: Any, tokenizer: Any, form: Form, **training: Any
+) -> float:
     """The student's accuracy; the assistant, like the student, is given as it begins."""
     teacher = copy.deepcopy(teacher).requires_grad_(False).eval()
-    assistant = distil(assistant, teacher, data, tokenizer, form, epochs=epochs, rate=rate).requires_grad_(False)
+    evaluated = loader(validation, tokenizer, False, form)
+    assistant, _ = distil(assistant, teacher, data, evaluated, tokenizer, form, **training)
+    assistant.requires_grad_(False)
     tables: list[Tensor] = []
     if form is Form.STORED:
         data, tables = stored(data, tokenizer, teacher, assistant)
-    batches = loader(data, tokenizer, True, form)
-    student = copy.deepcopy(student).train()
-    optimizer, schedule = adamw(student, epochs * len(batches), rate)
-    for _ in range(epochs):
-        for batch in batches:
-            step(student, loss(student, teacher, assistant, tables, batch), optimizer, schedule)
-    return accuracy(student.eval(), loader(validation, tokenizer, False, form))
+
+    def of_batch(student: Any, batch: Any) -> Tensor:
+        return loss(student, teacher, assistant, tables, batch)
+
+    return fit(student, loader(data, tokenizer, True, form), of_batch, evaluated, **training)[1]

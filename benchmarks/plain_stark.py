@@ -1,10 +1,11 @@
 """STARK as it is written without this package: eager PyTorch, gates and weights differentiated together, twice a batch;
-in three forms, from what papers' code does to what a good engineer makes of it."""
+in three forms, from what papers' code does to what a good engineer makes of it. As in the recipes, students are
+evaluated after each epoch, and the best epoch is kept."""
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from enum import Enum
 from typing import Any
 
@@ -52,10 +53,24 @@ def stored(data: Any, tokenizer: Any, teachers: Sequence[Any]) -> Any:
     return data.add_column("said", torch.cat(said).tolist())
 
 
-def adamw(student: Any, steps: int, rate: float) -> tuple[Any, Any]:
-    """The optimizer, and its schedule: up within a tenth of the steps, then down to 0."""
+def fit(
+    student: Any, batches: Any, loss: Callable[[Any, Any], Tensor], evaluated: Any, *, epochs: int, rate: float
+) -> tuple[Any, float]:
+    """The student after its best epoch, and its accuracy then. The rate goes up within a tenth of the steps, then down
+    to 0."""
+    student = copy.deepcopy(student)
+    steps = epochs * len(batches)
     optimizer = torch.optim.AdamW(student.parameters(), rate, weight_decay=0.01)
-    return optimizer, get_linear_schedule_with_warmup(optimizer, steps // 10, steps)
+    schedule = get_linear_schedule_with_warmup(optimizer, steps // 10, steps)
+    best, weights = -1.0, {}
+    for _ in range(epochs):
+        student.train()
+        for batch in batches:
+            step(student, loss(student, batch), optimizer, schedule)
+        if (found := accuracy(student.eval(), evaluated)) > best:
+            best, weights = found, copy.deepcopy(student.state_dict())
+    student.load_state_dict(weights)
+    return student, best
 
 
 def step(student: Any, loss: Tensor, optimizer: Any, schedule: Any) -> None:
@@ -66,24 +81,24 @@ def step(student: Any, loss: Tensor, optimizer: Any, schedule: Any) -> None:
     schedule.step()
 
 
-def distil(student: Any, teacher: Any, data: Any, tokenizer: Any, form: Form, *, epochs: int, rate: float) -> Any:
+def distil(
+    student: Any, teacher: Any, data: Any, evaluated: Any, tokenizer: Any, form: Form, **training: Any
+) -> tuple[Any, float]:
     if form is Form.STORED:
         data = stored(data, tokenizer, [teacher])
-    batches = loader(data, tokenizer, True, form)
-    student = copy.deepcopy(student).train()
-    optimizer, schedule = adamw(student, epochs * len(batches), rate)
-    for _ in range(epochs):
-        for batch in batches:
-            labels = batch.pop("labels")
-            if form is Form.STORED:
-                theirs = batch.pop("said")[:, 0]
-            else:
-                with torch.no_grad():
-                    theirs = teacher(**batch).logits
-            ours = student(**batch).logits
-            kl = F.kl_div((ours / 2).log_softmax(-1), (theirs / 2).softmax(-1), reduction="batchmean")
-            step(student, 4 * kl + F.cross_entropy(ours, labels), optimizer, schedule)
-    return student.eval()
+
+    def loss(student: Any, batch: Any) -> Tensor:
+        labels = batch.pop("labels")
+        if form is Form.STORED:
+            theirs = batch.pop("said")[:, 0]
+        else:
+            with torch.no_grad():
+                theirs = teacher(**batch).logits
+        ours = student(**batch).logits
+        kl = F.kl_div((ours / 2).log_softmax(-1), (theirs / 2).softmax(-1), reduction="batchmean")
+        return 4 * kl + F.cross_entropy(ours, labels)
+
+    return fit(student, loader(data, tokenizer, True, form), loss, evaluated, **training)
 
 
 @torch.no_grad()
@@ -147,11 +162,10 @@ def stark(
     """The best student's accuracy."""
     teacher = copy.deepcopy(teacher).requires_grad_(False).eval()
     evaluated = loader(validation, tokenizer, False, form)
-    trial = distil(student, teacher, train, tokenizer, form, **training)
-    found = [accuracy(trial, evaluated)]
+    trial, best = distil(student, teacher, train, evaluated, tokenizer, form, **training)
     scored = scores(teacher, trial, loader(train, tokenizer, False, form))
     for sparsity in sparsities:
         sparse = masked(teacher, scored, sparsity)
         accuracy(sparse, evaluated)
-        found.append(accuracy(distil(student, sparse, train, tokenizer, form, **training), evaluated))
-    return max(found)
+        best = max(best, distil(student, sparse, train, evaluated, tokenizer, form, **training)[1])
+    return best
