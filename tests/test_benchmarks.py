@@ -147,7 +147,21 @@ def test_the_card_is_named_shortly(monkeypatch: pytest.MonkeyPatch) -> None:
         ("gated_ffn and gradients", "64×512×1024×4096, 50% off", [(OURS, 1.05, {}), ("compacted", 1.0, {})], True),
         ("gated_ffn and gradients", "64×512×1024×4096, 50% off", [(OURS, 1.06, {}), ("compacted", 1.0, {})], False),
         ("select_uncertain", "10% of 1000000×3", [(OURS, 0.05e-3, {}), ("eager", 0.01e-3, {})], True),
-        ("train step", "BERT-base 32x128", [(OURS, 2.0, {}), ("sdpa", 1.9, {}), ("eager", 3.0, {})], False),
+        ("train step", "MiniLM 32x128", [(OURS, 2.0, {}), ("sdpa", 1.9, {}), ("eager", 3.0, {})], False),
+        (
+            "train step",
+            "BERT-base 32x128",
+            [(OURS, 0.02, {}), (f"{OURS}, graphs", 0.007, {}), ("sdpa", 0.024, {})],
+            True,
+        ),
+        (
+            "train step",
+            "BERT-base 32x128",
+            [(OURS, 0.02, {}), (f"{OURS}, graphs", 0.009, {}), ("sdpa", 0.024, {})],
+            False,
+        ),
+        ("train step", "BERT-base 32x128", [(OURS, 0.007, {}), ("sdpa", 0.006, {})], False),
+        ("score", "BERT-base 32x128 bfloat16", [(OURS, 0.004, {})], True),
     ],
 )
 def test_goals(op: str, case: str, rows: list[tuple[str, float, dict[str, Any]]], met: bool) -> None:
