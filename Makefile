@@ -2,7 +2,7 @@
 PYTHON ?= python3
 VENV ?= .venv
 CONSTRAINTS ?= constraints.txt
-WORKERS ?= 2
+WORKERS ?= 3  # one more than cores: some tests wait for what they started
 # A file stays with one process, for what its tests share; those that take longest begin first (tests/conftest.py).
 PYTEST := python -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder
 BIN := $(VENV)/bin

@@ -59,6 +59,9 @@ def missing() -> list[str]:
     return [name for name, module in WANTED.items() if importlib.util.find_spec(module) is None]
 
 
+GRACE = 10.0  # seconds that a command which is interrupted has to end
+
+
 def run(command: Sequence[str], seconds: float, said: IO[str] | None = None, **environment: str) -> int:
     """Its exit status; 124 where it was stopped for the time it took."""
     inherited = {name: value for name, value in os.environ.items() if name != "PYTEST_XDIST_WORKER"}  # which it is not
@@ -70,7 +73,7 @@ def run(command: Sequence[str], seconds: float, said: IO[str] | None = None, **e
     except subprocess.TimeoutExpired:
         os.killpg(process.pid, signal.SIGINT)  # pytest then still writes what it has
     try:
-        process.wait(10)
+        process.wait(GRACE)
     except subprocess.TimeoutExpired:
         os.killpg(process.pid, signal.SIGKILL)
         process.wait()
@@ -235,6 +238,7 @@ def main(arguments: Iterable[str] | None = None) -> int:
     parser.add_argument("--minutes", type=float, default=MINUTES, help=f"at most (default: {MINUTES})")
     parser.add_argument("--processes", type=int, default=max(1, min(8, CORES // 2)), help="of benchmarks")
     options = parser.parse_args(None if arguments is None else list(arguments))
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # in the background it is ignored, by children too
     only = options.only and ALIASES.get(options.only, options.only.rstrip("_"))
     stages = options.stages.split(",") if options.stages else STAGES[:2] if only else STAGES
     targets = benchmark_files(only)

@@ -65,14 +65,16 @@ def test_what_fails_ends_nothing_else(fake: Path) -> None:
 
 
 @pytest.mark.slow
-def test_what_takes_too_long_is_named(fake: Path) -> None:
+def test_what_takes_too_long_is_named(fake: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(gpu, "GRACE", 2)
     (fake / "test_fake.py").write_text("import time\n\n\ndef test_long(benchmark):\n    time.sleep(300)\n")
     found = gpu.benchmarks(["test_fake.py"], fake, 1, lambda _: 4)
     assert found["rows"] == [] and found["errors"]  # the file's where not even pytest was up in time
     assert all(name.startswith("test_fake.py") for name in found["errors"])
 
 
-def test_a_command_is_stopped_after_its_time() -> None:
+def test_a_command_is_stopped_after_its_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(gpu, "GRACE", 1)
     assert gpu.run(["sleep", "60"], 0.2) == 124
     assert gpu.run(["false"], 10) == 1
 
