@@ -123,7 +123,7 @@ def test_every_number_of_rows(rows: int, reduction: str) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("rows, classes", [(64, TILED), (6, SWEPT)])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("temperature", [0.5, 1.0, 2.0, 3.7, 4.0, 10.0, 20.0])
+@pytest.mark.parametrize("temperature", [0.5, 1.0, 3.7, 20.0])
 def test_every_temperature(rows: int, classes: int, dtype: torch.dtype, temperature: float) -> None:
     check(*make(rows, classes, dtypes=dtype), temperature=temperature, reduction="none")
 
@@ -239,8 +239,9 @@ INF = torch.inf
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("classes", [TILED, SWEPT])
-@pytest.mark.parametrize("divergence", DIVERGENCES)
+@pytest.mark.parametrize(
+    ("classes", "divergence"), [*((TILED, divergence) for divergence in DIVERGENCES), (SWEPT, DIVERGENCES[0])]
+)
 @pytest.mark.parametrize(
     "student_logit, teacher_logit, index",
     [

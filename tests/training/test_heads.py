@@ -86,6 +86,7 @@ def eager(name: str, ours: Any, theirs: Any, batch: dict[str, Tensor]) -> Any:
 # What counts
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("labelled", [True, False])
 @pytest.mark.parametrize("name", [*PER_TOKEN, "BertForQuestionAnswering"])
 def test_padding_counts_nowhere(tmp_path: Path, name: str, labelled: bool) -> None:
