@@ -36,6 +36,7 @@ HEADLINES = {
         ("gated_ffn and gradients", "32×128×384×1536, 50% off"),
         ("score", "32x128, 2 classes"),
         ("STARK", "sst2, 1000 examples, 3 sparsities"),
+        ("DeKD", "sst2, 1000 examples, assistant of 4 layers"),
     ],
     "cuda": [
         ("kd_ce_loss", "8192×128256"),
