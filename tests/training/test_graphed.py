@@ -80,6 +80,7 @@ def close(one: Any, other: Any) -> None:
         assert mine == pytest.approx(theirs, rel=1e-3, abs=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("accumulation", [1, 3])
 @pytest.mark.parametrize("labels", [True, False], ids=["labels", "no labels"])
 def test_weights_and_logs_are_those_without(tmp_path: Path, graphs: Rerun, accumulation: int, labels: bool) -> None:
