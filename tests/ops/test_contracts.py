@@ -88,7 +88,6 @@ def with_gradients(function: Callable[..., Tensor], inputs: list[Tensor], grad: 
 
 
 @pytest.mark.slow
-@pytest.mark.slow
 @pytest.mark.parametrize(
     ("layout", "dynamic", "backend"), [("contiguous", True, "aot_eager"), ("transposed", False, "inductor")]
 )
