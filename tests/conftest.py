@@ -33,8 +33,11 @@ def nan_filled() -> Iterator[None]:
 os.fsync = lambda descriptor: None  # what tests write need not outlive a loss of power, and disks take their time
 
 
-def pytest_collection_finish() -> None:
-    gc.freeze()  # a training ends with gc.collect(), which took longer than all else: it went through every module
+@pytest.fixture(scope="module", autouse=True)
+def what_is_imported_is_frozen() -> None:
+    """A training ends with gc.collect(), which took longer than all else: it went through every module."""
+    gc.collect()
+    gc.freeze()
 
 
 def pytest_unconfigure() -> None:

@@ -1,10 +1,15 @@
-"""Where Triton's interpreter, which stands for a GPU, can run."""
+"""Triton's interpreter, which stands for a GPU: where it can run, and how it runs in half the time."""
 
 from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
 
 import numpy
 import pytest
 import triton
+from triton import language
+from triton.runtime import interpreter
 
 from tests.kernels.conftest import DEVICE
 
@@ -13,3 +18,17 @@ interpreted = pytest.mark.skipif(
     OLD_INTERPRETER and numpy.lib.NumpyVersion(numpy.__version__) >= "2.4.0",
     reason="the interpreter of this Triton does not run with this NumPy",
 )
+
+
+def patch_once(patch: Callable[[Any], Any], function: Any) -> None:
+    """The interpreter replaces all of `triton.language` at a launch and again at each call of a function in the kernel,
+    which took most of its time. Now the launch alone does, for all functions."""
+
+    class All:
+        __globals__ = {"tl": language, "core": language.core}
+
+    interpreter._patch_lang = lambda kernel: patch(All)
+    function.__call__ = lambda self, *args, **kwargs: self.rewrite()(*args, **kwargs)
+
+
+patch_once(interpreter._patch_lang, interpreter.InterpretedFunction)
