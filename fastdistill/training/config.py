@@ -9,7 +9,8 @@ from transformers import TrainingArguments
 
 @dataclass
 class DistillationConfig(TrainingArguments):
-    """TrainingArguments whose batches hold examples of similar length, so that little of a batch is padding.
+    """TrainingArguments whose batches hold examples of similar length, so that little of a batch is padding, and whose
+    steps wait for no device: unless `accelerator_config` is given, batches are copied to it with ``non_blocking``.
 
     `DistillationTrainer` takes a plain TrainingArguments too. Nothing here is about the loss: that is its `objective`.
     """
@@ -30,6 +31,13 @@ class DistillationConfig(TrainingArguments):
             "them, and has no column of lengths."
         },
     )
+    logging_nan_inf_filter: bool = field(
+        default=False,
+        metadata={
+            "help": "Log the mean of the losses before in place of one that is NaN or infinite. The host looks for it "
+            "in each step, and so waits for the device. Without, it is logged as it is."
+        },
+    )
     cuda_graphs: bool = field(
         default=False,
         metadata={
@@ -40,3 +48,8 @@ class DistillationConfig(TrainingArguments):
             "of which the host decides something in each step. It takes up to twice the memory."
         },
     )
+
+    def __post_init__(self) -> None:
+        if self.accelerator_config is None:
+            self.accelerator_config = {"non_blocking": self.dataloader_pin_memory}
+        super().__post_init__()  # type: ignore[no-untyped-call]

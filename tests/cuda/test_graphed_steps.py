@@ -11,7 +11,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from transformers import set_seed
+from transformers import TrainerCallback, set_seed
 
 import fastdistill
 from fastdistill import PKD, LogitsKD, WeightedSum, cuda_graphs
@@ -77,12 +77,15 @@ def test_in_bfloat16(tmp_path: Path, replays: list[int], training: str) -> None:
     check(tmp_path, replays, lambda: {"args_bf16": True} | TRAININGS[training](), rtol=1e-2, atol=5e-3)
 
 
+def of_one_length(number: int) -> Any:
+    rows = data(number, "teacher").remove_columns(["input_ids", "attention_mask", "length"])
+    rows = rows.add_column("input_ids", [[2, *range(5 + row % 40, 11 + row % 40), 3] for row in range(number)])
+    return rows.add_column("attention_mask", [[1] * 8] * number)
+
+
 def test_dropout_draws_what_it_does_without(tmp_path: Path, replays: list[int]) -> None:
     """Batches of one length, a multiple of 8: nothing is padded, and as many numbers are drawn in the same order."""
-    rows = data(64, "teacher")
-    rows = rows.remove_columns(["input_ids", "attention_mask", "length"])
-    rows = rows.add_column("input_ids", [[2, *range(5 + row % 40, 11 + row % 40), 3] for row in range(64)])
-    rows = rows.add_column("attention_mask", [[1] * 8] * 64)
+    rows = of_one_length(64)
 
     def make() -> dict[str, Any]:
         set_seed(7)
@@ -132,6 +135,21 @@ def test_scores_are_those_without(replays: list[int], dtype: torch.dtype, classe
         for a, b in zip([*one.heads, *one.neurons], [*other.heads, *other.neurons], strict=True):
             scale = float(b.abs().max())
             torch.testing.assert_close(a, b, rtol=0, atol=(1e-5 if dtype == torch.float32 else 5e-2) * scale)
+
+
+def test_a_step_waits_for_nothing(tmp_path: Path, replays: list[int]) -> None:
+    """The host makes the next one, its batch too, while the device has this."""
+
+    class Looked(TrainerCallback):  # type: ignore[misc]
+        def on_step_end(self, args: Any, state: Any, control: Any, **more: Any) -> None:
+            torch.cuda.set_sync_debug_mode("error" if 8 <= state.global_step < 11 else "default")
+
+    options = {"train_dataset": of_one_length(96), "args_logging_steps": 100}
+    try:
+        trained(tmp_path, args_cuda_graphs=True, callbacks=[Looked()], **options)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert len(replays) >= 8
 
 
 def asks(x: Tensor) -> Tensor:

@@ -23,7 +23,8 @@ def test_the_configuration_is_training_arguments_with_batches_of_similar_length(
     assert parsed.train_sampling_strategy == "group_by_length"
     own = {f.name for f in fields(DistillationConfig)} - {f.name for f in fields(TrainingArguments)}
     assert own == {"read_lengths", "cuda_graphs"}
-    changed = ("train_sampling_strategy", *own)
+    assert not parsed.logging_nan_inf_filter
+    changed = ("train_sampling_strategy", "logging_nan_inf_filter", *own)
     assert all(f.metadata.get("help") for f in fields(DistillationConfig) if f.name in changed)
 
 

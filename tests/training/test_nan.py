@@ -15,6 +15,7 @@ from fastdistill.objectives.team import AvgKD
 from fastdistill.teachers.outputs import TeacherOutputs
 from fastdistill.training.trainer import DistillationTrainer
 from tests import tiny
+from tests.training.trained import bert_trainer
 
 
 def trainer(folder: Path, data: Any = None, **options: Any) -> DistillationTrainer:
@@ -106,3 +107,22 @@ def test_scores_of_a_broken_model_are_an_error(score: Any) -> None:
         score(broken(), loader, progress=False)
     with pytest.raises(ValueError, match="student has NaN or infinity in bert.encoder.layer.1.output.dense.weight"):
         score(tiny.bert(1), loader, broken(), progress=False)
+
+
+def test_a_loss_that_is_no_number_is_logged_as_it_is(tmp_path: Path) -> None:
+    """To look for one, the host would wait for the device in each step."""
+
+    def of_nothing(student: Any, teacher: Any, labels: Any) -> torch.Tensor:
+        return student.logits.sum() * torch.inf
+
+    t = bert_trainer(tmp_path, objective=of_nothing, args_max_steps=1, args_logging_steps=1)
+    t.train()
+    assert not np.isfinite(t.state.log_history[0]["loss"])
+
+
+def test_copies_of_batches_wait_for_nothing_unless_it_is_said(tmp_path: Path) -> None:
+    def non_blocking(**options: Any) -> bool:
+        return bool(bert_trainer(tmp_path, **options).accelerator.dataloader_config.non_blocking)
+
+    assert non_blocking(args_dataloader_pin_memory=True) and not non_blocking(args_dataloader_pin_memory=False)
+    assert not non_blocking(args_dataloader_pin_memory=True, args_accelerator_config={"non_blocking": False})
