@@ -4,13 +4,15 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+import torch
 from transformers import TrainingArguments
 
 
 @dataclass
 class DistillationConfig(TrainingArguments):
-    """TrainingArguments whose batches hold examples of similar length, so that little of a batch is padding, and whose
-    steps wait for no device: unless `accelerator_config` is given, batches are copied to it with ``non_blocking``.
+    """TrainingArguments whose batches hold examples of similar length, so that little of a batch is padding.
+
+    Unless `accelerator_config` is given, batches in pinned memory are copied to the device with ``non_blocking``.
 
     `DistillationTrainer` takes a plain TrainingArguments too. Nothing here is about the loss: that is its `objective`.
     """
@@ -50,6 +52,7 @@ class DistillationConfig(TrainingArguments):
     )
 
     def __post_init__(self) -> None:
-        if self.accelerator_config is None:
-            self.accelerator_config = {"non_blocking": self.dataloader_pin_memory}
+        if self.accelerator_config is None:  # MPS has no pinned memory, from which alone such copies are safe
+            can_pin = self.dataloader_pin_memory and not torch.backends.mps.is_available()
+            self.accelerator_config = {"non_blocking": can_pin}
         super().__post_init__()  # type: ignore[no-untyped-call]
