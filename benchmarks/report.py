@@ -37,6 +37,7 @@ HEADLINES = {
         ("score", "32x128, 2 classes"),
         ("STARK", "sst2, 1000 examples, 3 sparsities"),
         ("DeKD", "sst2, 1000 examples, assistant of 4 layers"),
+        ("AutoSKD", "sst2, 256 examples, team of 6, 10 candidates"),
     ],
     "cuda": [
         ("kd_ce_loss", "8192×128256"),
