@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
+from types import SimpleNamespace
 
 import numpy
 import pytest
@@ -19,16 +18,10 @@ interpreted = pytest.mark.skipif(
     reason="the interpreter of this Triton does not run with this NumPy",
 )
 
-
-def patch_once(patch: Callable[[Any], Any], function: Any) -> None:
-    """The interpreter replaces all of `triton.language` at a launch and again at each call of a function in the kernel,
-    which took most of its time. Now the launch alone does, for all functions."""
-
-    class All:
-        __globals__ = {"tl": language, "core": language.core}
-
-    interpreter._patch_lang = lambda kernel: patch(All)
-    function.__call__ = lambda self, *args, **kwargs: self.rewrite()(*args, **kwargs)
-
-
-patch_once(interpreter._patch_lang, interpreter.InterpretedFunction)
+if DEVICE == "cpu":
+    # It replaces all of `triton.language` at a launch and again at each call of a function in the kernel, which took
+    # most of its time. So the launch alone does, and for all functions.
+    patch = interpreter._patch_lang
+    seen = SimpleNamespace(__globals__={"tl": language, "core": language.core})
+    interpreter._patch_lang = lambda function: patch(seen)
+    interpreter.InterpretedFunction.__call__ = lambda self, *args, **kwargs: self.rewrite()(*args, **kwargs)
