@@ -11,7 +11,7 @@ from unittest.mock import patch
 import torch
 from transformers import BertConfig, BertForSequenceClassification
 
-import fastdistill  # noqa: F401 (registers its attention)
+import fastdistill.models  # noqa: F401 (registers its attention)
 from benchmarks.harness import DEVICE, TINY
 from fastdistill.ops import gate_rules
 

@@ -35,35 +35,40 @@ TILED = tl.constexpr(16)  # divides the strides of a mask that has a row for eac
 
 # Queries and keys in a tile, warps, pipeline stages, registers a thread (None: ptxas chooses): for heads of up to 64
 # channels and for wider ones. Extras are dropout and a mask that is floating or has a row for each query. Those for
-# sm_90, whose multiprocessors hold more, are the fastest of 30 measured (docs/gpu.md); the others about the largest
-# that sm_80 holds in registers, and sm_86 in shared memory.
+# sm_90, whose multiprocessors hold more, are the fastest of 30 measured (docs/gpu.md), with dropout the largest that it
+# holds in registers; the others about the largest that sm_80 does, and sm_86 in shared memory.
 Tile = tuple[int, int, int, int, int | None]
 TILES: dict[str, dict[str, tuple[Tile, Tile]]] = {
     "forward": {
         "half, sm_90": ((128, 64, 8, 4, None), (128, 128, 8, 3, None)),
+        "half with dropout, sm_90": ((64, 64, 4, 3, None), (64, 64, 8, 2, None)),
         "half": ((128, 64, 8, 3, None), (64, 64, 8, 2, 255)),
         "half with extras": ((64, 32, 4, 2, 255), (64, 32, 8, 2, 255)),
         "single": ((16, 32, 4, 2, 255), (16, 32, 4, 2, 255)),
     },
     "query": {
         "half, sm_90": ((128, 64, 8, 3, None), (128, 64, 8, 3, None)),
+        "half with dropout, sm_90": ((64, 64, 4, 2, None), (64, 32, 4, 2, None)),
         "half": ((64, 64, 4, 2, None), (64, 32, 4, 2, None)),
         "half with extras": ((64, 32, 4, 2, 255), (64, 32, 4, 2, 255)),
         "single": ((16, 32, 4, 2, 255), (16, 16, 8, 2, 255)),
     },
     "key_value": {
         "half, sm_90": ((32, 64, 4, 3, 168), (64, 128, 8, 2, None)),
+        "half with dropout, sm_90": ((32, 64, 4, 2, None), (32, 64, 8, 2, None)),
         "half": ((32, 64, 4, 2, None), (64, 64, 8, 2, None)),
         "half with extras": ((16, 32, 4, 2, 255), (16, 32, 4, 2, 255)),
         "single": ((32, 16, 4, 2, 255), (16, 16, 8, 2, 255)),
     },
     "whole": {  # of half precision only: others keep no whole head in registers
         "half, sm_90": ((64, 128, 8, 2, None), (64, 64, 8, 2, None)),
+        "half with dropout, sm_90": ((32, 128, 8, 2, None), (32, 64, 8, 2, None)),
         "half": ((16, 128, 8, 1, None), (16, 64, 8, 1, None)),
         "half with extras": ((16, 128, 8, 1, None), (16, 64, 8, 1, None)),
     },
-    "dots": dict.fromkeys(("half, sm_90", "half", "half with extras", "single"), ((64, 64, 4, 1, 255),) * 2),
 }
+STREAMS = ("dots", "gate", "gate_gradient")  # that read each number once
+TILES |= dict.fromkeys(STREAMS, dict.fromkeys(TILES["forward"], ((64, 64, 4, 1, 255),) * 2))
 
 
 class Specialization(NamedTuple):
@@ -198,9 +203,10 @@ def _exp(scores, SPEC: tl.constexpr):
 
 @triton.jit
 def _kept(row, column, head, seed, dropout_p):
-    """Whether dropout keeps a weight: a function of its place and the seed alone."""
+    """Whether dropout keeps a weight: a function of its place and the seed alone. Seven rounds pass BigCrush (Salmon et
+    al. 2011, table 2)."""
     zero = (row + column) * 0
-    random, _, _, _ = tl.philox(seed, zero + column, zero + row, zero + head, zero)
+    random, _, _, _ = tl.philox(seed, zero + column, zero + row, zero + head, zero, n_rounds=7)
     return tl.uint_to_uniform_float(random) >= dropout_p
 
 
@@ -301,6 +307,36 @@ def _dots_kernel(
         tl.store(shares_ptr + tl.program_id(0), tl.sum(dots, 0))
         dots *= gate
     tl.store(dots_ptr + pair.to(tl.int64) * queries + row, dots, mask=row < queries)
+
+
+@triton.jit(do_not_specialize=NUMBERS)
+def _gate_kernel(
+    ungated_rows: Rows,
+    output_rows: Rows,  # out
+    gates: Gate, mask: Mask, seed_ptr,
+    heads: tl.int32, queries: tl.int32, keys: tl.int32, scale: tl.float32, dropout_p: tl.float32, SPEC: tl.constexpr,
+):  # fmt: skip
+    """The output from the one without gates, which cuDNN has made."""
+    block, _, example, head = _place(queries, heads, SPEC.QUERIES)
+    row = block * SPEC.QUERIES + tl.arange(0, SPEC.QUERIES)
+    ungated = _load(_at(ungated_rows, example, head), row, queries, SPEC).to(tl.float32)
+    _store(_at(output_rows, example, head), ungated * _gate(gates, example, head, SPEC), row, queries, SPEC)
+
+
+@triton.jit(do_not_specialize=NUMBERS)
+def _gate_gradient_kernel(
+    grad_output_rows: Rows, ungated_rows: Rows,
+    grad_ungated_rows: Rows,  # out, for cuDNN
+    shares_ptr,  # out [B, H, blocks], contiguous: the blocks' sums of grad_output * ungated
+    gates: Gate, mask: Mask, seed_ptr,
+    heads: tl.int32, queries: tl.int32, keys: tl.int32, scale: tl.float32, dropout_p: tl.float32, SPEC: tl.constexpr,
+):  # fmt: skip
+    block, _, example, head = _place(queries, heads, SPEC.QUERIES)
+    row = block * SPEC.QUERIES + tl.arange(0, SPEC.QUERIES)
+    grad_output = _load(_at(grad_output_rows, example, head), row, queries, SPEC).to(tl.float32)
+    ungated = _load(_at(ungated_rows, example, head), row, queries, SPEC).to(tl.float32)
+    tl.store(shares_ptr + tl.program_id(0), tl.sum(tl.sum(grad_output * ungated, 1), 0))
+    _store(_at(grad_ungated_rows, example, head), grad_output * _gate(gates, example, head, SPEC), row, queries, SPEC)
 
 
 @triton.jit(do_not_specialize=NUMBERS)
@@ -519,6 +555,17 @@ def _is_hopper() -> bool:
     return triton.knobs.runtime.interpret or triton.runtime.driver.active.get_current_target().arch >= 90
 
 
+def _kind(single: bool, own_mask: bool, dropout: bool) -> str:
+    """Of `TILES`."""
+    if single:
+        return "single"
+    if own_mask or (dropout and not _is_hopper()):
+        return "half with extras"
+    if not _is_hopper():
+        return "half"
+    return "half with dropout, sm_90" if dropout else "half, sm_90"
+
+
 def launch(
     name: str, tensors: Sequence[Tensor], strides: Sequence[int], sizes: Sequence[int], numbers: Sequence[float],
     options: Sequence[int], rows: int, pairs: int,
@@ -528,11 +575,11 @@ def launch(
     _, queries, keys = sizes
     size, group, gated, gate_grad, mask, mask_rows, causal, dropout = options
     single = tensors[0].dtype == torch.float32
-    extras = mask_rows or MASKS[mask] == "float" or dropout
-    kind = "single" if single else "half with extras" if extras else "half, sm_90" if _is_hopper() else "half"
+    kind = _kind(single, mask_rows or MASKS[mask] == "float", bool(dropout))
     block_size = _block(size, MAX_SIZE)
     most_queries, most_keys, warps, stages, registers = TILES[name][kind][block_size > 64]
-    query_block, key_block = most_queries if name == "dots" else _block(queries, most_queries), _block(keys, most_keys)
+    query_block = most_queries if name in STREAMS else _block(queries, most_queries)
+    key_block = _block(keys, most_keys)
     taken = {"whole": 0, "key_value": key_block}.get(name, query_block)
     grid = (pairs * (triton.cdiv(rows, taken) if taken else 1), 1, 1)
     specialization = Specialization(

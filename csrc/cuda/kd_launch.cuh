@@ -145,7 +145,7 @@ struct StreamPlan {
 // enough for L2 to keep.
 StreamPlan plan_stream(const Device& device, int64_t row_bytes, int sides) {
   constexpr int kReserved = 1024; // bytes of a block's shared memory that are the system's
-  constexpr int64_t kBlockShare = 348160; // bytes of a row that are one block's
+  constexpr int64_t kBlockShare = 532480; // bytes of a row that are one block's
   StreamPlan plan;
   const int at_once = tuned("KD_AT_ONCE", row_bytes <= 40960 ? 4 : row_bytes <= 163840 ? 2 : 1);
   plan.cluster = 1;
@@ -154,12 +154,12 @@ StreamPlan plan_stream(const Device& device, int64_t row_bytes, int sides) {
   plan.cluster = tuned("KD_CLUSTER", plan.cluster);
   Ring& ring = plan.ring;
   ring.consumers = tuned("KD_CONSUMERS", (kMaxStreamThreads / at_once / kWarp - 1) * kWarp); // and the producer's warp
-  ring.chunk = tuned("KD_CHUNK", ring.consumers * (at_once == 1 ? 1 : 2));
+  ring.chunk = tuned("KD_CHUNK", at_once == 1 ? ring.consumers : 448);
   const int exchanged = 2 * (ring.consumers / kWarp) * plan.cluster * sizeof(Sums<float>);
   const int barriers = 64, slot = ring.chunk * 16 * sides + 16; // each slot has two barriers
   const int available = std::min(device.memory / at_once - kReserved, device.block_memory) - exchanged - barriers;
   ring.slots = tuned("KD_SLOTS", available / slot);
-  ring.keep = std::max(ring.slots - tuned("KD_SPARE", std::max(ring.slots / 8, 2)), 1);
+  ring.keep = std::max(ring.slots - tuned("KD_SPARE", std::max(ring.slots / 8, at_once == 4 ? 1 : 2)), 1);
   plan.memory = ring.slots * slot + exchanged + barriers;
   return plan;
 }

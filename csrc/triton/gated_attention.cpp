@@ -1,5 +1,6 @@
 // gated_attention on CUDA, by the Triton kernels of kernels/gated_attention.py: what is given to which, and what is copied
 // first because they cannot read it as it is.
+#include "attention_by_cudnn.h"
 #include "launch.h"
 
 #include "../autograd/dispatch.h"
@@ -23,7 +24,8 @@ constexpr int64_t kAlignment = 8; // elements that one instruction copies
 constexpr int64_t kMaxKeys = 128; // in a tile
 constexpr int64_t kWholeKeys = 128, kWholeQueries = 256; // up to as many, one program has a whole head's backward,
 constexpr int64_t kWholeKeyElements = 128 * 64; // which holds the keys in registers, in half precision only
-constexpr int64_t kDotRows = 64; // that a program of the "dots" kernel takes
+constexpr int64_t kDotRows = 64; // that a program takes of the kernels "dots" and "gate_gradient"
+constexpr int64_t kLong = 512; // tokens
 enum Mask { kNone, kBool, kFloat };
 
 using Forward = std::tuple<Tensor, Tensor, Tensor>(
@@ -96,6 +98,34 @@ Tensor in_tiles(const Tensor& mask, bool single) {
   return tiles.expand({mask.size(0), mask.size(1), mask.size(2), -1});
 }
 
+// Whether 32 bits count what lies between a tensor's first element and its last, as cuDNN does.
+bool is_within_32_bits(const Tensor& x) {
+  int64_t last = 0;
+  for (int64_t dim = 0; dim < x.dim(); ++dim)
+    last += (x.size(dim) - 1) * x.stride(dim);
+  return last <= std::numeric_limits<int32_t>::max();
+}
+
+// Whether cuDNN makes the products, which of long sequences takes it less time (docs/gpu.md): where all heads are computed
+// in any case, for want of gates or for their gradient.
+bool is_for_cudnn(
+    const Tensor& query, const Tensor& key, const Tensor& value, const Optional& head_gate, const Optional& attn_mask,
+    const Optional& seed, bool is_causal, bool gate_grad) {
+  const int64_t queries = query.size(2), keys = key.size(2);
+  return std::min(queries, keys) >= kLong && (queries == keys || !is_causal) && !attn_mask && !seed &&
+      (gate_grad || !head_gate) && query.scalar_type() != at::kFloat && key.size(1) == query.size(1) &&
+      is_within_32_bits(query) && is_within_32_bits(key) && is_within_32_bits(value) && cudnn::available(query);
+}
+
+// Of its shares, [B, H] or [B, H, blocks].
+Tensor gate_gradient(const Tensor& shares, const Tensor& head_gate) {
+  const bool whole = shares.dim() == 2;
+  const Tensor sums = head_gate.dim() == 1 ? shares.sum(whole ? at::IntArrayRef{0} : at::IntArrayRef{0, 2})
+      : whole                              ? shares
+                                           : shares.sum(2);
+  return sums.to(head_gate.scalar_type());
+}
+
 // What the kernels of one call share.
 struct Call {
   int64_t batch, heads, queries, keys, size, group; // a group's heads have one key and value
@@ -148,6 +178,15 @@ std::tuple<Tensor, Tensor, Tensor> gated_attention(
     return {narrowed(output, size), gate_grad ? narrowed(ungated, size) : ungated, logsumexp};
   }
   const Call call(query, key, head_gate, attn_mask, seed, dropout_p, is_causal, scale, gate_grad);
+  if (is_for_cudnn(query, key, value, head_gate, attn_mask, seed, is_causal, gate_grad)) {
+    const auto [ungated, logsumexp] =
+        cudnn::attention(aligned(query), aligned(key), aligned(value), is_causal, scale);
+    if (!gate_grad)
+      return {ungated, at::empty({0}, query.options()), logsumexp};
+    const Tensor output = empty_heads(query);
+    call.launch("gate", {ungated, output}, 2, call.queries);
+    return {output, ungated, logsumexp};
+  }
   const Tensor output = empty_heads(query);
   const Tensor ungated = gate_grad ? empty_heads(query) : at::empty({0}, query.options());
   const Tensor logsumexp = at::empty({call.batch, call.heads, call.queries}, query.options().dtype(at::kFloat));
@@ -172,6 +211,23 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> gated_attention_backward(
   }
   const Call call(query, key, head_gate, attn_mask, seed, dropout_p, is_causal, scale, gate_grad);
   const auto numbers = query.options().dtype(at::kFloat);
+  const Tensor q = aligned(query), k = aligned(key), v = aligned(value), o = aligned(output), g = aligned(grad_output),
+               lse = logsumexp.contiguous();
+  const auto shares_of_blocks = [&] {
+    return at::empty({call.batch, call.heads, (call.queries + kDotRows - 1) / kDotRows}, numbers);
+  };
+  Tensor grad_gate = at::empty({0}, query.options());
+  if (is_for_cudnn(query, key, value, head_gate, attn_mask, seed, is_causal, gate_grad)) {
+    Tensor gated = g;
+    if (gate_grad) {
+      gated = empty_heads(query);
+      const Tensor shares = shares_of_blocks();
+      call.launch("gate_gradient", {g, o, gated, shares}, 3, call.queries);
+      grad_gate = gate_gradient(shares, *head_gate);
+    }
+    const auto [grad_query, grad_key, grad_value] = cudnn::attention_backward(gated, q, k, v, o, lse, is_causal, scale);
+    return {grad_query, grad_key, grad_value, grad_gate};
+  }
   // those to key and value of each of a group's heads, which are then added
   const auto empty_members = [&](const Tensor& x) {
     return call.group == 1
@@ -179,8 +235,6 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> gated_attention_backward(
         : at::empty({call.batch, call.keys, call.heads, call.size}, numbers).transpose(1, 2);
   };
   const Tensor grad_query = empty_heads(query), grad_key = empty_members(key), grad_value = empty_members(value);
-  const Tensor q = aligned(query), k = aligned(key), v = aligned(value), o = aligned(output), g = aligned(grad_output),
-               lse = logsumexp.contiguous();
   Tensor shares = lse; // of the gate's gradient; not written unless wanted
   const bool whole = call.keys <= kWholeKeys && call.queries <= kWholeQueries &&
       call.keys * call.size <= kWholeKeyElements && query.scalar_type() != at::kFloat;
@@ -191,17 +245,13 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> gated_attention_backward(
   } else {
     const Tensor dots = at::empty_like(lse);
     if (gate_grad)
-      shares = at::empty({call.batch, call.heads, (call.queries + kDotRows - 1) / kDotRows}, numbers);
+      shares = shares_of_blocks();
     call.launch("dots", {g, o, dots, shares}, 2, call.queries);
     call.launch("key_value", {g, q, k, v, grad_key, grad_value, lse, dots}, 5, call.keys);
     call.launch("query", {g, q, k, v, grad_query, lse, dots}, 5, call.queries);
   }
-  Tensor grad_gate = at::empty({0}, query.options());
   if (gate_grad && head_gate)
-    grad_gate = (head_gate->dim() == 1 ? shares.sum(shares.dim() == 2 ? at::IntArrayRef{0} : at::IntArrayRef{0, 2})
-                 : shares.dim() == 2       ? shares
-                                           : shares.sum(2))
-                    .to(head_gate->scalar_type());
+    grad_gate = gate_gradient(shares, *head_gate);
   const auto added = [&](const Tensor& grad, const Tensor& x) {
     return call.group == 1 ? grad : empty_heads(x).copy_(grad.unflatten(1, {-1, call.group}).sum(2));
   };

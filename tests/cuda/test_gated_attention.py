@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 
 import pytest
 import torch
@@ -11,9 +12,22 @@ from torch import Tensor
 
 from fastdistill import gated_attention
 from tests import eager
-from tests.accuracy import assert_accurate
+from tests.accuracy import assert_accurate, relative_error
 
 pytestmark = pytest.mark.gpu
+
+WITHOUT_CUDNN = (
+    not torch.cuda.is_available()
+    or torch.cuda.get_device_capability() < (9, 0)
+    or (torch.backends.cudnn.version() or 0) < 90000
+)
+
+
+@contextmanager
+def deterministic_algorithms() -> Iterator[None]:
+    torch.use_deterministic_algorithms(True)
+    yield
+    torch.use_deterministic_algorithms(False)
 
 
 @pytest.fixture
@@ -37,9 +51,11 @@ def everything(inputs: list[Tensor], gate: Tensor, **options: object) -> list[Te
 
 
 @pytest.mark.parametrize("gate_grad", [False, True])
-@pytest.mark.parametrize("dropout_p", [0.0, 0.1])
-def test_never_waits_for_the_device(gate_grad: bool, dropout_p: float, request: pytest.FixtureRequest) -> None:
-    inputs, gate = make(4, 6, 100, 32), torch.zeros(6, device="cuda", requires_grad=gate_grad)
+@pytest.mark.parametrize("dropout_p, length", [(0.0, 100), (0.1, 100), (0.0, 600)])
+def test_never_waits_for_the_device(
+    gate_grad: bool, dropout_p: float, length: int, request: pytest.FixtureRequest
+) -> None:
+    inputs, gate = make(4, 6, length, 32), torch.zeros(6, device="cuda", requires_grad=gate_grad)
     everything(inputs, gate, dropout_p=dropout_p)  # compiles the kernels, allocates
     request.getfixturevalue("no_synchronisation")
     for _ in range(3):
@@ -78,6 +94,57 @@ def test_long_sequences(dtype: torch.dtype, size: int, mask: str) -> None:
     for what, *values in zip(("output", "query", "key", "value", "gate"), ours, exact, plain, strict=True):
         values[0] = values[0].to(dtype)
         assert_accurate(*values, what=what)
+
+
+def names_of_kernels(function: Callable[[], object]) -> str:
+    with torch.profiler.profile() as profile:
+        function()
+        torch.cuda.synchronize()
+    return " ".join(event.key for event in profile.key_averages())
+
+
+@pytest.mark.skipif(WITHOUT_CUDNN, reason="no cuDNN whose attention is taken")
+@pytest.mark.parametrize("is_causal", [False, True])
+@pytest.mark.parametrize("by_example", [False, True])
+@pytest.mark.parametrize("size", [64, 100, 128])
+def test_by_cudnn(size: int, by_example: bool, is_causal: bool) -> None:
+    """Long sequences, in any layout, whose heads are all computed, are cuDNN's; with the answers of ours."""
+    inputs = [make(2, 3, 700, size)[0], make(2, 3, 700, size)[0].contiguous(), make(2, 3, 700, 2 * size)[0][..., ::2]]
+    inputs = [x.detach().requires_grad_() for x in inputs]
+    gate = torch.tensor([[1.0, 0.0, 0.5], [0.0, 2.0, 1.0]] if by_example else [1.0, 0.0, 0.5], device="cuda")
+    gate.requires_grad_()
+
+    def run(gate: Tensor | None) -> list[Tensor]:
+        output = gated_attention(*inputs, gate, is_causal=is_causal)
+        assert output.transpose(1, 2).is_contiguous()
+        wanted = inputs if gate is None else [*inputs, gate]
+        return [output, *torch.autograd.grad(output, wanted, torch.ones_like(output))]
+
+    for given in (gate, None):
+        assert "_query_kernel" not in names_of_kernels(lambda given=given: run(given))
+        by_cudnn = run(given)
+        with deterministic_algorithms():
+            assert "_query_kernel" in names_of_kernels(lambda given=given: run(given))
+            ours = run(given)
+        for x, y in zip(by_cudnn, ours, strict=True):
+            assert relative_error(x, y.double()) < 0.01
+    fixed = gated_attention(*inputs, gate.detach(), is_causal=is_causal)
+    assert "_query_kernel" in names_of_kernels(lambda: torch.autograd.grad(fixed, inputs, torch.ones_like(fixed)))
+
+
+@pytest.mark.skipif(WITHOUT_CUDNN, reason="no cuDNN whose attention is taken")
+def test_by_cudnn_in_a_cuda_graph() -> None:
+    inputs, gate = make(2, 3, 600, 64), torch.ones(3, device="cuda", requires_grad=True)
+    everything(inputs, gate)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = everything(inputs, gate)
+    with torch.no_grad():
+        gate[:2] = 0.5
+        inputs[0].copy_(torch.randn_like(inputs[0]))
+    graph.replay()
+    for x, y in zip(captured, everything(inputs, gate), strict=True):
+        assert relative_error(x, y.double()) < 0.01
 
 
 def test_the_same_again() -> None:

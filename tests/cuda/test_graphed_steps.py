@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import inspect
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from transformers import TrainerCallback, set_seed
+from transformers import TrainerCallback, masking_utils, set_seed
 
 import fastdistill
 from fastdistill import PKD, LogitsKD, WeightedSum, cuda_graphs
@@ -22,6 +23,10 @@ from tests.training.trained import bert_trainer
 
 pytestmark = pytest.mark.gpu
 DEVICE = torch.device("cuda")
+EAGER = pytest.mark.skipif(
+    "torch.tensor(" in inspect.getsource(masking_utils.eager_mask),
+    reason="this transformers' mask for eager attention copies a number from the host, which no graph captures",
+)
 
 
 @pytest.fixture
@@ -66,7 +71,7 @@ def check(folder: Path, replays: list[int], make: Callable[[], dict[str, Any]], 
         assert mine == pytest.approx(theirs, rel=100 * rtol, abs=100 * atol)
 
 
-@pytest.mark.parametrize("training", TRAININGS)
+@pytest.mark.parametrize("training", [pytest.param(t, marks=EAGER if t == "TinyBERT" else ()) for t in TRAININGS])
 def test_weights_and_logs_are_those_without(tmp_path: Path, replays: list[int], training: str) -> None:
     check(tmp_path, replays, TRAININGS[training], rtol=1e-4, atol=1e-5)
 
@@ -83,6 +88,7 @@ def of_one_length(number: int) -> Any:
     return rows.add_column("attention_mask", [[1] * 8] * number)
 
 
+@EAGER
 def test_dropout_draws_what_it_does_without(tmp_path: Path, replays: list[int]) -> None:
     """Batches of one length, a multiple of 8: nothing is padded, and as many numbers are drawn in the same order."""
     rows = of_one_length(64)

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
+from fastdistill.kernels import gated_attention as kernels
 
 from tests.kernels import by_triton
 
@@ -43,6 +44,8 @@ CASES: list[tuple[int, int, torch.dtype, bool | None, dict[str, Any]]] = [
     (128, 1999, FP32, True, UNEVEN_ROWS | DROPOUT),
     (128, 2048, FP32, False, PADDING | GROUPS),
     (80, 2000, FP32, True, BIAS | DROPOUT),
+    (64, 128, BF16, None, DROPOUT),
+    (128, 2048, BF16, True, PADDING | DROPOUT),
 ]
 FEW = [CASES[i] for i in (0, 4, 8, 11, 14, 17)]
 
@@ -56,3 +59,9 @@ def launches(cases: list[Any]) -> Iterator[str]:
         output, _, logsumexp = by_triton.gated_attention(x, kv, kv, *options)
         by_triton.gated_attention_backward(x, x, kv, kv, *options[:3], output, logsumexp, *options[3:])
         yield f"{size} {length} {dtype} gate_grad={gate_grad} {[name for name in changes if name != 'dropout_p']}"
+    for size in (80, 128):  # what cuDNN, which is of CUDA alone, leaves to do
+        x, gate = torch.zeros(2, 2048, 4, size, dtype=BF16).transpose(1, 2), torch.zeros(2, 4)
+        rest = ([gate, x, x], (4, 2048, 2048), (0.1, 0.0), (size, 1, True, True, 0, False, False, False), 2048, 8)
+        kernels.launch("gate", [x, x, *rest[0]], (3, 3, 2, 4, 0), *rest[1:])
+        kernels.launch("gate_gradient", [x, x, x, torch.zeros(2, 4, 32), *rest[0]], (3, 3, 3, 0, 2, 4, 0), *rest[1:])
+        yield f"{size} by cuDNN"

@@ -18,9 +18,12 @@ KERNELS = {
     "kd_ce_loss": {"_count_kernel", "_reduce_kernel", "_tile_kernel", "_sweep_kernel"},
     "scale_rows": {"_scale_kernel"},
     "gated_ffn": {"_bias_act_gate_kernel"},
-    "gated_attention": {"_forward_kernel", "_dots_kernel", "_key_value_kernel", "_query_kernel", "_whole_kernel"},
+    "gated_attention": {
+        "_forward_kernel", "_dots_kernel", "_key_value_kernel", "_query_kernel", "_whole_kernel", "_gate_kernel",
+        "_gate_gradient_kernel",
+    },
     "proximity_conv": {"_forward_kernel", "_states_kernel", "_weight_kernel"},
-}
+}  # fmt: skip
 COMPILED = [(op, arch) for op in KERNELS for arch in (80, 90)] + [("kd_ce_loss", 100), ("gated_attention", 100)]
 SHARED_MEMORY = {80: 101376, 90: 232448, 100: 232448}  # of a program; sm_80's code runs on sm_86 and sm_89, too
 # Bytes of a thread that may be: on an H100 a few in the gradient to key and value are faster than a smaller tile; for a

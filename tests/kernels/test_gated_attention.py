@@ -5,6 +5,7 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
+from fastdistill.kernels import gated_attention as kernels
 from torch import Tensor
 
 from tests.kernels import by_triton
@@ -186,6 +187,28 @@ def test_a_closed_head_is_not_read(gate_grad: bool) -> None:
         assert torch.equal(grad_gate.isnan(), gate == 0)
     else:
         assert torch.equal(output, expected[0]) and torch.equal(logsumexp, expected[2])
+
+
+@interpreted
+@pytest.mark.parametrize("dtype", [torch.float32, HALF])
+@pytest.mark.parametrize("by_example", [False, True])
+def test_gates_around_attention_by_cudnn(by_example: bool, dtype: torch.dtype) -> None:
+    ungated, *_, upstream = make(queries=150, size=40, dtype=dtype)
+    gate = torch.tensor([[2.0, 0.0], [0.3, 1.0]] if by_example else [0.3, 0.0], device=DEVICE).expand(2, 2)
+    output, grad_ungated = (torch.full_like(ungated, math.nan) for _ in range(2))
+    shares = torch.full((2, 2, 3), math.nan, device=DEVICE)
+
+    def launch(name: str, tensors: list[Tensor], strided: int) -> None:
+        strides = [3] * strided + [0] * (len(tensors) - strided) + [2, 4, 0]
+        others = [gate, ungated, ungated]  # of which mask and seed are not read
+        options = (40, 1, True, True, 0, False, False, False)
+        kernels.launch(name, [*tensors, *others], strides, (2, 150, 150), (1.0, 0.0), options, 150, 4)
+
+    launch("gate", [ungated, output], 2)
+    launch("gate_gradient", [upstream, ungated, grad_ungated, shares], 3)
+    for ours, x in ((output, ungated), (grad_ungated, upstream)):
+        torch.testing.assert_close(ours, (x.float() * gate[..., None, None]).to(dtype))
+    torch.testing.assert_close(shares.sum(2), (upstream.float() * ungated.float()).sum((2, 3)))
 
 
 def with_dropout(inputs: list[Tensor], kept: Tensor, p: float, gate: Tensor, scale: float = 0.3) -> list[Tensor]:

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 from fastdistill.kernels import kd_ce_loss as module
+from fastdistill.kernels.scale_rows import scale_rows_
 from torch import Tensor
 
 from tests.kernels import oracle
@@ -61,9 +62,9 @@ def ordinary_errors(student: Tensor, teacher: Tensor, labels: Tensor | None, exa
     return errors
 
 
-def check(student: Tensor, teacher: Tensor, labels: Tensor | None, **changes: Any) -> None:
-    """The error is no more than twice what plain PyTorch's is, plus two ulp; where the answer is not finite, ours is
-    the same."""
+def check(student: Tensor, teacher: Tensor, labels: Tensor | None, rounding: float = 0.0, **changes: Any) -> None:
+    """The error is no more than twice what plain PyTorch's is, plus two ulp and what is said; where the answer is not
+    finite, ours is the same."""
     chosen = options(**changes)
     ours = module.kd_ce_loss(student, teacher, labels, *chosen, True, True)
     exact = oracle.with_gradients(student.double(), teacher.double(), labels, *chosen)
@@ -79,7 +80,7 @@ def check(student: Tensor, teacher: Tensor, labels: Tensor | None, **changes: An
         if finite.any():
             value, answer = value[finite].double(), answer[finite]
             error = (value - answer).abs().max().item()
-            limit = 2 * ordinary[i] + ulps * torch.finfo(dtype).eps * answer.abs().max().item()
+            limit = 2 * ordinary[i] + ulps * torch.finfo(dtype).eps * answer.abs().max().item() + rounding
             assert error <= limit, f"{what}: error {error:.3g} > {limit:.3g} (plain PyTorch: {ordinary[i]:.3g})"
 
 
@@ -312,7 +313,8 @@ def test_huge_logits_that_round_either_way(classes: int) -> None:
 def test_a_maximum_beyond_the_first_block(height: float, dtype: torch.dtype) -> None:
     student, teacher, labels = make(2, 9000, dtypes=dtype)
     student[0, -1], teacher[1, -2] = height, height
-    check(student, teacher, labels, reduction="none")
+    gap = torch.finfo(torch.float32).eps * height  # of which the teacher's gradient is a difference
+    check(student, teacher, labels, rounding=gap, reduction="none")
 
 
 @pytest.mark.skipif(DEVICE == "cuda", reason="looks into the interpreter")
@@ -371,7 +373,7 @@ def test_no_synchronisation_and_the_same_bits_again(classes: int) -> None:
     torch.cuda.set_sync_debug_mode("error")
     try:
         again = module.kd_ce_loss(*inputs, *chosen)
-        module.scale_rows_(again[1].clone(), upstream)
+        scale_rows_(again[1].clone(), upstream)
     finally:
         torch.cuda.set_sync_debug_mode("default")
     assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
