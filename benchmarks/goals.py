@@ -119,6 +119,7 @@ GOALS: list[tuple[str, str, Goal]] = [  # of which op, of which cases (regular e
     ("accumulate_sensitivity_", "85M.*", Share(0.90)),
     ("gated_attention.*", f"{LONG}(, 0% closed)?", Against(1.0, "cuDNN")),
     ("gated_attention( forward)?", f"{LONG}, 50% closed", Against(0.55, "cuDNN", "{size}, 0% closed")),
+    ("gated_attention.*", r".*, \d+% closed", Against(1.0, case="{size}, 0% closed")),
     ("gated_ffn and gradients", ".*", Against(1.05, "compacted")),
     ("select_uncertain", "10% of 1000000×3", Within(0.06e-3)),
     ("train step", "BERT-base 32x128", Both(Against(1.0, "sdpa"), Within(8e-3))),

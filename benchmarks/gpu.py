@@ -18,6 +18,7 @@ import signal
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -51,6 +52,7 @@ SECONDS = {"tests": 240, "alone": 60, "side by side": 120, "quiet": 110, "recipe
 MINUTES = 7  # at most, for all of it
 WANTED = {"Liger-Kernel": "liger_kernel", "flash-linear-attention": "fla", "pytest-xdist": "xdist", "triton": "triton"}
 ALIASES = {"select_uncertain": "uncertainty", "hidden_entropy": "uncertainty"}
+SAVED = 10.0  # seconds after which what has been measured is written again
 LATE = "not reached in time"
 MUCH_MEMORY = "(32_bits or billion)"  # in the names of tests that need most of the card: such run one at a time
 
@@ -126,8 +128,8 @@ def benchmark_files(only: str | None) -> list[str]:
     return [str(there[only].relative_to(ROOT))]
 
 
-def benchmarks(targets: Sequence[str], folder: Path, processes: int, limit: Limit) -> dict[str, Any]:
-    """Rows, and the errors of what failed twice.
+def benchmarks(targets: Sequence[str], folder: Path, processes: int, limit: Limit) -> dict[str, str]:
+    """Measures what `measured` finds in the folder; the errors of what failed twice.
 
     First shares of the cases side by side: what is large is timed, under a lock, and what is small is compiled. Then,
     in one process and with nothing beside it, what is small, and again what failed.
@@ -137,7 +139,6 @@ def benchmarks(targets: Sequence[str], folder: Path, processes: int, limit: Limi
         logs = [folder / f"share-{i}.jsonl" for i in range(processes)]
         list(pool.map(lambda share, log: attempt(share, log, limit("side by side")), shares, logs))
     first = [line for log in logs for line in read(log)]
-    rows = [line["row"] for line in first if "row" in line]
     begun = {line.get("begun") for line in first}
     again = [line["deferred"] for line in first if "deferred" in line]
     again += [line["failed"] for line in first if "failed" in line]
@@ -148,11 +149,32 @@ def benchmarks(targets: Sequence[str], folder: Path, processes: int, limit: Limi
     if again:
         attempt(list(dict.fromkeys(again)), folder / "quiet.jsonl", limit("quiet"))
         last = read(folder / "quiet.jsonl")
-    rows += [line["row"] for line in last if "row" in line]
     begun = {line.get("begun") for line in last}
     errors = {id: LATE for id in again if ("::" in id or not last) and id not in begun}
-    errors |= {line["failed"]: line["error"] for line in last if "failed" in line}
-    return {"rows": rows, "errors": errors}
+    return errors | {line["failed"]: line["error"] for line in last if "failed" in line}
+
+
+def measured(folder: Path) -> report.Rows:
+    """So far."""
+    return [line["row"] for log in sorted(folder.glob("*.jsonl")) for line in read(log) if "row" in line]
+
+
+@contextmanager
+def every(seconds: float, do: Callable[[], object]) -> Iterator[None]:
+    """Beside what is within."""
+    done = threading.Event()
+
+    def repeat() -> None:
+        while not done.wait(seconds):
+            do()
+
+    thread = threading.Thread(target=repeat, daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        done.set()
+        thread.join()
 
 
 def attempt(arguments: Sequence[str], log: Path, seconds: float) -> None:
@@ -183,7 +205,9 @@ def limits() -> dict[str, float]:
 
     if DEVICE == "cpu":
         return {}
-    return {"copy_bytes_per_s": copy_bandwidth(2**32), "gemm_flops_per_s": gemm_rate(torch.bfloat16)}
+    found = {"copy_bytes_per_s": copy_bandwidth(2**32), "gemm_flops_per_s": gemm_rate(torch.bfloat16)}
+    torch.cuda.empty_cache()  # other processes use the memory, too
+    return found
 
 
 def card() -> str:
@@ -246,7 +270,6 @@ def main(arguments: Iterable[str] | None = None) -> int:
     output.mkdir(parents=True, exist_ok=True)
     folder, seconds = Path(tempfile.mkdtemp()), dict[str, float]()
     results: dict[str, Any] = {"errors": {}}
-    rows: report.Rows = []
 
     end: float = time.monotonic() + 60 * options.minutes
     name = f"gpu-{card()}" + (f"-{only}" if only else "")
@@ -255,7 +278,7 @@ def main(arguments: Iterable[str] | None = None) -> int:
         return max(1.0, min(SECONDS[part], end - time.monotonic()))
 
     def save() -> dict[str, Any]:
-        kept = report.keep(rows, left_out=missing(), seconds=seconds, **results)
+        kept = report.keep(measured(folder), left_out=missing(), seconds=seconds, **results)
         report.write(output / f"{name}.json", json.dumps(kept, indent=1) + "\n")
         return kept
 
@@ -265,15 +288,16 @@ def main(arguments: Iterable[str] | None = None) -> int:
         save()
     if "benchmarks" in stages:
         with clocked(seconds, "benchmarks"):
-            found = benchmarks(targets, folder, options.processes, limit)
-            rows, results["errors"], results["limits"] = found["rows"], found["errors"], limits()
+            results["limits"] = limits()
+            with every(SAVED, save):  # whoever stops this, or lends no more time, has what there is by then
+                results["errors"] = benchmarks(targets, folder, options.processes, limit)
         save()
     if "recipes" in stages:
         with clocked(seconds, "recipes"):
             results["recipes"] = recipes.run(folder, limit("recipes"))
 
     kept = save()
-    if rows:
+    if kept["rows"]:
         print(report.show(kept, name, output))
     print("\n".join(summary(kept)))
     failed = results.get("tests", {}).get("failed") or results["errors"]

@@ -62,7 +62,7 @@ IMPLEMENTATIONS: dict[str, Callable[[Tensor, int], Attention]] = {
     **{name: lambda gate, tokens, backend=backend: by(backend) for name, backend in CUDA_ONLY.items()},
     OURS: lambda gate, tokens: gated_attention,
 }
-AT_CLOSED = {"FlexAttention": (0.0, 0.5), "torch.compile": (0.0,), "flash": (0.0,)}
+AT_CLOSED = {"FlexAttention": (0.0, 0.5), **dict.fromkeys(("eager", "torch.compile", *CUDA_ONLY), (0.0,))}
 """On a GPU: all but FlexAttention compute closed heads, too, so that their time is that of open ones."""
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from pathlib import Path
 from typing import Any
 
@@ -54,12 +55,12 @@ def fake(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 @pytest.mark.slow
 def test_what_fails_ends_nothing_else(fake: Path) -> None:
     (fake / "test_broken.py").write_text("import no_such_module")
-    found = gpu.benchmarks(["test_broken.py", "test_fake.py"], fake, 2, lambda _: 200)
-    assert "no_such_module" in found["errors"].pop("test_broken.py")
-    measured = sorted((one["case"], one["implementation"]) for one in found["rows"])
+    errors = gpu.benchmarks(["test_broken.py", "test_fake.py"], fake, 2, lambda _: 200)
+    assert "no_such_module" in errors.pop("test_broken.py")
+    measured = sorted((one["case"], one["implementation"]) for one in gpu.measured(fake))
     expected = [(case, name) for case in ("good", "killed", "large", "wrong") for name in ("eager", OURS)]
     assert measured == [one for one in expected if one not in (("wrong", OURS), ("killed", OURS))]
-    (wrong, why), (killed, end) = sorted(found["errors"].items(), reverse=True)
+    (wrong, why), (killed, end) = sorted(errors.items(), reverse=True)
     assert "wrong" in wrong and why == "ValueError: this one fails"
     assert "killed" in killed and end == "the process ended with -9"
 
@@ -68,9 +69,9 @@ def test_what_fails_ends_nothing_else(fake: Path) -> None:
 def test_what_takes_too_long_is_named(fake: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(gpu, "GRACE", 2)
     (fake / "test_fake.py").write_text("import time\n\n\ndef test_long(benchmark):\n    time.sleep(300)\n")
-    found = gpu.benchmarks(["test_fake.py"], fake, 1, lambda _: 4)
-    assert found["rows"] == [] and found["errors"]  # the file's where not even pytest was up in time
-    assert all(name.startswith("test_fake.py") for name in found["errors"])
+    errors = gpu.benchmarks(["test_fake.py"], fake, 1, lambda _: 4)
+    assert gpu.measured(fake) == [] and errors  # the file's where not even pytest was up in time
+    assert all(name.startswith("test_fake.py") for name in errors)
 
 
 def test_a_command_is_stopped_after_its_time(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -94,7 +95,8 @@ def test_status_and_results(
     passed = {"passed": 3, "skipped": 1, "failed": {}, "seconds": 2.0}
     rows = [row(OURS, 1e-3), row("eager", 3e-3)]
     monkeypatch.setattr(gpu, "tests", lambda *_: what.get("tests", passed))
-    monkeypatch.setattr(gpu, "benchmarks", lambda *_: {"rows": rows, "errors": what.get("errors", {})})
+    monkeypatch.setattr(gpu, "benchmarks", lambda *_: what.get("errors", {}))
+    monkeypatch.setattr(gpu, "measured", lambda *_: rows)
     monkeypatch.setattr(recipes, "run", lambda *_: what.get("recipes", {"kd": {"status": 0, "seconds": 3}}))
     monkeypatch.setattr(gpu, "WANTED", {"Liger-Kernel": "no_such_package", "torch": "torch"})
     assert gpu.main(["--output", str(tmp_path)]) == status
@@ -105,6 +107,21 @@ def test_status_and_results(
         assert (problem in said) == (problem.split(":")[0].split()[-1] in json.dumps(what) and status == 1)
     written = json.loads((tmp_path / f"gpu-{gpu.card()}.json").read_text())
     assert written["rows"] == rows and written["left_out"] == ["Liger-Kernel"] and written["versions"]["torch"]
+
+
+def test_what_was_measured_before_a_stop_is_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def benchmarks(targets: Any, folder: Path, *more: Any) -> dict[str, str]:
+        log, result = folder / "share-0.jsonl", tmp_path / f"gpu-{gpu.card()}.json"
+        log.write_text(json.dumps({"row": row(OURS, 1e-3)}) + '\n{"row": {"op": "half wri')
+        while not result.exists():
+            time.sleep(0.01)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(gpu, "SAVED", 0.05)
+    monkeypatch.setattr(gpu, "benchmarks", benchmarks)
+    with pytest.raises(KeyboardInterrupt):
+        gpu.main(["--output", str(tmp_path), "--stages", "benchmarks"])
+    assert json.loads((tmp_path / f"gpu-{gpu.card()}.json").read_text())["rows"] == [row(OURS, 1e-3)]
 
 
 def test_an_unknown_op_is_refused() -> None:

@@ -539,18 +539,6 @@ __device__ A value_of(const Sums<A>& sums, A at_uniform) {
   return value / at_uniform;
 }
 
-// Has L2 fetch a row that a warp reads next.
-template <typename T>
-__device__ void prefetch(const T* logits, int classes) {
-  constexpr int kLine = 128 / sizeof(T);
-#pragma unroll
-  for (int first = 0; first < kWarpClasses; first += kWarp * kLine) {
-    const int i = first + threadIdx.x % kWarp * kLine;
-    if (i < classes)
-      asm volatile("prefetch.global.L2 [%0];" : : "l"(logits + i));
-  }
-}
-
 // Values, or else gradients.
 template <Kind KIND, int kTeam, bool kGradient, typename T>
 __global__ void __launch_bounds__(kThreads, kTeam > 1 && sizeof(T) < 8 ? 4 : 2) measure_rows(const Problem<T> problem) {
@@ -561,8 +549,6 @@ __global__ void __launch_bounds__(kThreads, kTeam > 1 && sizeof(T) < 8 ? 4 : 2) 
     const int64_t row = team * rows_of_team + i;
     const bool exists = row < problem.rows; // where not, the first row is read, for whole warps to work together
     const T* const logits = problem.logits + (exists ? row : 0) * problem.stride;
-    if (kTeam == kWarp && i + 1 < rows_of_team && row + 1 < problem.rows)
-      prefetch(logits + problem.stride, problem.classes);
     const Sums<Wide<T>> sums = sum_row<KIND, kTeam>(logits, problem.classes);
     if constexpr (kGradient)
       write_gradient<KIND, kTeam>(problem, logits, row, exists, sums);

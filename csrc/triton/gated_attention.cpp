@@ -25,7 +25,7 @@ constexpr int64_t kMaxKeys = 128; // in a tile
 constexpr int64_t kWholeKeys = 128, kWholeQueries = 256; // up to as many, one program has a whole head's backward,
 constexpr int64_t kWholeKeyElements = 128 * 64; // which holds the keys in registers, in half precision only
 constexpr int64_t kDotRows = 64; // that a program takes of the kernels "dots" and "gate_gradient"
-constexpr int64_t kLong = 512; // tokens
+constexpr int64_t kLong = 512, kLongWide = 256; // tokens, of heads of up to 64 channels and of wider ones
 enum Mask { kNone, kBool, kFloat };
 
 using Forward = std::tuple<Tensor, Tensor, Tensor>(
@@ -112,7 +112,7 @@ bool is_for_cudnn(
     const Tensor& query, const Tensor& key, const Tensor& value, const Optional& head_gate, const Optional& attn_mask,
     const Optional& seed, bool is_causal, bool gate_grad) {
   const int64_t queries = query.size(2), keys = key.size(2);
-  return std::min(queries, keys) >= kLong && (queries == keys || !is_causal) && !attn_mask && !seed &&
+  return std::min(queries, keys) >= (query.size(3) <= 64 ? kLong : kLongWide) && (queries == keys || !is_causal) && !attn_mask && !seed &&
       (gate_grad || !head_gate) && query.scalar_type() != at::kFloat && key.size(1) == query.size(1) &&
       is_within_32_bits(query) && is_within_32_bits(key) && is_within_32_bits(value) && cudnn::available(query);
 }

@@ -158,7 +158,8 @@ def test_more_elements_than_32_bits_count() -> None:
     """The last head of the last example, computed alone, is what it is among all."""
     inputs = [x.detach() for x in make(1100, 8, 4096, 64)]  # 2.3e9 elements
     output = gated_attention(*inputs, is_causal=True)
-    alone = gated_attention(*(x[-1:, -1:] for x in inputs), is_causal=True)
+    with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):  # of few elements cuDNN would be taken
+        alone = gated_attention(*(x[-1:, -1:] for x in inputs), is_causal=True)
     assert torch.equal(output[-1:, -1:], alone)
 
 

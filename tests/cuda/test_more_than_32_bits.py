@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from fastdistill import gated_attention, kd_ce_loss
 
@@ -52,6 +53,7 @@ def test_gated_attention_past_32_bits(gate_grad: bool) -> None:
         return [output.detach(), *torch.autograd.grad(output, wanted, output.detach())]
 
     whole = everything(inputs, gate)
-    alone = everything([x[-1:, -1:].detach().clone().requires_grad_() for x in inputs], gate[-1:])
+    with sdpa_kernel(SDPBackend.MATH):  # of so many elements no product is cuDNN's; nor may it be of few
+        alone = everything([x[-1:, -1:].detach().clone().requires_grad_() for x in inputs], gate[-1:])
     for value, expected in zip(whole[:4], alone[:4], strict=True):
         torch.testing.assert_close(value[-1:, -1:], expected)
