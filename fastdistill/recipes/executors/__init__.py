@@ -1,4 +1,4 @@
-"""Where a recipe's many independent trainings run: in turn or side by side here, or as trials of Ray Tune."""
+"""Where a recipe's many independent trainings run: in turn or side by side here, or as tasks of Ray."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ __all__ = ["Local", "Ray", "Stacked", "Trial", "executor_of", "picked"]
 def executor_of(settings: RecipeSettings) -> Local:
     """The one that is asked for; nothing is written or started yet."""
     name = picked()[0] if settings.executor == "auto" else settings.executor
-    return Ray(settings.folder / "ray") if name == "ray" else Stacked() if name == "stacked" else Local()
+    return Ray() if name == "ray" else Stacked() if name == "stacked" else Local()
 
 
 def picked() -> tuple[str, str]:

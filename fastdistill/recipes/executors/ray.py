@@ -1,13 +1,13 @@
-"""Trainings as trials of Ray Tune, on a machine or a cluster."""
+"""Trainings as tasks of Ray, on a machine or a cluster."""
 
 from __future__ import annotations
 
-import contextlib
+import functools
 import importlib.util
 import logging
 import os
+import weakref
 from collections.abc import Iterable, Iterator, Mapping
-from pathlib import Path
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -21,91 +21,90 @@ from fastdistill.recipes.stages import Stages
 from fastdistill.recipes.training import Trained, Training
 
 RETRIES = 2
-"""How often a trial that failed, or whose process died, is tried again."""
-
-ENVIRONMENT = {
-    "RAY_USAGE_STATS_ENABLED": "0",
-    "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",  # stages keep their own logs
-    "TUNE_DISABLE_SIGINT_HANDLER": "1",  # an interruption ends the run; Tune would go on as if all trials were done
-}
+"""How often a training that failed, or whose process died, is tried again."""
 
 
 class Ray(Local):
     """Trains as many at a time as the Ray cluster has room for, each on a GPU if the cluster has any, else on a CPU.
 
-    What teachers say is stored here before, once. Trials that are done already are not sent. One that fails, or whose
+    Each is sent as soon as what it needs is there, such as a sparse teacher and what it says, which is made here, once;
+    those that are done already are not sent. Processes that have trained take the next one. One that fails, or whose
     process dies, is tried again and goes on from its last checkpoint; when that was to no avail, the others are
     trained, and then ValueError, OSError or RuntimeError names it. The cluster is the one that is connected, else that
-    of RAY_ADDRESS or of ``ray start`` on this machine, else this machine alone.
-
-    Args:
-        folder: of Ray's own files. It, the stages' folders and the cache of `datasets` (HF_HOME) must be on a file
-            system that all machines share, under the same paths.
+    of RAY_ADDRESS or of ``ray start`` on this machine, else this machine alone, until this is no longer used. The
+    stages' folders and the cache of `datasets` (HF_HOME) must be on a file system that all its machines share, under
+    the same paths.
 
     Raises ImportError if Ray is not there, ValueError in one of several processes (torchrun).
     """
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self) -> None:
         if importlib.util.find_spec("ray") is None:
             raise ImportError("--executor ray needs Ray, which an extra brings: pip install 'fastdistill[ray]'")
         if (number := PartialState().num_processes) > 1:
             raise ValueError(f"--executor ray was started in {number} processes; expected one, which starts the others")
-        self.folder = folder.absolute()
 
     def in_turn(self, trials: Iterable[Trial]) -> Iterator[Trained]:
         """As `Local` has it, but all are trained before the first is given."""
-        for key, value in ENVIRONMENT.items():
-            os.environ.setdefault(key, value)
+        os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
         import ray
 
-        places, waiting, shared = [], {}, _Shared()
-        with contextlib.ExitStack() as started:
+        places, running, shared = [], dict[Any, str](), _Shared()
+        try:
             for trial in trials:
-                places.append((trial.stages, trial.training.name))
-                if trial.stages.prepare(trial.training) is not None:
-                    if not ray.is_initialized():
-                        ray.init(log_to_driver=False, logging_level=logging.ERROR, include_dashboard=False)
-                        started.callback(ray.shutdown)
-                    name = os.path.relpath(trial.stages.output / trial.training.name, self.folder.parent)
-                    waiting[name] = shared.put({"stages": trial.stages, "training": vars(trial.training)})
-            if waiting:
-                self._fit(waiting)
+                stages, name = trial.stages, trial.training.name
+                places.append((stages, name))
+                if stages.prepare(trial.training) is not None:
+                    sent = shared.put({"stages": stages, "training": vars(trial.training)})
+                    running[self._begin(sent)] = f"{stages.output.name}/{name}"
+            _wait_for(running)
+        except BaseException:
+            for task in running:
+                ray.cancel(task, force=True)
+            raise
         for stages, name in places:
             yield stages.load(name)
 
-    def _fit(self, trials: Mapping[str, Any]) -> None:
+    def _begin(self, sent: Mapping[str, Any]) -> Any:
         import ray
-        from ray import tune
 
-        class Told(tune.Callback):
-            def on_trial_complete(self, iteration: int, trials: Any, trial: Any, **info: Any) -> None:
-                Console(stderr=True).print(f"{trial.config['trial']}: trained")
-
-        resources = {"cpu": 1.0, "gpu": 1.0 if ray.cluster_resources().get("GPU") else 0.0}
-        tuner = tune.Tuner(
-            tune.with_resources(tune.with_parameters(_train, trials=trials), resources),
-            param_space={"trial": tune.grid_search(list(trials))},
-            tune_config=tune.TuneConfig(reuse_actors=True),
-            run_config=tune.RunConfig(
-                storage_path=str(self.folder),
-                failure_config=tune.FailureConfig(max_failures=RETRIES),
-                callbacks=[Told()],
-                verbose=0,
-            ),
-        )
-        results = tuner.fit()
-        for place, name in enumerate(trials):
-            error = results[place].error
-            if error is not None:
-                cause = getattr(error, "cause", None) or error
-                kind = next((kind for kind in (ValueError, OSError) if isinstance(cause, kind)), RuntimeError)
-                raise kind(f"{name}: {cause}") from error
+        if not ray.is_initialized():
+            ray.init(log_to_driver=False, logging_level=logging.ERROR, include_dashboard=False)
+            weakref.finalize(self, ray.shutdown)
+        gpus = 1 if ray.cluster_resources().get("GPU") else 0
+        return _task().options(num_gpus=gpus, max_retries=RETRIES, retry_exceptions=True).remote(sent)
 
 
-def _train(config: Mapping[str, Any], trials: Mapping[str, Any]) -> None:
-    """A trial, in a process of the cluster."""
+@functools.cache
+def _task() -> Any:
+    import ray
+
+    return ray.remote(_train)
+
+
+def _wait_for(running: Mapping[Any, str]) -> None:
+    """Raises the first one's error, in their order, once all have ended."""
+    import ray
+
+    left, errors = list(running), {}
+    while left:
+        (task,), left = ray.wait(left)
+        try:
+            ray.get(task)
+            Console(stderr=True).print(f"{running[task]}: trained")
+        except ray.exceptions.RayError as error:
+            errors[task] = error
+    for task, name in running.items():
+        if task in errors:
+            cause = getattr(errors[task], "cause", None) or errors[task]
+            kind = next((kind for kind in (ValueError, OSError) if isinstance(cause, kind)), RuntimeError)
+            raise kind(f"{name}: {cause}") from errors[task]
+
+
+def _train(sent: Mapping[str, Any]) -> None:
+    """In a process of the cluster."""
     join()
-    trial = _fetched(trials[config["trial"]])
+    trial = _fetched(sent)
     Trial(trial["stages"], Training(**trial["training"])).train()
 
 
