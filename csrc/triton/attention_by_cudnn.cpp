@@ -1,8 +1,8 @@
 #include "attention_by_cudnn.h"
 
-#include "launch.h"
-
 #include <ATen/Context.h>
+#include <ATen/SDPBackend.h>
+#include <ATen/ops/_fused_sdp_choice.h>
 #include <ATen/ops/_scaled_dot_product_cudnn_attention.h>
 #include <ATen/ops/_scaled_dot_product_cudnn_attention_backward.h>
 #include <ATen/ops/empty.h>
@@ -13,9 +13,6 @@ namespace {
 
 using at::Tensor;
 
-constexpr int kHopper = 9; // before it flash attention is as fast
-constexpr long kVersion = 90000; // whose kernels are those that were measured, or later ones
-
 Tensor by_position(const Tensor& x) {
   const Tensor rows = x.transpose(1, 2);
   return rows.is_contiguous() ? x : rows.contiguous().transpose(1, 2);
@@ -23,12 +20,12 @@ Tensor by_position(const Tensor& x) {
 
 } // namespace
 
-bool available(const Tensor& query) {
-  if (!query.is_cuda() || at::Context::versionCuDNN() < kVersion)
+bool takes(const Tensor& query, const Tensor& key, const Tensor& value, bool is_causal, double scale) {
+  if (!query.is_cuda() || at::globalContext().deterministicAlgorithms())
     return false;
-  const at::Context& context = at::globalContext();
-  return context.userEnabledCuDNNSDP() && !context.deterministicAlgorithms() &&
-      triton::capability(query.device().index()) >= kHopper;
+  const int64_t choice = at::_fused_sdp_choice(
+      query, key, value, /*attn_mask=*/std::nullopt, /*dropout_p=*/0, is_causal, scale, /*enable_gqa=*/false);
+  return static_cast<at::SDPBackend>(choice) == at::SDPBackend::cudnn_attention;
 }
 
 std::tuple<Tensor, Tensor> attention(
@@ -44,7 +41,7 @@ std::tuple<Tensor, Tensor, Tensor> attention_backward(
     const Tensor& logsumexp, bool is_causal, double scale) {
   const Tensor seed = at::empty({}, query.options().dtype(at::kLong)), offset = at::empty_like(seed); // dropout's
   const auto [grad_query, grad_key, grad_value] = at::_scaled_dot_product_cudnn_attention_backward(
-      grad_output, query, key, value, output, logsumexp.unsqueeze(-1), seed, offset, /*attn_bias=*/Tensor(),
+      by_position(grad_output), query, key, value, by_position(output), logsumexp.unsqueeze(-1), seed, offset, /*attn_bias=*/Tensor(),
       /*cum_seq_q=*/Tensor(), /*cum_seq_k=*/Tensor(), query.size(2), key.size(2), /*dropout_p=*/0, is_causal, scale);
   return {by_position(grad_query), by_position(grad_key), by_position(grad_value)};
 }

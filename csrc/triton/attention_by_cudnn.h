@@ -7,9 +7,9 @@
 
 namespace fastdistill::cudnn {
 
-// Whether it can be had on the tensor's device, and nothing else was asked for: neither deterministic algorithms, which
-// its gradient is not, nor torch.backends.cuda.enable_cudnn_sdp(False).
-bool available(const at::Tensor& query);
+// Whether PyTorch's own attention would be cuDNN's, as it is on Hopper and where
+// torch.backends.cuda.enable_cudnn_sdp(False) was not asked for; nor deterministic algorithms, which its gradient is not.
+bool takes(const at::Tensor& query, const at::Tensor& key, const at::Tensor& value, bool is_causal, double scale);
 
 // Tensors of heads are [B, H, S, D], D a multiple of 8, S long; what is returned lies in memory as [B, S, H, D], the
 // logarithms of the softmax's denominators as [B, H, S].

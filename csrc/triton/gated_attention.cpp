@@ -110,11 +110,13 @@ bool is_within_32_bits(const Tensor& x) {
 // in any case, for want of gates or for their gradient.
 bool is_for_cudnn(
     const Tensor& query, const Tensor& key, const Tensor& value, const Optional& head_gate, const Optional& attn_mask,
-    const Optional& seed, bool is_causal, bool gate_grad) {
+    const Optional& seed, bool is_causal, double scale, bool gate_grad) {
   const int64_t queries = query.size(2), keys = key.size(2);
-  return std::min(queries, keys) >= (query.size(3) <= 64 ? kLong : kLongWide) && (queries == keys || !is_causal) && !attn_mask && !seed &&
-      (gate_grad || !head_gate) && query.scalar_type() != at::kFloat && key.size(1) == query.size(1) &&
-      is_within_32_bits(query) && is_within_32_bits(key) && is_within_32_bits(value) && cudnn::available(query);
+  const bool is_long = std::min(queries, keys) >= (query.size(3) <= 64 ? kLong : kLongWide);
+  const bool is_plain = (queries == keys || !is_causal) && !attn_mask && !seed && key.size(1) == query.size(1);
+  return is_long && is_plain && (gate_grad || !head_gate) && query.scalar_type() != at::kFloat &&
+      is_within_32_bits(query) && is_within_32_bits(key) && is_within_32_bits(value) &&
+      cudnn::takes(query, key, value, is_causal, scale);
 }
 
 // Of its shares, [B, H] or [B, H, blocks].
@@ -178,9 +180,8 @@ std::tuple<Tensor, Tensor, Tensor> gated_attention(
     return {narrowed(output, size), gate_grad ? narrowed(ungated, size) : ungated, logsumexp};
   }
   const Call call(query, key, head_gate, attn_mask, seed, dropout_p, is_causal, scale, gate_grad);
-  if (is_for_cudnn(query, key, value, head_gate, attn_mask, seed, is_causal, gate_grad)) {
-    const auto [ungated, logsumexp] =
-        cudnn::attention(aligned(query), aligned(key), aligned(value), is_causal, scale);
+  if (is_for_cudnn(query, key, value, head_gate, attn_mask, seed, is_causal, scale, gate_grad)) {
+    const auto [ungated, logsumexp] = cudnn::attention(aligned(query), aligned(key), aligned(value), is_causal, scale);
     if (!gate_grad)
       return {ungated, at::empty({0}, query.options()), logsumexp};
     const Tensor output = empty_heads(query);
@@ -217,7 +218,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> gated_attention_backward(
     return at::empty({call.batch, call.heads, (call.queries + kDotRows - 1) / kDotRows}, numbers);
   };
   Tensor grad_gate = at::empty({0}, query.options());
-  if (is_for_cudnn(query, key, value, head_gate, attn_mask, seed, is_causal, gate_grad)) {
+  if (is_for_cudnn(query, key, value, head_gate, attn_mask, seed, is_causal, scale, gate_grad)) {
     Tensor gated = g;
     if (gate_grad) {
       gated = empty_heads(query);

@@ -22,10 +22,8 @@ using LaunchKernel = int (*)(
 using RetainPrimaryContext = int (*)(void** context, int device);
 using SetCurrentContext = int (*)(void* context);
 using CurrentStream = int32_t (*)(int32_t device, void** stream);
-using DeviceAttribute = int (*)(int* value, int attribute, int device);
 
 constexpr int kInvalidContext = 201;
-constexpr int kCapabilityMajor = 75;
 
 template <typename Function>
 Function find(const char* library, const char* name) {
@@ -119,13 +117,6 @@ using Compile = std::vector<int64_t>(
 bool available() {
   static const bool found = c10::Dispatcher::singleton().findSchema({"fastdistill::launch_triton", ""}).has_value();
   return found;
-}
-
-int capability(int device) {
-  static const auto attribute = find<DeviceAttribute>("libcuda.so.1", "cuDeviceGetAttribute");
-  int major = 0;
-  TORCH_CHECK(attribute(&major, kCapabilityMajor, device) == 0, "no CUDA device ", device);
-  return major;
 }
 
 void run(const Launch& launch) {

@@ -29,9 +29,6 @@ struct Launch {
 // Whether Triton is there at all.
 bool available();
 
-// The first number of a CUDA device's compute capability.
-int capability(int device);
-
 void run(const Launch& launch);
 
 } // namespace fastdistill::triton

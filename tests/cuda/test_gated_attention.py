@@ -9,6 +9,7 @@ from contextlib import contextmanager
 import pytest
 import torch
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from fastdistill import gated_attention
 from tests import eager
@@ -16,11 +17,16 @@ from tests.accuracy import assert_accurate, relative_error
 
 pytestmark = pytest.mark.gpu
 
-WITHOUT_CUDNN = (
-    not torch.cuda.is_available()
-    or torch.cuda.get_device_capability() < (9, 0)
-    or (torch.backends.cudnn.version() or 0) < 90000
-)
+
+def without_cudnn() -> bool:
+    """Whether PyTorch's own attention is another."""
+    if not torch.cuda.is_available():
+        return True
+    query = torch.empty(1, 1, 512, 64, device="cuda", dtype=torch.bfloat16)
+    return torch._fused_sdp_choice(query, query, query) != SDPBackend.CUDNN_ATTENTION.value
+
+
+WITH_CUDNN = pytest.mark.skipif(without_cudnn(), reason="PyTorch does not take cuDNN's attention here")
 
 
 @contextmanager
@@ -86,7 +92,7 @@ def test_long_sequences(dtype: torch.dtype, size: int, mask: str) -> None:
 
     def by_eager(tensors: list[Tensor]) -> list[Tensor]:
         tensors = [x.detach().requires_grad_() for x in tensors]
-        with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):
+        with sdpa_kernel(SDPBackend.MATH):
             output = eager.gated_attention(*tensors, **options)
             return [output, *torch.autograd.grad(output, tensors, upstream.to(output))]
 
@@ -103,7 +109,7 @@ def names_of_kernels(function: Callable[[], object]) -> str:
     return " ".join(event.key for event in profile.key_averages())
 
 
-@pytest.mark.skipif(WITHOUT_CUDNN, reason="no cuDNN whose attention is taken")
+@WITH_CUDNN
 @pytest.mark.parametrize("is_causal", [False, True])
 @pytest.mark.parametrize("by_example", [False, True])
 @pytest.mark.parametrize("size", [64, 100, 128])
@@ -132,7 +138,7 @@ def test_by_cudnn(size: int, by_example: bool, is_causal: bool) -> None:
     assert "_query_kernel" in names_of_kernels(lambda: torch.autograd.grad(fixed, inputs, torch.ones_like(fixed)))
 
 
-@pytest.mark.skipif(WITHOUT_CUDNN, reason="no cuDNN whose attention is taken")
+@WITH_CUDNN
 def test_by_cudnn_in_a_cuda_graph() -> None:
     inputs, gate = make(2, 3, 600, 64), torch.ones(3, device="cuda", requires_grad=True)
     everything(inputs, gate)
@@ -158,7 +164,7 @@ def test_more_elements_than_32_bits_count() -> None:
     """The last head of the last example, computed alone, is what it is among all."""
     inputs = [x.detach() for x in make(1100, 8, 4096, 64)]  # 2.3e9 elements
     output = gated_attention(*inputs, is_causal=True)
-    with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):  # of few elements cuDNN would be taken
+    with sdpa_kernel(SDPBackend.MATH):  # of few elements cuDNN would be taken
         alone = gated_attention(*(x[-1:, -1:] for x in inputs), is_causal=True)
     assert torch.equal(output[-1:, -1:], alone)
 
