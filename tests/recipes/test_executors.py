@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import signal
 from collections.abc import Iterator
@@ -97,7 +98,7 @@ def test_ray_trains_what_local_does(tmp_path: Path, monkeypatch: pytest.MonkeyPa
 
     before = written(tmp_path / "ray")
     with monkeypatch.context() as patched:  # nothing is sent
-        patched.setattr(Ray, "_begin", None)
+        patched.setattr(Ray, "_connect", None)
         again = executor(trials("ray"))
     assert [one.result for one in again] == [one.result for one in found]
     assert not done_since(tmp_path / "ray", before)
@@ -136,6 +137,27 @@ def test_stark(tmp_path: Path) -> None:
     for kind, one in expected["sparsities"]["stark"]["0.5"].items():
         if kind != "sparsity":
             assert found["sparsities"]["stark"]["0.5"][kind]["accuracy"] == one["accuracy"]
+
+
+def test_a_cluster_of_its_own_says_nothing_and_ends(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: list[str] = []
+
+    def put(value: Any) -> Any:
+        calls.append("put")
+        raise OSError("store is full")
+
+    monkeypatch.setattr(ray, "is_initialized", lambda: False)
+    monkeypatch.setattr(ray, "init", lambda **options: calls.append(f"init {options['log_to_driver']}"))
+    monkeypatch.setattr(ray, "shutdown", lambda: calls.append("shutdown"))
+    monkeypatch.setattr(ray, "put", put)
+    once = Training(
+        name="once", model=tiny.bert(layers=1), objective=LogitsKD(), teacher=tiny.bert(), epochs=1,
+        learning_rate=0.01, batch_size=16,
+    )  # fmt: skip
+    with pytest.raises(OSError, match="store is full"):
+        Ray()([Trial(stages(tmp_path, "ray"), once)])
+    gc.collect()
+    assert calls == ["init False", "put", "shutdown"]
 
 
 @pytest.mark.slow

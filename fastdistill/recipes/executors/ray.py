@@ -55,8 +55,11 @@ class Ray(Local):
                 stages, name = trial.stages, trial.training.name
                 places.append((stages, name))
                 if stages.prepare(trial.training) is not None:
+                    self._connect()
                     sent = shared.put({"stages": stages, "training": vars(trial.training)})
-                    running[self._begin(sent)] = f"{stages.output.name}/{name}"
+                    gpus = 1 if ray.cluster_resources().get("GPU") else 0
+                    task = _task().options(num_gpus=gpus, max_retries=RETRIES, retry_exceptions=True)
+                    running[task.remote(sent)] = f"{stages.output.name}/{name}"
             _wait_for(running)
         except BaseException:
             for task in running:
@@ -65,14 +68,12 @@ class Ray(Local):
         for stages, name in places:
             yield stages.load(name)
 
-    def _begin(self, sent: Mapping[str, Any]) -> Any:
+    def _connect(self) -> None:
         import ray
 
         if not ray.is_initialized():
             ray.init(log_to_driver=False, logging_level=logging.ERROR, include_dashboard=False)
             weakref.finalize(self, ray.shutdown)
-        gpus = 1 if ray.cluster_resources().get("GPU") else 0
-        return _task().options(num_gpus=gpus, max_retries=RETRIES, retry_exceptions=True).remote(sent)
 
 
 @functools.cache
