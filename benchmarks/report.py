@@ -96,6 +96,7 @@ def condense(raw: dict[str, Any]) -> Kept:
             **benchmark["extra_info"],
         }
         for benchmark in raw["benchmarks"]
+        if "op" in benchmark["extra_info"]  # not of what was broken off
     ]
     return {**keep(rows), "date": raw["datetime"][:10]}
 

@@ -28,7 +28,7 @@ def born(percent: int) -> Any:
     """The same widths, of linear layers that never were wider."""
     model = copy.deepcopy(encoder())
     for block, like in zip(blocks(model), blocks(pruned(percent)), strict=True):
-        for name in (*block.names.head_in, block.names.head_out, block.names.neuron_in, block.names.neuron_out):
+        for name in (*block.names.head_in, block.names.head_out, *block.names.neuron_in, block.names.neuron_out):
             wanted = like.layer.get_submodule(name)
             block.replace(name, nn.Linear(wanted.in_features, wanted.out_features, device=DEVICE))
     return model
