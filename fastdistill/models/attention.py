@@ -81,7 +81,8 @@ def attention_forward(
     is_causal = bool(is_causal) and attention_mask is None and query.shape[2] > 1  # a mask says all
     own_gate = getattr(module, _GATE, None)
     gate = own_gate and own_gate(query)
-    if torch.compiler.is_compiling() and torch.onnx.is_in_onnx_export():  # which does not know the op
+    exported = torch.compiler.is_compiling() and torch.onnx.is_in_onnx_export()  # which does not know the op
+    if exported or (gate is None and gate_rules.dropout_by_pytorch(query, dropout)):
         if key.shape[1] != query.shape[1]:
             key, value = (x.repeat_interleave(query.shape[1] // x.shape[1], 1) for x in (key, value))
         context = F.scaled_dot_product_attention(query, key, value, attention_mask, dropout, is_causal, scale=scaling)

@@ -7,7 +7,8 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+import torch.nn.functional as F
+from torch import Tensor, nn
 
 import fastdistill
 from fastdistill.models import attention
@@ -102,3 +103,22 @@ def test_onnx_export(gated: bool, tmp_path: Path) -> None:
             some = {name: tensor[:2, :tokens] for name, tensor in batch.items()}
             (logits,) = session.run(None, {name: tensor.numpy() for name, tensor in some.items()})
             torch.testing.assert_close(torch.from_numpy(logits), model(**some).logits, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("masked", [False, True])
+def test_dropout_on_cpu_is_pytorchs(masked: bool) -> None:
+    """It need not be drawn again for the gradients; a query that may attend to nothing has output 0 all the same."""
+    query, key = torch.randn(2, 4, 5, 8, requires_grad=True), torch.randn(2, 2, 5, 8, requires_grad=True)
+    mask = torch.tensor([[True, True, False, True, False], [False] * 5])[:, None, None] if masked else None
+    found = []
+    options: dict[str, Any] = {"dropout": 0.5, "scaling": 0.3, "is_causal": False}
+    for attend in (
+        lambda: attention.attention_forward(nn.Module(), query, key, key, mask, **options)[0],
+        lambda: F.scaled_dot_product_attention(query, key, key, mask, 0.5, scale=0.3, enable_gqa=True).transpose(1, 2),
+    ):
+        torch.manual_seed(0)
+        output = attend()
+        found.append([output, *torch.autograd.grad(output.square().sum(), (query, key))])
+    for ours, expected in zip(*found, strict=True):
+        torch.testing.assert_close(ours, expected)
+    assert not masked or (found[0][0][1] == 0).all()
