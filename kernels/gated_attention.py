@@ -204,7 +204,7 @@ def _exp(scores, SPEC: tl.constexpr):
 @triton.jit
 def _kept(row, column, head, seed, dropout_p):
     """Whether dropout keeps a weight: a function of its place and the seed alone. Seven rounds pass BigCrush (Salmon et
-    al. 2011, table 2)."""
+    al. 2011)."""
     zero = (row + column) * 0
     random, _, _, _ = tl.philox(seed, zero + column, zero + row, zero + head, zero, n_rounds=7)
     return tl.uint_to_uniform_float(random) >= dropout_p

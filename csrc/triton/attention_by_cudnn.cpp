@@ -41,8 +41,9 @@ std::tuple<Tensor, Tensor, Tensor> attention_backward(
     const Tensor& logsumexp, bool is_causal, double scale) {
   const Tensor seed = at::empty({}, query.options().dtype(at::kLong)), offset = at::empty_like(seed); // dropout's
   const auto [grad_query, grad_key, grad_value] = at::_scaled_dot_product_cudnn_attention_backward(
-      by_position(grad_output), query, key, value, by_position(output), logsumexp.unsqueeze(-1), seed, offset, /*attn_bias=*/Tensor(),
-      /*cum_seq_q=*/Tensor(), /*cum_seq_k=*/Tensor(), query.size(2), key.size(2), /*dropout_p=*/0, is_causal, scale);
+      by_position(grad_output), query, key, value, by_position(output), logsumexp.unsqueeze(-1), seed, offset,
+      /*attn_bias=*/Tensor(), /*cum_seq_q=*/Tensor(), /*cum_seq_k=*/Tensor(), query.size(2), key.size(2),
+      /*dropout_p=*/0, is_causal, scale);
   return {by_position(grad_query), by_position(grad_key), by_position(grad_value)};
 }
 

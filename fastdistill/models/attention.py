@@ -30,7 +30,7 @@ HARMLESS = frozenset({
     "position_ids", "return_dict", "token_type_ids", "use_cache",
 })  # fmt: skip
 """What models hand down to their attention and plain attention does not look at either: the mask has all that it needs
-to know of positions and types, and gated_attention is deterministic."""
+to know of positions and types, and what is deterministic is for torch.use_deterministic_algorithms to say."""
 
 
 @contextmanager

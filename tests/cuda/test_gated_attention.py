@@ -32,8 +32,10 @@ WITH_CUDNN = pytest.mark.skipif(without_cudnn(), reason="PyTorch does not take c
 @contextmanager
 def deterministic_algorithms() -> Iterator[None]:
     torch.use_deterministic_algorithms(True)
-    yield
-    torch.use_deterministic_algorithms(False)
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(False)
 
 
 @pytest.fixture
@@ -124,7 +126,7 @@ def test_by_cudnn(size: int, by_example: bool, is_causal: bool) -> None:
         output = gated_attention(*inputs, gate, is_causal=is_causal)
         assert output.transpose(1, 2).is_contiguous()
         wanted = inputs if gate is None else [*inputs, gate]
-        return [output, *torch.autograd.grad(output, wanted, torch.ones_like(output))]
+        return [output, *torch.autograd.grad(output, wanted, output.new_ones(()).expand_as(output))]
 
     for given in (gate, None):
         assert "_query_kernel" not in names_of_kernels(lambda given=given: run(given))
