@@ -14,6 +14,7 @@ from __future__ import annotations
 import copy
 import inspect
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -31,6 +32,7 @@ from fastdistill.autoskd.theta import Batch, Weights, renormalize, select_teache
 from fastdistill.digest import digest, model_digest, tensor_pieces
 from fastdistill.files import check_file, load_tensors, save_tensors
 from fastdistill.models.first_token import first_token_only
+from fastdistill.models.vocabulary import compact_vocabulary
 from fastdistill.objectives.team import Draws
 from fastdistill.processes import rank_and_number, sums_over_processes
 from fastdistill.teachers.outputs import LOGITS
@@ -83,6 +85,7 @@ def search(
     settings: Settings,
     *,
     collate: Collate,
+    tokens: Tensor | None = None,
     checkpoint: str | Path | None = None,
     checkpoints: int = 3,
     device: torch.device | str | None = None,
@@ -105,6 +108,9 @@ def search(
             random half of it trains the student, the rest theta.
         names: the teachers', in theta's order.
         collate: makes a batch of examples without labels.
+        tokens: the ids that may be in a batch, padding's among them: the student then has the embeddings of these alone
+            (`fastdistill.compact_vocabulary`). Others have no gradient, and what is found does not depend on them. None
+            for all, or for a student without an embedding of its own.
         checkpoint: a file for the state (student, both optimizers, theta, generator), written whole or not at all,
             `checkpoints` times on the way. A call that finds one of the same student, logits and settings goes on from
             it and ends as one that was never interrupted; one of others is written over. It stays there at the end.
@@ -120,15 +126,22 @@ def search(
         raise ValueError(f"checkpoints is {checkpoints!r}; expected an integer of at least 0")
     if checkpoint is not None:
         check_file("checkpoint", checkpoint)
-    state = _Search(student, dataset, tuple(names), settings, collate, torch.device(device or student.device), bf16)
+    _check(dataset, tuple(names), settings)
     file = None if checkpoint is None else Path(checkpoint)
-    if file is not None:
-        state.load(file)
-    every = -(-state.steps // (checkpoints + 1))
-    rest = range(state.done, state.steps)
-    shown = track(rest, "searching", console=Console(stderr=True)) if progress else rest
-    with torch.random.fork_rng(), first_token_only(state.student):
-        for _ in shown:
+    own = copy.deepcopy(student).to(device or student.device).requires_grad_(True)  # type: ignore[arg-type]
+    came_from = [
+        repr((asdict(settings), tuple(names), bf16)),
+        model_digest(student),
+        *tensor_pieces({} if tokens is None else {"tokens": tokens}),
+    ]
+    compact = nullcontext() if tokens is None else compact_vocabulary(own, tokens)
+    with compact, torch.random.fork_rng(), first_token_only(own):
+        state = _Search(own, dataset, tuple(names), settings, collate, bf16, came_from)
+        if file is not None:
+            state.load(file)
+        every = -(-state.steps // (checkpoints + 1))
+        rest = range(state.done, state.steps)
+        for _ in track(rest, "searching", console=Console(stderr=True)) if progress else rest:
             state.step()
             if file is not None and state.done % every == 0 and state.done < state.steps and not state.process:
                 state.save(file)  # all have read it: none takes a step before all do
@@ -136,6 +149,8 @@ def search(
 
 
 class _Search:
+    """The state of a search whose student is to be trained in its place."""
+
     def __init__(
         self,
         student: PreTrainedModel,
@@ -143,14 +158,13 @@ class _Search:
         names: tuple[str, ...],
         settings: Settings,
         collate: Collate,
-        device: torch.device,
         bf16: bool,
+        came_from: Sequence[str | bytes | memoryview],
     ) -> None:
-        _check(dataset, names, settings)
-        self.settings, self.names, self.collate, self.device, self.bf16 = settings, names, collate, device, bf16
+        self.student, self.settings, self.names, self.collate, self.bf16 = student, settings, names, collate, bf16
+        self.device: torch.device = student.device
         self.process, self.processes = rank_and_number()
         self.team = torch.stack([_logits(dataset, name, student) for name in names], 1)
-        self.student = copy.deepcopy(student).to(device).requires_grad_(True)  # type: ignore[arg-type]
         taken = inspect.signature(student.forward).parameters.keys() - {"label", *find_labels(type(student))}  # type: ignore[no-untyped-call]
         self.data = dataset.with_format(None).select_columns([c for c in dataset.column_names if c in taken])
         lengths = dataset["length"][:] if "length" in dataset.column_names else [0] * len(dataset)
@@ -167,7 +181,7 @@ class _Search:
         self.optimizer: torch.optim.Optimizer = (
             torch.optim.SGD(weights, settings.learning_rate, settings.momentum, weight_decay=decay)
             if settings.optimizer == "sgd"
-            else torch.optim.Adam(weights, settings.learning_rate, weight_decay=decay)
+            else torch.optim.Adam(weights, settings.learning_rate, weight_decay=decay, fused=True)
         )
         self.theta_optimizer: torch.optim.Optimizer = (
             torch.optim.SGD(self.theta, settings.theta_learning_rate)
@@ -175,9 +189,7 @@ class _Search:
             else torch.optim.Adam(self.theta, settings.theta_learning_rate, weight_decay=1e-3)
         )
         self.slopes = torch.full((len(names),), torch.nan, dtype=torch.float64)  # when each was last sampled
-        self.digest = digest(
-            [repr((asdict(settings), names, bf16)), model_digest(student), *tensor_pieces({"team": self.team})]
-        )
+        self.digest = digest([*came_from, *tensor_pieces({"team": self.team})])
 
     @property
     def done(self) -> int:
@@ -200,7 +212,7 @@ class _Search:
         self.history.append(theta)
 
     def _theta_step(self, theta: Tensor, active: list[int], train: Batch, validation: Batch) -> Tensor:
-        self.student.eval()
+        self.student.eval()  # type: ignore[no-untyped-call]
         gradient = theta_gradient(
             self._forward,
             dict(self.student.named_parameters()),
@@ -231,7 +243,8 @@ class _Search:
         loss.backward()
         if self.processes > 1:
             weights = [weight for weight in self.student.parameters() if weight.grad is not None]
-            for weight, gradient in zip(weights, sums_over_processes([weight.grad for weight in weights]), strict=True):
+            gradients = [weight.grad for weight in weights if weight.grad is not None]
+            for weight, gradient in zip(weights, sums_over_processes(gradients), strict=True):
                 weight.grad = gradient
             for buffer in self.student.buffers():
                 if buffer.is_floating_point():

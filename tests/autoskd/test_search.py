@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 from dataclasses import replace
 from pathlib import Path
@@ -24,7 +25,7 @@ from transformers.modeling_outputs import SequenceClassifierOutput
 from fastdistill.autoskd import search as autoskd
 from fastdistill.autoskd.search import Found
 from fastdistill.autoskd.settings import METHODS, Settings
-from tests import tiny
+from tests import searches, tiny
 from tests.searches import NAMES, SETTINGS, N, data, search
 
 EXACT = {"rtol": 0.0, "atol": 0.0}
@@ -116,7 +117,7 @@ def test_what_is_subtracted_is_the_teams_mean() -> None:
     """Of what each teacher's gradient was when it was last sampled: step by step, with plain gradient descent."""
     asked = replace(SETTINGS, drop=0, theta_optimizer="sgd", theta_learning_rate=0.1)
     collate = DataCollatorWithPadding(tiny.tokenizer())
-    state = autoskd._Search(tiny.bert(layers=1), data(), NAMES, asked, collate, torch.device("cpu"), False)
+    state = autoskd._Search(tiny.bert(layers=1), data(), NAMES, asked, collate, False, [])
     last: dict[int, float] = {}
     for _ in range(8):
         state.step()
@@ -130,7 +131,7 @@ def test_what_is_subtracted_is_the_teams_mean() -> None:
 
 def test_batches_are_those_of_either_half() -> None:
     collate = DataCollatorWithPadding(tiny.tokenizer())
-    whole = autoskd._Search(tiny.bert(layers=1), data(), NAMES, SETTINGS, collate, torch.device("cpu"), False)
+    whole = autoskd._Search(tiny.bert(layers=1), data(), NAMES, SETTINGS, collate, False, [])
     seen = [[half.rows(step) for step in range(3)] for half in whole.halves]
     train, validation = (sorted(itertools.chain(*rows)) for rows in seen)
     assert len(train) == len(validation) == 20
@@ -146,10 +147,12 @@ SGD: dict[str, Any] = {"optimizer": "sgd", "momentum": 0.9, "lr_scheduler_type":
 
 
 @pytest.mark.parametrize("options", [{}, SGD])
+@pytest.mark.parametrize("tokens", [None, torch.arange(65)[1:]], ids=["all tokens", "some"])
 def test_a_cut_off_search_goes_on_and_ends_the_same(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, options: dict[str, Any]
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, options: dict[str, Any], tokens: Tensor | None
 ) -> None:
     settings = replace(SETTINGS, **options)
+    search = functools.partial(searches.search, tokens=tokens)
     whole, file, step = search(settings), tmp_path / "search.safetensors", autoskd._Search.step
     done: list[int] = []
     stops = [5, 14]  # before the selection, and after it
@@ -174,6 +177,19 @@ def test_a_cut_off_search_goes_on_and_ends_the_same(
     file.write_bytes(b"x")
     with pytest.raises(ValueError, match="damaged"):
         search(settings, checkpoint=file)
+
+
+@pytest.mark.parametrize("method, order", [*itertools.product(METHODS, (1, 2))])
+def test_embeddings_of_other_tokens_do_not_matter(method: Any, order: int, tmp_path: Path) -> None:
+    """Though a large weight decay moves them, and Adam by as much as those that are learned."""
+    settings = replace(SETTINGS, method=method, order=order, weight_decay=0.5)
+    student = tiny.bert(layers=1, vocab_size=100)
+    whole = search(settings, student, checkpoint=tmp_path / "state")
+    tokens = torch.arange(65)
+    found = search(settings, student, tokens=tokens, checkpoint=tmp_path / "state")  # which is of another search
+    torch.testing.assert_close(found.theta, whole.theta, rtol=1e-4, atol=1e-6)
+    with pytest.raises(ValueError, match="tokens are from 0 to 1000"):
+        search(settings, student, tokens=torch.tensor([0, 1000]))
 
 
 @pytest.mark.parametrize(

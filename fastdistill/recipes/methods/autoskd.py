@@ -19,6 +19,7 @@ from fastdistill.autoskd.settings import Settings
 from fastdistill.autoskd.theta import random_distributions
 from fastdistill.data.tasks import Task
 from fastdistill.digest import model_digest
+from fastdistill.models.vocabulary import can_compact
 from fastdistill.objectives.base import Objective
 from fastdistill.objectives.logits import TaskLoss
 from fastdistill.objectives.team import MTBERT, AvgKD, SampledTeacher
@@ -256,6 +257,7 @@ class _Run:
                 self.names,
                 self.settings,
                 collate=stages.examples.collate,
+                tokens=stages.examples.tokens() if can_compact(self.student) else None,
                 checkpoint=folder / UNFINISHED,
                 checkpoints=stages.checkpoints,
                 device=PartialState().device,
