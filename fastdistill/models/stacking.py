@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -73,45 +73,48 @@ class Stack:
                 self.model.set_submodule(name, _KINDS[type(first)](self.number, first, own))
         self.model.to(next(iter(shared.values())).device)
         views = [dict(model.named_parameters()) for model in models]
-        self.weights = {
-            weight: [view[name] for view in views]
+        self._own = {
+            name: [view[name] for view in views]
             for name, weight in self.model.named_parameters()
             if weight.requires_grad
         }
-        self._embeddings = [module for module in self.model.modules() if isinstance(module, _Embedding)]
+        self._embeddings = {
+            name: module for name, module in self.model.named_modules() if isinstance(module, _Embedding)
+        }
 
     def __call__(self, **features: Tensor) -> Any:
         """Each model's outputs on its part of the features, ``[N·B, ...]``."""
         rows = len(next(iter(features.values())))
-        for embedding in self._embeddings:
+        for embedding in self._embeddings.values():
             embedding.rows = rows // self.number
         return self.model(**features)
 
-    def hand_on_gradients(self, max_norm: float) -> Tensor:
-        """Give each model's weights their gradients, of which the backward pass of one step made the stack's.
+    def gradients(self, loss: Tensor, max_norm: float) -> tuple[dict[str, Tensor], Tensor]:
+        """Of a loss of all models' outputs, by weights' names, ``[N, ...]``, and the norm of each model's, ``[N]``.
 
         Those of a model are scaled down together where their norm is above `max_norm`, as by
-        `torch.nn.utils.clip_grad_norm_`, unless that is 0. Returns the norms before that, ``[N]``. The device is not
-        waited for."""
-        for embedding in self._embeddings:
-            embedding.clear_padding()
-        learned = [(weight.grad.unbind(), own) for weight, own in self.weights.items() if weight.grad is not None]
-        each = torch._foreach_norm([gradient for gradients, _ in learned for gradient in gradients])
-        norms: Tensor = torch.stack(each).view(-1, self.number).norm(dim=0)
+        `torch.nn.utils.clip_grad_norm_`, unless that is 0; the norms are those before. The device is not waited for."""
+        weights = [self.model.get_parameter(name) for name in self._own]
+        found = zip(self._own, torch.autograd.grad(loss, weights, allow_unused=True), strict=True)
+        gradients = {name: gradient for name, gradient in found if gradient is not None}
+        for name, embedding in self._embeddings.items():
+            if embedding.padding is not None and f"{name}.weight" in gradients:  # it learns nothing, as in PyTorch's
+                gradients[f"{name}.weight"].select(1, embedding.padding).zero_()
+        of_each = [gradient.unbind() for gradient in gradients.values()]
+        flat = torch._foreach_norm([gradient for own in of_each for gradient in own])
+        norms: Tensor = torch.stack(flat).view(-1, self.number).norm(dim=0)
         if max_norm:
             scales = (max_norm / (norms + 1e-6)).clamp(max=1)
-            for of_model, scale in zip(zip(*(gradients for gradients, _ in learned), strict=True), scales, strict=True):
+            for of_model, scale in zip(zip(*of_each, strict=True), scales, strict=True):
                 torch._foreach_mul_(of_model, scale)
-        for gradients, own in learned:
-            for weight, gradient in zip(own, gradients, strict=True):
-                weight.grad = gradient
-        return norms
+        return gradients, norms
 
-    def forget_gradients(self) -> None:
-        for weight, models in self.weights.items():
-            weight.grad = None
-            for one in models:
-                one.grad = None
+    def hand_on(self, gradients: Mapping[str, Tensor]) -> None:
+        """Give each model's weights theirs."""
+        for name, own in self._own.items():
+            found = gradients[name].unbind() if name in gradients else [None] * self.number
+            for weight, gradient in zip(own, found, strict=True):
+                weight.grad = gradient
 
 
 def obstacle_to_stacking(model: PreTrainedModel) -> str | None:
@@ -220,11 +223,6 @@ class _Embedding(_OfEach):
             return of_each.repeat_interleave(self.rows, 0)
         of_all = ids.reshape(self.number, -1) + self.offsets
         return F.embedding(of_all.view_as(ids), self.weight.flatten(0, 1))
-
-    def clear_padding(self) -> None:
-        """Padding learns nothing, as in `torch.nn.Embedding`."""
-        if self.padding is not None and self.weight.grad is not None:
-            self.weight.grad[:, self.padding] = 0
 
 
 _KINDS: dict[type[nn.Module], type[_OfEach]] = {

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fastdistill.cuda_graphs import graphs_on, tell
+from fastdistill.cuda_graphs import Graphs, graphs_on, tell
 from fastdistill.objectives.base import Objective
 from fastdistill.objectives.capturing import obstacle_to_capture
 from fastdistill.training.checks import argument_of
@@ -39,19 +39,21 @@ class GraphedTrainer(PartsTrainer):
             self._graphed = None
 
     def _as_graphs(self) -> GraphedBackward | None:
-        """What captures training steps, if it is asked for, and they can be; a line says why not."""
-        graphs = graphs_on(self.args.device) if getattr(self.args, "cuda_graphs", False) else None
-        if graphs is None:
-            return None
-        student: Any = self.model
-        reason = self._obstacle_to_capture(student)
-        if reason is not None:
-            tell(f"training: no CUDA graphs: {reason}")
+        graphs, student = self.graphs("training"), self.model
+        if graphs is None or student is None:
             return None
         others = (weight for model in self.teachers.values() for weight in model.parameters())
         return GraphedBackward(self._micro_batch, [*student.parameters(), *self._learned], others, graphs)
 
-    def _obstacle_to_capture(self, student: nn.Module) -> str | None:
+    def graphs(self, name: str) -> Graphs | None:
+        """What captures training steps, if it is asked for, and they can be; a line, of that name, says why not."""
+        graphs = graphs_on(self.args.device) if getattr(self.args, "cuda_graphs", False) else None
+        if graphs is None or (reason := self._obstacle_to_capture()) is None:
+            return graphs
+        tell(f"{name}: no CUDA graphs: {reason}")
+        return None
+
+    def _obstacle_to_capture(self) -> str | None:
         kinds = type(self).__mro__
         ours, used = (next(kind for kind in kinds if name in vars(kind)) for name in ("_told", "compute_loss"))
         if used is not ours:
@@ -66,6 +68,7 @@ class GraphedTrainer(PartsTrainer):
             return "float16 gradients are looked at for infinities"
         if self.objective.needs.lazily and self.teachers:
             return f"objective {self.objective} runs teachers on some rows, whose longest is looked for"
+        student: Any = self.model
         named = {argument_of(name): model for name, model in self.teachers.items()}
         return obstacle_to_capture(self.objective, {"model": student, **named})
 

@@ -26,11 +26,12 @@ class PartsTrainer(ResumableTrainer):
     def _note(self, told: Told) -> None:
         """What is logged and looked at when Trainer logs or saves."""
         _, parts, is_nan = told
-        self._count(parts)
+        self.count(parts)
         for name, one in is_nan.items():
             self._nan[name] = self._nan[name] | one if name in self._nan else one
 
-    def _count(self, parts: dict[str, Tensor]) -> None:
+    def count(self, parts: dict[str, Tensor]) -> None:
+        """What is logged with the next loss, of one more step."""
         if not self._parts:
             self._parts_since = self.state.global_step
         for name, value in parts.items():

@@ -87,12 +87,12 @@ class SteppedTrainer(DistillationTrainer):
         self._tr_loss += total
         losses.clear()
 
-    def loss_of(self, logits: Tensor, labels: Tensor, columns: Mapping[str, Tensor]) -> Tensor:
+    def loss_of(
+        self, logits: Tensor, labels: Tensor, columns: Mapping[str, Tensor]
+    ) -> tuple[Tensor, dict[str, Tensor]]:
         """The objective's loss of a batch's logits, labels, all of which count, and columns that hold what teachers
-        say, who are known to say numbers. Its parts are logged."""
+        say, who are known to say numbers; and its parts, which `count` has logged."""
         student, needs = SequenceClassifierOutput(logits=logits), self.objective.needs
         teachers = {name: stored_outputs(name, columns) for name in needs.teachers or (TEACHER,)}
         teacher = teachers if needs.teachers else teachers[TEACHER]
-        loss, parts = self.objective.parts(student, teacher if needs.teacher else None, labels)
-        self._count(parts)
-        return loss
+        return self.objective.parts(student, teacher if needs.teacher else None, labels)

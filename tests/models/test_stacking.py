@@ -63,8 +63,8 @@ def test_each_says_and_learns_what_it_does_alone(kind: str, compact: bool) -> No
         logits = stack(**side_by_side(data)).logits.unflatten(0, (3, -1))
         labels = torch.tensor([0, 2, 1])
         losses = torch.stack([F.cross_entropy(one, labels) for one in logits])
-        (weights * losses).sum().backward()
-        norms = stack.hand_on_gradients(1.0)
+        found, norms = stack.gradients((weights * losses).sum(), 1.0)
+        stack.hand_on(found)
         for place, (model, batch) in enumerate(zip(alone, data, strict=True)):
             expected = model(**batch).logits
             torch.testing.assert_close(logits[place], expected, **EXACT)
@@ -73,7 +73,7 @@ def test_each_says_and_learns_what_it_does_alone(kind: str, compact: bool) -> No
             torch.testing.assert_close(norms[place], norm, **EXACT)
             torch.testing.assert_close(gradients(own[place]), gradients(model), **EXACT)
         assert norms.min() < 1 < norms.max()
-        stack.forget_gradients()
+        stack.hand_on({})
         assert not any(weight.grad is not None for model in (*own, stack.model) for weight in model.parameters())
 
 
@@ -96,8 +96,7 @@ def test_frozen_weights_stay_frozen() -> None:
     for model in own:
         model.get_input_embeddings().requires_grad_(False)
     stack = Stack(models("bert", 1)[0], own)
-    stack(**side_by_side(batches("bert"))).logits.sum().backward()
-    stack.hand_on_gradients(1.0)
+    stack.hand_on(stack.gradients(stack(**side_by_side(batches("bert"))).logits.sum(), 1.0)[0])
     names = [name for name, gradient in gradients(own[0]).items() if gradient is None]
     assert names == ["bert.embeddings.word_embeddings.weight"]
 

@@ -27,9 +27,11 @@ from fastdistill.recipes.splits import Splits
 from fastdistill.recipes.stages import Stages
 from fastdistill.recipes.training import Trained, Training
 from fastdistill.teachers.team import TeacherTeam
+from fastdistill.training import graphed_trainer
 from tests import tiny
 from tests.commands import command
 from tests.records import done_since, record, without_times, written
+from tests.rerun import Rerun
 
 ROUNDING = {"rtol": 1e-6, "atol": 1e-8}
 TIMED = ("runtime", "per_second", "flos")
@@ -78,13 +80,21 @@ def close(found: Any, expected: Any) -> bool:
     return bool(found == (pytest.approx(expected, rel=1e-6) if isinstance(expected, float) else expected))
 
 
+@pytest.fixture
+def graphs(monkeypatch: pytest.MonkeyPatch) -> Rerun:
+    rerun = Rerun()
+    monkeypatch.setattr(graphed_trainer, "graphs_on", lambda device: rerun)
+    return rerun
+
+
 @pytest.mark.slow
-def test_what_local_does(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize("by_graphs", [False, True])
+def test_what_local_does(tmp_path: Path, capsys: pytest.CaptureFixture[str], graphs: Rerun, by_graphs: bool) -> None:
     """With other seeds, rates, teachers, objectives and runs, that end after other epochs."""
     teachers = [tiny.bert(seed, layers=2) for seed in (5, 6)]
 
     def trials(name: str) -> list[Trial]:
-        begun = stages(tmp_path, name, patience=1)
+        begun = stages(tmp_path, name, patience=1, cuda_graphs=by_graphs and name == "stacked")
         kd = training("kd", LogitsKD(), teacher=teachers[0])
         weak = LogitsKD(kd_weight=0.3, temperature=1.0, divergence="reverse_kl", label_smoothing=0.1)
         other = replace(kd, name="other", objective=weak, teacher=teachers[1], learning_rate=0.1, best="loss")
@@ -92,7 +102,10 @@ def test_what_local_does(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> 
         return [Trial(begun.seeded(3), kd), Trial(begun.seeded(4), other), Trial(begun.seeded(4), alone)]
 
     pairs = compare(tmp_path, trials)
-    assert "3 side by side: kd, other, alone" in capsys.readouterr().err
+    said = capsys.readouterr().err
+    assert "3 side by side: kd, other, alone" in said
+    assert "no CUDA graphs" not in said
+    assert (graphs.replayed > 0) == by_graphs
     assert len({found.log[-1]["epoch"] for found, _ in pairs}) > 1
     assert not list((tmp_path / "stacked").rglob("checkpoint-*"))
 

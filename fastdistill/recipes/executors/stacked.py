@@ -7,7 +7,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from math import ceil
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 import numpy as np
 import pyarrow.compute as pc
@@ -17,6 +17,7 @@ from rich.console import Console
 from torch import Tensor
 from transformers import DataCollatorWithPadding, PreTrainedModel
 
+from fastdistill.cuda_graphs import GraphedStep
 from fastdistill.models.first_token import first_token_only
 from fastdistill.models.heads import IGNORED, head_of, label_faults
 from fastdistill.models.inputs import taken_by
@@ -27,6 +28,7 @@ from fastdistill.recipes.stages import Stages, Waiting
 from fastdistill.recipes.training import Trained
 from fastdistill.teachers.outputs import LOGITS
 from fastdistill.training.checks import TEACHER
+from fastdistill.training.padding import MULTIPLE, can_pad
 from fastdistill.training.stepped import SteppedTrainer, Steps
 
 if TYPE_CHECKING:
@@ -35,9 +37,10 @@ if TYPE_CHECKING:
 TOGETHER = 16
 """Students side by side at most; more take turns."""
 
-SHARE = 8
-"""Of a GPU's free memory a student is given so many times its weights: these, their gradients and moments, a stack's
-copy of them while it is made, and as much again for what the backward pass needs."""
+SHARE = 9
+"""Of a GPU's free memory a student is given so many times its weights: these, their gradients, in CUDA graphs and out
+of them, and moments, a stack's copy of them while it is made, and almost as much again for what the backward pass
+needs."""
 
 
 class Stacked(Local):
@@ -47,7 +50,8 @@ class Stacked(Local):
     epoch, log and checkpoints, and becomes what `Local` makes of it, within rounding, but for dropout: its numbers are
     each student's own, and the same whenever the same students are trained together, but others than `Local` draws.
     What was cut off goes on from each student's last checkpoint, under this executor or another. Seconds and memory in
-    a student's result are those of all beside it, its examples a second those that were its own.
+    a student's result are those of all beside it, its examples a second those that were its own. On CUDA the passes of
+    all are replayed as CUDA graphs, as one student's are (`fastdistill.DistillationConfig`).
 
     Side by side are students of one architecture, with the same examples, batch size and number of epochs. One alone,
     or that cannot be stacked, is trained by itself; a line says why. Those are: models that are not in
@@ -104,7 +108,7 @@ def _train(group: Sequence[_Begun]) -> None:
         for one in group:
             student = _Student(one, shows_progress=not running)
             leave.callback(student.stage.close)
-            if student.go_on(None):
+            if student.begin():
                 running.append(student)
         while running:
             running = _together(plain, running, table)
@@ -112,21 +116,58 @@ def _train(group: Sequence[_Begun]) -> None:
 
 def _together(plain: PreTrainedModel, students: list[_Student], table: _Table) -> list[_Student]:
     """Train until one of them or more is done; returns the others."""
-    stack, trainer = Stack(plain, [student.model for student in students]), students[0].trainer
+    stack = Stack(plain, [student.model for student in students])
+    passes = _Passes(stack, students)
+    step = _graphed(passes)
     with first_token_only(stack.model):
         while True:
-            batch, rows = table.batch([student.rows for student in students])
-            with trainer.accelerator.autocast():
-                logits = stack(**batch).logits
-            logits = logits.to(torch.promote_types(logits.dtype, torch.float32)).unflatten(0, (len(students), -1))
-            losses = torch.stack([s.loss(*one) for s, *one in zip(students, logits.unbind(), rows, strict=True)])
-            losses.sum().backward()
-            norms = stack.hand_on_gradients(trainer.args.max_grad_norm)
-            steps = zip(students, losses.detach().unbind(), norms.unbind(), strict=True)
-            left = [student for student, *found in steps if student.go_on(tuple(found))]
-            stack.forget_gradients()
+            inputs = table.batch([student.rows for student in students], 1 if step is None else MULTIPLE)
+            found = None
+            if step is not None:
+                found = step(*inputs, state=tuple(repr(student.trainer.objective) for student in students))
+            found = passes(*inputs) if found is None else found
+            stack.hand_on(found.gradients)
+            told = zip(students, found.losses.unbind(), found.norms.unbind(), found.parts, strict=True)
+            del found  # nothing holds the gradients but the weights
+            left = [student for student, loss, norm, parts in told if student.go_on(loss, norm, parts)]
+            stack.hand_on({})
             if len(left) < len(students):
                 return left
+
+
+class _Found(NamedTuple):
+    """Each student's loss and norm, ``[N]``, and parts; and all gradients, as `Stack` has them."""
+
+    losses: Tensor
+    norms: Tensor
+    parts: tuple[dict[str, Tensor], ...]
+    gradients: dict[str, Tensor]
+
+
+@dataclass(frozen=True)
+class _Passes:
+    """The passes of a step: a function of tensors alone, where objectives are."""
+
+    stack: Stack
+    students: Sequence[_Student]
+
+    def __call__(self, features: dict[str, Tensor], rows: list[Tensor]) -> _Found:
+        """Of a batch of all students the inputs, and each one's rows."""
+        stack, students, trainer = self.stack, self.students, self.students[0].trainer
+        with trainer.accelerator.autocast():
+            logits = stack(**features).logits
+        logits = logits.to(torch.promote_types(logits.dtype, torch.float32)).unflatten(0, (len(students), -1))
+        told = [s.loss(*one) for s, *one in zip(students, logits.unbind(), rows, strict=True)]
+        losses = torch.stack([loss for loss, _ in told])
+        gradients, norms = stack.gradients(losses.sum(), trainer.args.max_grad_norm)
+        return _Found(losses.detach(), norms, tuple(parts for _, parts in told), gradients)
+
+
+def _graphed(passes: _Passes) -> GraphedStep[_Found] | None:
+    """What replays them as CUDA graphs, if it is asked for, and they can be."""
+    name = "training side by side"
+    first, *others = [student.trainer.graphs(name) for student in passes.students]
+    return None if first is None or None in others else GraphedStep(passes, first, name)
 
 
 class _Student:
@@ -145,18 +186,27 @@ class _Student:
         columns = _read(waiting.data, ("labels", *_stored(waiting.training.objective)))
         self.columns = {name: column.to(self.trainer.args.device) for name, column in columns.items()}
 
-    def go_on(self, found: Any) -> bool:
-        """To the next batch, with the last one's loss and norm; at the end it is evaluated and saved, and False."""
+    def begin(self) -> bool:
+        """As `go_on`, to its first batch."""
+        return self._send(None)
+
+    def go_on(self, loss: Tensor, norm: Tensor, parts: dict[str, Tensor]) -> bool:
+        """To the next batch, with what was found on the last; at the end it is evaluated and saved, and False."""
+        self.trainer.count(parts)
+        return self._send((loss, norm))
+
+    def _send(self, found: tuple[Tensor, Tensor] | None) -> bool:
         try:
             if self.steps is not None:
-                self.rows = self.steps.send(found)
+                self.rows = self.steps.send(found)  # type: ignore[arg-type]
                 return True
         except StopIteration:
             pass
         next(self.stage, None)
         return False
 
-    def loss(self, logits: Tensor, rows: Tensor) -> Tensor:
+    def loss(self, logits: Tensor, rows: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        """The objective's, and its parts, of those examples."""
         columns = {name: column[rows] for name, column in self.columns.items()}
         return self.trainer.loss_of(logits[: len(rows)], columns.pop("labels"), columns)
 
@@ -176,13 +226,16 @@ class _Table:
         self.tokens = {name: _values(lists[name]).long().to(self.device) for name in names}
         fill = {"input_ids": tokenizer.pad_token_id, "token_type_ids": tokenizer.pad_token_type_id}
         self.padding = {name: fill.get(name, 0) for name in names}
+        model = begun.waiting.training.model
+        self.room = model.config.max_position_embeddings if "attention_mask" in names and can_pad(model) else 0
 
-    def batch(self, batches: Sequence[Sequence[int]]) -> tuple[dict[str, Tensor], list[Tensor]]:
+    def batch(self, batches: Sequence[Sequence[int]], multiple: int) -> tuple[dict[str, Tensor], list[Tensor]]:
         """The inputs of several students' batches, ``[N·B, S]``, and the rows of each. A smaller batch is filled up
-        with its first example."""
+        with its first example, and S is such a multiple, if there may be as many tokens."""
         size = max(map(len, batches))
         filled = np.array([[*rows, *[rows[0]] * (size - len(rows))] for rows in batches])
         longest = int(self.lengths[filled].max())
+        longest = min(-(-longest // multiple) * multiple, max(longest, self.room))
         host = torch.from_numpy(filled)
         rows = (host.pin_memory() if self.device.type == "cuda" else host).to(self.device, non_blocking=True)
         places = self.starts[rows.flatten(), None] + torch.arange(longest, device=self.device)
