@@ -102,10 +102,16 @@ class Objective(ABC):
     module: nn.Module | None = None
     """What the objective itself learns or remembers: trained, moved and saved in checkpoints with the student."""
 
+    def decided(self, inputs: Mapping[str, Any]) -> tuple[Objective, Mapping[str, Any]]:
+        """For one step: the objective once the host has decided what it has to, and what it then takes of a batch that
+        holds the teachers' outputs as columns, or does not. By default both as they are."""
+        return self, inputs
+
     @property
     def on_host(self) -> str | None:
-        """What of each step the host decides, so that no CUDA graph can replay it. None where nothing but the values of
-        tensors that `parts` is given, and of weights, changes from step to step, and no device is asked for one."""
+        """What of each step the host decides, beside `decided`, so that no CUDA graph can replay it. None where nothing
+        but the values of tensors that `parts` is given, and of weights, changes from step to step, and no device is
+        asked for one."""
         return "is not known to be a function of tensors alone (its on_host is not None)"
 
     @abstractmethod
@@ -157,8 +163,12 @@ class WeightedSum(Objective):
 
     @property
     def on_host(self) -> str | None:
-        found = ((term, term.on_host) for _, term in self.terms.values())
-        return next((f"has {term}, which {reason}" for term, reason in found if reason is not None), None)
+        for _, term in self.terms.values():
+            decides = type(term).decided is not Objective.decided
+            reason = "decides something for each step by itself" if decides else term.on_host
+            if reason is not None:
+                return f"has {term}, which {reason}"
+        return None
 
     @property
     def fingerprint(self) -> str:

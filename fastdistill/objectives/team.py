@@ -18,7 +18,7 @@ from fastdistill.objectives.base import Needs, Objective, counting
 from fastdistill.ops import kd_ce_loss
 from fastdistill.ops.checks import check_number
 from fastdistill.ops.kd_ce_loss import Reduction
-from fastdistill.teachers.outputs import check_name, run
+from fastdistill.teachers.outputs import DRAWN, LOGITS, check_name, run
 
 
 @dataclass(frozen=True)
@@ -148,7 +148,7 @@ class SampledTeacher(Objective):
     temperature: float = 1.0
     seed: int = 0
     module: Draws = field(init=False, repr=False, compare=False)
-    on_host = "draws a teacher for each step"
+    on_host = None
 
     def __post_init__(self) -> None:
         check_number("temperature", self.temperature, above=0)
@@ -165,11 +165,22 @@ class SampledTeacher(Objective):
     def needs(self) -> Needs:
         return Needs(teachers=tuple(self.theta), only="logits", lazily=True, problem="classification", labels=True)
 
+    def decided(self, inputs: Mapping[str, Any]) -> tuple[Objective, Mapping[str, Any]]:
+        """What is left is to learn from the teacher that it draws: of those that are columns under one name."""
+        drawn = self._draw()
+        if drawn + LOGITS not in inputs:
+            return AvgKD((drawn,), self.temperature), inputs
+        stored = {name + LOGITS for name in self.theta}
+        others = {name: column for name, column in inputs.items() if name not in stored}
+        return AvgKD((DRAWN,), self.temperature), {**others, DRAWN + LOGITS: inputs[drawn + LOGITS]}
+
     def parts(self, student: Any, teacher: Any, labels: Tensor | None) -> tuple[Tensor, dict[str, Tensor]]:
-        names = tuple(self.theta)
-        drawn = names[self.module.draw(torch.tensor(list(self.theta.values()), dtype=torch.float64))]
+        drawn = self._draw()
         theirs = teacher and {name: run(one) if name == drawn else one for name, one in teacher.items()}
         return AvgKD((drawn,), self.temperature).parts(student, theirs, labels)
+
+    def _draw(self) -> str:
+        return tuple(self.theta)[self.module.draw(torch.tensor(list(self.theta.values()), dtype=torch.float64))]
 
 
 class Draws(nn.Module):

@@ -20,6 +20,10 @@ HIDDEN_STATES = "_hidden_states"
 [CLS] token's states after the embeddings and each layer, hold what it would say."""
 
 
+DRAWN = "drawn"
+"""What an objective that draws a teacher for each step calls it, where its outputs are columns."""
+
+
 def check_name(told: str, name: object) -> None:
     """Raises ValueError for what cannot be a teacher's name, with which columns begin."""
     if not isinstance(name, str) or not name.isidentifier():

@@ -19,7 +19,7 @@ from fastdistill.models.reading import load_config, reading
 from fastdistill.models.tokenizers import shared_tokens
 from fastdistill.objectives.base import ATTENTION_MASK, Objective
 from fastdistill.objectives.logits import MSE, LogitsKD, MultiLabelKD
-from fastdistill.teachers.outputs import HIDDEN_STATES, LOGITS
+from fastdistill.teachers.outputs import DRAWN, HIDDEN_STATES, LOGITS
 from fastdistill.training.sampling import columns_of
 
 TEACHER = "teacher"
@@ -291,10 +291,19 @@ def _check_vocabulary(argument: str, student: nn.Module, teacher: nn.Module, pro
 
 def nan_told(name: str, dataset: Any) -> str:
     """Where the NaN is that the teacher of this name gave."""
-    column = name + LOGITS
-    if dataset is None or not hasattr(dataset, "__len__") or column not in columns_of(dataset):
+    there = set() if dataset is None or not hasattr(dataset, "__len__") else columns_of(dataset)
+    columns = [name + LOGITS] if name + LOGITS in there else []
+    if name == DRAWN:
+        columns = sorted(column for column in there if column.endswith(LOGITS))
+    if not columns:
         return f"{argument_of(name)} gave NaN; expected numbers"
     if hasattr(dataset, "select_columns"):  # what is not looked at need not be decoded
-        dataset = dataset.with_format(None).select_columns([column])
-    rows = (row for row in range(len(dataset)) if torch.as_tensor(dataset[row][column]).isnan().any())
-    return f"train_dataset has NaN in row {next(rows, '?')} of {column!r}; expected numbers"
+        dataset = dataset.with_format(None).select_columns(columns)
+    found = (
+        (row, column)
+        for row in range(len(dataset))
+        for column in columns
+        if torch.as_tensor(dataset[row][column]).isnan().any()
+    )
+    row, column = next(found, ("?", columns[0]))
+    return f"train_dataset has NaN in row {row} of {column!r}; expected numbers"

@@ -21,9 +21,14 @@ class GraphedTrainer(PartsTrainer):
     """With ``args.cuda_graphs`` it replays forward and backward passes on CUDA, where they can be captured."""
 
     objective: Objective
+    _of_step: Objective | None = None  # the objective once the host has decided what it has to
     teachers: dict[str, nn.Module]
     _learned: list[nn.Parameter]
     _graphed: GraphedBackward | None = None
+
+    @property
+    def _current(self) -> Objective:
+        return self._of_step or self.objective
 
     @abstractmethod
     def _told(
@@ -93,7 +98,7 @@ class GraphedTrainer(PartsTrainer):
         given: dict[str, Any] = dict(self._prepare_inputs(inputs))
         items = None if num_items_in_batch is None else torch.as_tensor(num_items_in_batch, device=self.args.device)
         # an objective that a callback has changed is another
-        told = self._graphed(given, items, state=(self.current_gradient_accumulation_steps, repr(self.objective)))
+        told = self._graphed(given, items, state=(self.current_gradient_accumulation_steps, repr(self._current)))
         if told is None:
             self._graphed = self._graphed if self._graphed.step.is_on else None
             return None

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from transformers.modeling_outputs import SequenceClassifierOutput
 
+from fastdistill.objectives.base import Objective
 from fastdistill.teachers.outputs import stored_outputs
 from fastdistill.training.checks import TEACHER
 from fastdistill.training.trainer import DistillationTrainer
@@ -88,11 +89,11 @@ class SteppedTrainer(DistillationTrainer):
         losses.clear()
 
     def loss_of(
-        self, logits: Tensor, labels: Tensor, columns: Mapping[str, Tensor]
+        self, objective: Objective, logits: Tensor, columns: Mapping[str, Tensor]
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        """The objective's loss of a batch's logits, labels, all of which count, and columns that hold what teachers
-        say, who are known to say numbers; and its parts, which `count` has logged."""
-        student, needs = SequenceClassifierOutput(logits=logits), self.objective.needs
+        """The loss of a batch's logits by its objective, once decided, and columns: labels, all of which count, and
+        what teachers say, who are known to say numbers; and its parts, which `count` has logged."""
+        student, needs = SequenceClassifierOutput(logits=logits), objective.needs
         teachers = {name: stored_outputs(name, columns) for name in needs.teachers or (TEACHER,)}
         teacher = teachers if needs.teachers else teachers[TEACHER]
-        return self.objective.parts(student, teacher if needs.teacher else None, labels)
+        return objective.parts(student, teacher if needs.teacher else None, columns["labels"])

@@ -178,7 +178,7 @@ class DistillationTrainer(GraphedTrainer):
 
     def _features(self, inputs: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
         """Of a batch what is not the objective's own, and of this what the student takes."""
-        own, model = own_columns(self.objective), self.model
+        own, model = own_columns(self._current), self.model
         batch = {name: value for name, value in inputs.items() if name not in own}
         assert model is not None
         return batch, inputs_of(model, batch, others=self.teachers.values())
@@ -187,7 +187,8 @@ class DistillationTrainer(GraphedTrainer):
         self, model: nn.Module, inputs: Mapping[str, Any]
     ) -> tuple[Tensor, dict[str, Tensor], Any, Any, Tensor | None]:
         """The objective's loss and its parts, the student's and the teacher's outputs, and which rows count."""
-        labels, needs = self.head.labels(inputs), self.objective.needs
+        labels, objective = self.head.labels(inputs), self._current
+        needs = objective.needs
         batch, features = self._features(inputs)
         teacher = self.teacher_outputs(batch | needs.asked, inputs)
         student = call(model, features | needs.asked)
@@ -197,7 +198,7 @@ class DistillationTrainer(GraphedTrainer):
         if labels is None and counts is not None:
             seen.counted = counts
         columns = {name: inputs[name] for name in needs.columns}
-        loss, parts = self.objective.parts(seen, as_needed(self.objective, teacher), labels, **columns)
+        loss, parts = objective.parts(seen, as_needed(objective, teacher), labels, **columns)
         return loss, parts, student, teacher, counts
 
     def _told(
@@ -226,7 +227,7 @@ class DistillationTrainer(GraphedTrainer):
 
     def _seen(self, model: nn.Module, outputs: Any, batch: Mapping[str, Any]) -> Any:
         """A model's outputs as objectives see them."""
-        if self.objective.needs.hidden_states and not self.objective.needs.all_tokens:
+        if self._current.needs.hidden_states and not self._current.needs.all_tokens:
             outputs = used_states(model, outputs, batch)
         return self.head.aligned(outputs, batch)
 
@@ -240,8 +241,8 @@ class DistillationTrainer(GraphedTrainer):
         """What the teachers say to a batch of these features: what its columns hold of it, else the models' outputs.
 
         `TeacherOutputs`, or for several teachers a dictionary of them."""
-        names = self.objective.needs.teachers
-        if not self.objective.needs.teacher:
+        names = self._current.needs.teachers
+        if not self._current.needs.teacher:
             return None
         outputs = {}
         for name in names or (TEACHER,):
@@ -271,9 +272,13 @@ class DistillationTrainer(GraphedTrainer):
         if self._stepped:
             for parameter in self._learned:
                 parameter.grad = None
-        loss = self._replayed(model, inputs, num_items_in_batch)
-        if loss is None:
-            loss = super().training_step(model, inputs, num_items_in_batch)
+        self._of_step, inputs = self.objective.decided(inputs)  # type: ignore[assignment]
+        try:
+            loss = self._replayed(model, inputs, num_items_in_batch)
+            if loss is None:
+                loss = super().training_step(model, inputs, num_items_in_batch)
+        finally:
+            self._of_step = None
         self._stepped = self.accelerator.sync_gradients
         if self._stepped:
             for parameter in self._learned:

@@ -9,7 +9,7 @@ import numpy as np
 
 from fastdistill import CKD, DKD, MSE, PKD, DeKD, DistilBERT, LogitsKD, MultiLabelKD, TinyBERT, WeightedSum
 from fastdistill.objectives.logits import TaskLoss
-from fastdistill.objectives.team import MTBERT, AvgKD
+from fastdistill.objectives.team import MTBERT, AvgKD, SampledTeacher
 from tests import tiny
 
 
@@ -59,5 +59,8 @@ TRAININGS: dict[str, Callable[[], dict[str, Any]]] = {
         ),
     },
     "a team": lambda: {"objective": AvgKD(("a", "b")), "train_dataset": data(96, "a", "b")},
+    "a team of which one is drawn": lambda: {
+        "objective": SampledTeacher({"a": 0.4, "b": 0.6}, seed=3), "train_dataset": data(96, "a", "b")
+    },
     "a team by its labels": lambda: {"objective": MTBERT(("a", "b")), "train_dataset": data(96, "a", "b")},
 }  # fmt: skip

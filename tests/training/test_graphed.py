@@ -22,6 +22,7 @@ from fastdistill.training.graphed import GraphedBackward
 from fastdistill.training.padding import Padded, can_pad
 from tests import tiny
 from tests.rerun import Rerun
+from tests.training import graphable
 from tests.training.graphable import TRAININGS
 from tests.training.trained import bert_trainer
 
@@ -43,10 +44,9 @@ def graphs(monkeypatch: pytest.MonkeyPatch) -> Rerun:
     return rerun
 
 
-def data(rows: int = 64) -> Any:
-    """With what a teacher says; texts of few lengths."""
-    logits = np.random.default_rng(0).normal(size=(rows, 2))
-    return tiny.dataset(rows).add_column("teacher_logits", logits.tolist())
+def data(rows: int = 64, *names: str) -> Any:
+    """With what teachers say, by default one; texts of few lengths."""
+    return graphable.data(rows, *(names or ("teacher",)))
 
 
 def made(folder: Path, *, cuda_graphs: bool, **options: Any) -> Any:
@@ -123,6 +123,17 @@ def test_what_an_objective_learns_is_learned(tmp_path: Path, graphs: Rerun) -> N
     close(one, other)
     for a, b in zip(one.objective.module.parameters(), other.objective.module.parameters(), strict=True):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+    assert graphs.replayed
+
+
+def test_what_a_drawn_teacher_gives_is_told(tmp_path: Path, graphs: Rerun) -> None:
+    rows = data(64, "a", "b")
+    logits = np.asarray(rows["b_logits"])
+    logits[17, 1] = np.nan
+    rows = rows.remove_columns("b_logits").add_column("b_logits", logits.tolist())
+    objective = SampledTeacher({"a": 0.5, "b": 0.5})
+    with pytest.raises(ValueError, match="NaN in row 17 of 'b_logits'"):
+        trained(tmp_path, cuda_graphs=True, train_dataset=rows, objective=objective, args_num_train_epochs=4)
     assert graphs.replayed
 
 
@@ -236,7 +247,8 @@ def test_weights_that_are_moved_or_frozen_make_another_step() -> None:
     "objective",
     [
         LogitsKD(), MSE(), MultiLabelKD(), TaskLoss(), DKD(), PKD(), CKD(), DistilBERT(), TinyBERT(), DeKD(),
-        AvgKD(("a", "b")), MTBERT(("a",)), WeightedSum({"kd": (1, LogitsKD()), "pkd": (1, PKD())}),
+        AvgKD(("a", "b")), MTBERT(("a",)), SampledTeacher({"a": 1.0}),
+        WeightedSum({"kd": (1, LogitsKD()), "pkd": (1, PKD())}),
     ],
     ids=lambda one: type(one).__name__,
 )  # fmt: skip
@@ -246,7 +258,8 @@ def test_objectives_of_tensors_alone(objective: Objective) -> None:
 
 def test_what_an_objective_decides_on_the_host_is_told() -> None:
     sampled = SampledTeacher({"a": 0.5, "b": 0.5})
-    assert str(obstacle_to_capture(sampled, {})).endswith("draws a teacher for each step")
+    both = WeightedSum({"one": (1, sampled), "other": (1, SampledTeacher({"a": 0.2, "b": 0.8}))})
+    assert str(obstacle_to_capture(both, {})).endswith("decides something for each step by itself")
     within = WeightedSum({"kd": (1, LogitsKD()), "own": (1, lambda student, teacher, labels: student.logits.sum())})
     assert "is not known to be a function of tensors alone" in str(obstacle_to_capture(within, {}))
     assert "the epoch has chosen" in str(obstacle_to_capture(DeKD(select_per="epoch"), {}))

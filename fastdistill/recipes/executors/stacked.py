@@ -121,11 +121,12 @@ def _together(plain: PreTrainedModel, students: list[_Student], table: _Table) -
     step = _graphed(passes)
     with first_token_only(stack.model):
         while True:
-            inputs = table.batch([student.rows for student in students], 1 if step is None else MULTIPLE)
+            features, rows = table.batch([student.rows for student in students], 1 if step is None else MULTIPLE)
+            columns = [student.decide(own) for student, own in zip(students, rows, strict=True)]
             found = None
             if step is not None:
-                found = step(*inputs, state=tuple(repr(student.trainer.objective) for student in students))
-            found = passes(*inputs) if found is None else found
+                found = step(features, columns, state=tuple(repr(student.objective) for student in students))
+            found = passes(features, columns) if found is None else found
             stack.hand_on(found.gradients)
             told = zip(students, found.losses.unbind(), found.norms.unbind(), found.parts, strict=True)
             del found  # nothing holds the gradients but the weights
@@ -151,13 +152,13 @@ class _Passes:
     stack: Stack
     students: Sequence[_Student]
 
-    def __call__(self, features: dict[str, Tensor], rows: list[Tensor]) -> _Found:
-        """Of a batch of all students the inputs, and each one's rows."""
+    def __call__(self, features: dict[str, Tensor], columns: list[dict[str, Tensor]]) -> _Found:
+        """Of a batch of all students the inputs, and of each one's part what there is to learn."""
         stack, students, trainer = self.stack, self.students, self.students[0].trainer
         with trainer.accelerator.autocast():
             logits = stack(**features).logits
         logits = logits.to(torch.promote_types(logits.dtype, torch.float32)).unflatten(0, (len(students), -1))
-        told = [s.loss(*one) for s, *one in zip(students, logits.unbind(), rows, strict=True)]
+        told = [s.loss(*one) for s, *one in zip(students, logits.unbind(), columns, strict=True)]
         losses = torch.stack([loss for loss, _ in told])
         gradients, norms = stack.gradients(losses.sum(), trainer.args.max_grad_norm)
         return _Found(losses.detach(), norms, tuple(parts for _, parts in told), gradients)
@@ -174,6 +175,7 @@ class _Student:
     """One of those side by side: its trainer, the batch it is at, and what there is to learn of each example."""
 
     rows: list[int]
+    objective: Objective
 
     def __init__(self, begun: _Begun, shows_progress: bool) -> None:
         waiting = begun.waiting
@@ -205,10 +207,15 @@ class _Student:
         next(self.stage, None)
         return False
 
-    def loss(self, logits: Tensor, rows: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-        """The objective's, and its parts, of those examples."""
+    def decide(self, rows: Tensor) -> dict[str, Tensor]:
+        """What there is to learn of these examples in the next step, of which the host decides what it has to."""
         columns = {name: column[rows] for name, column in self.columns.items()}
-        return self.trainer.loss_of(logits[: len(rows)], columns.pop("labels"), columns)
+        self.objective, decided = self.trainer.objective.decided(columns)
+        return dict(decided)
+
+    def loss(self, logits: Tensor, columns: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
+        """And its parts, of the first of so many logits."""
+        return self.trainer.loss_of(self.objective, logits[: len(columns["labels"])], columns)
 
 
 class _Table:
