@@ -29,13 +29,18 @@ from transformers.utils.generic import find_labels
 
 from fastdistill.autoskd.settings import Settings
 from fastdistill.autoskd.theta import Batch, Weights, renormalize, select_teachers, target_loss, theta_gradient
+from fastdistill.cuda_graphs import GraphedStep, Graphs, graphs_on, tell
 from fastdistill.digest import digest, model_digest, tensor_pieces
 from fastdistill.files import check_file, load_tensors, save_tensors
 from fastdistill.models.first_token import first_token_only
 from fastdistill.models.vocabulary import compact_vocabulary
+from fastdistill.objectives.capturing import obstacle_to_capture
+from fastdistill.objectives.logits import TaskLoss
 from fastdistill.objectives.team import Draws
 from fastdistill.processes import rank_and_number, sums_over_processes
 from fastdistill.teachers.outputs import LOGITS
+from fastdistill.training.graphed import GraphedBackward, Told
+from fastdistill.training.padding import Padded, can_pad
 from fastdistill.training.sampling import LengthGroupedSampler
 
 if TYPE_CHECKING:
@@ -90,6 +95,7 @@ def search(
     checkpoints: int = 3,
     device: torch.device | str | None = None,
     bf16: bool = False,
+    cuda_graphs: bool = False,
     progress: bool = False,
 ) -> Found:
     """Learn theta (algorithm 1). In each step theta learns on a batch of either half of the data, then the student,
@@ -116,11 +122,12 @@ def search(
             it and ends as one that was never interrupted; one of others is written over. It stays there at the end.
         device: where it runs; by default where the student is.
         bf16: train the student under bfloat16 autocast.
+        cuda_graphs: on CUDA, replay both steps as CUDA graphs, as `fastdistill.DistillationConfig` has it.
         progress: show a bar on stderr.
 
     Raises ValueError for a dataset without a teacher's logits, for logits that are not finite or not of the student's
-    classes, for fewer teachers than two, for too few steps or too many dropped teachers, for `checkpoints` below 0, and
-    for a checkpoint that is damaged or cannot be written.
+    classes, for fewer teachers than two, for too few steps or too many dropped teachers, for `checkpoints` below 0, for
+    tokens that the student does not have, and for a checkpoint that is damaged or cannot be written.
     """
     if isinstance(checkpoints, bool) or not isinstance(checkpoints, int) or checkpoints < 0:
         raise ValueError(f"checkpoints is {checkpoints!r}; expected an integer of at least 0")
@@ -136,7 +143,10 @@ def search(
     ]
     compact = nullcontext() if tokens is None else compact_vocabulary(own, tokens)
     with compact, torch.random.fork_rng(), first_token_only(own):
-        state = _Search(own, dataset, tuple(names), settings, collate, bf16, came_from)
+        graphs = _graphs(own) if cuda_graphs else None
+        if graphs is not None and can_pad(own):
+            collate = Padded(collate, [own])
+        state = _Search(own, dataset, tuple(names), settings, collate, bf16, came_from, graphs)
         if file is not None:
             state.load(file)
         every = -(-state.steps // (checkpoints + 1))
@@ -160,6 +170,7 @@ class _Search:
         collate: Collate,
         bf16: bool,
         came_from: Sequence[str | bytes | memoryview],
+        graphs: Graphs | None = None,
     ) -> None:
         self.student, self.settings, self.names, self.collate, self.bf16 = student, settings, names, collate, bf16
         self.device: torch.device = student.device
@@ -188,6 +199,8 @@ class _Search:
             if settings.theta_optimizer == "sgd"
             else torch.optim.Adam(self.theta, settings.theta_learning_rate, weight_decay=1e-3)
         )
+        self.slope = None if graphs is None else GraphedStep(self._slope, graphs, "theta")
+        self.backward = None if graphs is None else GraphedBackward(self._loss, list(student.parameters()), [], graphs)
         self.slopes = torch.full((len(names),), torch.nan, dtype=torch.float64)  # when each was last sampled
         self.digest = digest([*came_from, *tensor_pieces({"team": self.team})])
 
@@ -213,16 +226,9 @@ class _Search:
 
     def _theta_step(self, theta: Tensor, active: list[int], train: Batch, validation: Batch) -> Tensor:
         self.student.eval()  # type: ignore[no-untyped-call]
-        gradient = theta_gradient(
-            self._forward,
-            dict(self.student.named_parameters()),
-            train,
-            validation,
-            theta[active].to(self.device),
-            look_ahead=self.settings.alpha,
-            temperature=self.settings.temperature,
-            reduce=sums_over_processes,
-        ).to("cpu", torch.float64)
+        given = theta[active].to(self.device), vars(train), vars(validation)
+        found = None if self.slope is None else self.slope(*given)
+        gradient = (self._slope(*given) if found is None else found).to("cpu", torch.float64)
         if self.settings.theta_baseline and self.settings.method == "sswo":
             self.slopes[active] = gradient
             gradient = gradient - self.slopes[theta > 0].nanmean()
@@ -237,10 +243,9 @@ class _Search:
     def _student_step(self, theta: Tensor, train: Batch) -> None:
         self.student.train()
         self.optimizer.param_groups[0]["lr"] = self.settings.rate(self.done, self.steps)
-        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16):
-            logits = self.student(**train.features).logits
-        loss = target_loss(logits, train.team, theta.to(self.device), self.settings.temperature) * train.share
-        loss.backward()
+        given = theta.to(self.device), vars(train)
+        if self.backward is None or self.backward(*given) is None:
+            self._loss(*given)[0].backward()
         if self.processes > 1:
             weights = [weight for weight in self.student.parameters() if weight.grad is not None]
             gradients = [weight.grad for weight in weights if weight.grad is not None]
@@ -253,6 +258,26 @@ class _Search:
             nn.utils.clip_grad_norm_(self.student.parameters(), self.settings.max_grad_norm)
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
+
+    def _slope(self, theta: Tensor, train: dict[str, Any], validation: dict[str, Any]) -> Tensor:
+        """Theta's gradient."""
+        return theta_gradient(
+            self._forward,
+            dict(self.student.named_parameters()),
+            Batch(**train),
+            Batch(**validation),
+            theta,
+            look_ahead=self.settings.alpha,
+            temperature=self.settings.temperature,
+            reduce=sums_over_processes,
+        )
+
+    def _loss(self, theta: Tensor, train: dict[str, Any]) -> Told:
+        """The student's."""
+        batch = Batch(**train)
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16):
+            logits = self.student(**batch.features).logits
+        return target_loss(logits, batch.team, theta, self.settings.temperature) * batch.share, {}, {}
 
     def _forward(self, weights: Weights, features: Mapping[str, Any]) -> Tensor:
         logits: Tensor = functional_call(self.student, dict(weights), kwargs=dict(features)).logits
@@ -313,6 +338,18 @@ class _Search:
                     _, place, key = name.split(".")
                     state.setdefault(int(place), {})[key] = tensor
             optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
+
+
+def _graphs(student: PreTrainedModel) -> Graphs | None:
+    """What captures its steps; a line says why they cannot be."""
+    graphs = graphs_on(student.device)
+    reason = obstacle_to_capture(TaskLoss(), {"student": student})
+    if rank_and_number()[1] > 1:
+        reason = "several processes share a step"
+    if graphs is None or reason is None:
+        return graphs
+    tell(f"search: no CUDA graphs: {reason}")
+    return None
 
 
 class _Half:

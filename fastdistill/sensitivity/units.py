@@ -116,7 +116,7 @@ def score(
     given: list[PreTrainedModel | None] = [teacher, student]
     teacher, student = whole(teacher), None if student is None else whole(student)
     device = next(teacher.parameters()).device
-    graphs = _graphs(teacher, student, chosen) if cuda_graphs else None
+    graphs = graphs_of(teacher, student, chosen) if cuda_graphs else None
     narrowed = (teacher, student) if student is None or not chosen.needs.all_tokens else ()
     with evaluating(teacher, student), first_token_only(*narrowed), unit_values(teacher) as values:
         sizes = values.units
@@ -192,7 +192,7 @@ class Passes:
         return {}
 
 
-def _graphs(teacher: PreTrainedModel, student: PreTrainedModel | None, objective: Objective) -> Graphs | None:
+def graphs_of(teacher: PreTrainedModel, student: PreTrainedModel | None, objective: Objective) -> Graphs | None:
     """What captures the passes; a line says why they cannot be."""
     graphs = graphs_on(next(teacher.parameters()).device)
     models = {"teacher": teacher} | ({} if student is None else {"student": student})

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm  # type: ignore[import-untyped]
 
+from fastdistill.cuda_graphs import GraphedStep
 from fastdistill.files import load_tensors, save_tensors
 from fastdistill.models.architectures import encoder_weights
 from fastdistill.models.first_token import first_token_only
@@ -25,6 +26,7 @@ from fastdistill.sensitivity.units import (
     check_loader,
     check_totals,
     evaluating,
+    graphs_of,
     objective_of,
     outputs_of,
     split_batch,
@@ -78,6 +80,7 @@ def score_weights(
     *,
     objective: Objective | LossFunction | None = None,
     progress: bool = True,
+    cuda_graphs: bool = False,
 ) -> WeightSensitivities:
     r"""The sensitivity :math:`E_B |w \cdot \partial L / \partial w|` of the encoder's matrices: a gate on every weight.
 
@@ -93,22 +96,17 @@ def score_weights(
     weights = list(named.values())
     totals = [[torch.zeros_like(w, dtype=torch.float32) for w in weights] for _ in range(1 if student is None else 2)]
     batches = torch.zeros(1, device=weights[0].device)
+    passes = _Passes(totals, teacher, student, weights, chosen)
+    graphs = graphs_of(teacher, student, chosen) if cuda_graphs else None
+    step = None if graphs is None else GraphedStep(passes, graphs, "score")
     narrowed = (teacher, student) if student is None or not chosen.needs.all_tokens else ()
     with evaluating(teacher, student, trained=weights), first_token_only(*narrowed):
         for batch in tqdm(loader, desc="score", disable=not progress):
             features, columns, labels, labelled = split_batch(batch, chosen, teacher, student, weights[0].device)
             if not labelled:
                 continue
-            theirs = outputs_of(teacher, features, student)
-            values = [TaskLoss()(theirs, None, labels)]
-            if student is not None:
-                with torch.no_grad():
-                    ours = outputs_of(student, features, teacher)
-                values.append(chosen(ours, theirs, labels, **columns))
-            for place, value in enumerate(values):
-                retain = place + 1 < len(values)
-                gradients = torch.autograd.grad(value, weights, retain_graph=retain, allow_unused=True)
-                accumulate_sensitivity_(totals[place], gradients, [w.detach() for w in weights])
+            if step is None or step(features, columns, labels) is None:
+                passes(features, columns, labels)
             batches += 1
     sum_over_processes(*(total for group in totals for total in group), batches)
     if not batches.item():
@@ -116,6 +114,32 @@ def score_weights(
     check_totals(torch.stack([total.sum() for group in totals for total in group]), teacher, student)
     found = [WeightScores({n: t / batches for n, t in zip(named, group, strict=True)}) for group in totals]
     return WeightSensitivities(found[0], found[1] if student is not None else None)
+
+
+@dataclass(frozen=True)
+class _Passes:
+    """The passes of one batch after another, as `fastdistill.sensitivity.units.Passes` of single weights."""
+
+    totals: list[list[Tensor]]
+    teacher: PreTrainedModel
+    student: PreTrainedModel | None
+    weights: Sequence[Tensor]
+    objective: Objective
+
+    def __call__(self, features: dict[str, Any], columns: dict[str, Tensor], labels: Tensor) -> dict[str, Tensor]:
+        with torch.enable_grad():
+            theirs = outputs_of(self.teacher, features, self.student)
+            losses = [TaskLoss()(theirs, None, labels)]
+        if self.student is not None:
+            with torch.no_grad():
+                ours = outputs_of(self.student, features, self.teacher)
+            with torch.enable_grad():
+                losses.append(self.objective(ours, theirs, labels, **columns))
+        for place, (loss, totals) in enumerate(zip(losses, self.totals, strict=True), 1):
+            retain = place < len(losses)
+            gradients = torch.autograd.grad(loss, self.weights, retain_graph=retain, allow_unused=True)
+            accumulate_sensitivity_(totals, gradients, [weight.detach() for weight in self.weights])
+        return {}
 
 
 def random_weight_scores(model: PreTrainedModel, generator: torch.Generator) -> WeightScores:

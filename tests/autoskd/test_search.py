@@ -25,7 +25,9 @@ from transformers.modeling_outputs import SequenceClassifierOutput
 from fastdistill.autoskd import search as autoskd
 from fastdistill.autoskd.search import Found
 from fastdistill.autoskd.settings import METHODS, Settings
+from fastdistill.training import padding
 from tests import searches, tiny
+from tests.rerun import Rerun
 from tests.searches import NAMES, SETTINGS, N, data, search
 
 EXACT = {"rtol": 0.0, "atol": 0.0}
@@ -177,6 +179,24 @@ def test_a_cut_off_search_goes_on_and_ends_the_same(
     file.write_bytes(b"x")
     with pytest.raises(ValueError, match="damaged"):
         search(settings, checkpoint=file)
+
+
+@pytest.mark.parametrize("method, order", [*itertools.product(METHODS, (1, 2))])
+def test_by_graphs(
+    method: Any, order: int, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Of the same numbers of dropout: batches as long as without graphs. By plain descent, as Adam makes steps of
+    gradients that are nothing but rounding."""
+    graphs = Rerun()
+    monkeypatch.setattr(autoskd, "graphs_on", lambda device: graphs)
+    monkeypatch.setattr(padding, "MULTIPLE", 1)
+    settings = replace(SETTINGS, method=method, order=order, epochs=12, optimizer="sgd", learning_rate=0.05)
+    whole = search(settings)
+    assert not graphs.replayed
+    found = search(settings, cuda_graphs=True)
+    assert graphs.replayed >= 8
+    assert "no CUDA graphs" not in capsys.readouterr().err
+    torch.testing.assert_close(found.theta, whole.theta, rtol=1e-4, atol=1e-6)
 
 
 @pytest.mark.parametrize("method, order", [*itertools.product(METHODS, (1, 2))])

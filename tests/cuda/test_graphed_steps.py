@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import inspect
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ from transformers import TrainerCallback, masking_utils, set_seed
 import fastdistill
 from fastdistill import PKD, LogitsKD, WeightedSum, cuda_graphs
 from fastdistill.cuda_graphs import AFTER, CudaGraphs, GraphedStep
-from tests import tiny
+from tests import searches, tiny
 from tests.training.graphable import TRAININGS, data
 from tests.training.trained import bert_trainer
 
@@ -141,6 +142,30 @@ def test_scores_are_those_without(replays: list[int], dtype: torch.dtype, classe
         for a, b in zip([*one.heads, *one.neurons], [*other.heads, *other.neurons], strict=True):
             scale = float(b.abs().max())
             torch.testing.assert_close(a, b, rtol=0, atol=(1e-5 if dtype == torch.float32 else 5e-2) * scale)
+
+
+@pytest.mark.parametrize("method, order", [("sswo", 2), ("cr", 2), ("cr", 1)])
+def test_a_search_is_that_without(replays: list[int], method: Any, order: int) -> None:
+    student = tiny.bert(layers=1, dropout=0.0)
+    settings = replace(searches.SETTINGS, method=method, order=order, epochs=12, optimizer="sgd", learning_rate=0.05)
+    plain = searches.search(settings, student, device=DEVICE)
+    assert not replays
+    found = searches.search(settings, student, device=DEVICE, cuda_graphs=True)
+    assert len(replays) >= 8
+    torch.testing.assert_close(found.theta, plain.theta, rtol=1e-3, atol=1e-5)
+
+
+@pytest.mark.parametrize("hidden", [False, True])
+def test_scores_of_weights_are_those_without(replays: list[int], hidden: bool) -> None:
+    teacher, student = (tiny.bert(seed, layers=layers).to(DEVICE) for seed, layers in ((0, 3), (1, 2)))
+    loader, objective = tiny.batches((1,) * 8, 2), PKD("last") if hidden else None
+    plain = fastdistill.score_weights(teacher, loader, student, objective=objective, progress=False)
+    found = fastdistill.score_weights(teacher, loader, student, objective=objective, progress=False, cuda_graphs=True)
+    assert len(replays) == 5
+    for one, other in ((found.expressiveness, plain.expressiveness), (found.friendliness, plain.friendliness)):
+        assert one is not None
+        assert other is not None
+        torch.testing.assert_close(one.matrices, other.matrices, rtol=1e-3, atol=1e-5)
 
 
 def test_a_step_waits_for_nothing(tmp_path: Path, replays: list[int]) -> None:

@@ -30,4 +30,6 @@ def test_what_is_asked_for_reaches_training_and_scores(
     kept.train(training())
     trained = graphs.replayed
     kept.score(Scoring(name="scores", teacher=tiny.bert(layers=1)))
-    assert (trained > 0) == (graphs.replayed > trained) == (not flags)
+    scored = graphs.replayed
+    kept.score(Scoring(name="weights", teacher=tiny.bert(layers=1), of_weights=True))
+    assert (trained > 0) == (scored > trained) == (graphs.replayed > scored) == (not flags)

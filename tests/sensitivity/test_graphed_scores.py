@@ -38,6 +38,21 @@ def test_scores_by_graphs_are_those_without(
             torch.testing.assert_close(a, b, rtol=1e-6, atol=0)
 
 
+@pytest.mark.parametrize("objective", OBJECTIVES)
+def test_scores_of_weights_by_graphs_are_those_without(monkeypatch: pytest.MonkeyPatch, objective: str) -> None:
+    graphs = Rerun()
+    monkeypatch.setattr(units, "graphs_on", lambda device: graphs)
+    teacher, student = pair(2)
+    data = batches((1,) * 6, 2)
+    options: dict[str, Any] = {"objective": OBJECTIVES[objective], "progress": False}
+    plain = fastdistill.score_weights(teacher, data, student, **options)
+    assert not graphs.warmed
+    found = fastdistill.score_weights(teacher, data, student, cuda_graphs=True, **options)
+    assert (graphs.captured, graphs.replayed) == (1, 3)
+    for one, other in ((found.expressiveness, plain.expressiveness), (found.friendliness, plain.friendliness)):
+        torch.testing.assert_close(one.matrices, other.matrices, rtol=1e-5, atol=1e-9)
+
+
 def test_a_capture_that_breaks_counts_its_batch_once(monkeypatch: pytest.MonkeyPatch) -> None:
     teacher, student = pair()
     data = batches((4,) * 5)

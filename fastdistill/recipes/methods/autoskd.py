@@ -262,6 +262,7 @@ class _Run:
                 checkpoints=stages.checkpoints,
                 device=PartialState().device,
                 bf16=stages.bf16,
+                cuda_graphs=stages.cuda_graphs,
                 progress=PartialState().is_main_process,
             )
             return lambda: found.save(folder / "theta.safetensors")
