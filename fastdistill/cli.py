@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import gc
 import os
 import sys
 from collections.abc import Callable, Sequence
@@ -57,7 +58,12 @@ def _doctor() -> int:
 
 
 def _recipe(settings: type[RecipeSettings], asked: argparse.Namespace) -> None:
-    getattr(recipes, asked.command)(from_arguments(settings, asked)).show()
+    recipe = getattr(recipes, asked.command)
+    gc.freeze()  # each training collects garbage, and would go through all that was just imported: .25 s
+    try:
+        recipe(from_arguments(settings, asked)).show()
+    finally:
+        gc.unfreeze()  # else Triton's module says at the end that it leaks
 
 
 def _export(asked: argparse.Namespace) -> None:
