@@ -2,19 +2,32 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
-from transformers import TrainerCallback, TrainerState
+from transformers import EvalPrediction, TrainerCallback, TrainerState
 
 from fastdistill.files import load_tensors, save_tensors
 from fastdistill.recipes.folder import UNFINISHED
 from fastdistill.training.trainer import DistillationTrainer
 
 Log = Sequence[Mapping[str, float]]
+
+
+class Noted:
+    """Metrics that keep what they were last computed of."""
+
+    evaluated: EvalPrediction
+
+    def __init__(self, compute: Callable[[EvalPrediction], dict[str, float]]) -> None:
+        self.compute = compute
+
+    def __call__(self, evaluated: EvalPrediction) -> dict[str, float]:
+        self.evaluated = evaluated
+        return self.compute(evaluated)
 
 
 class BestEpoch(TrainerCallback):
@@ -24,10 +37,14 @@ class BestEpoch(TrainerCallback):
     had not been.
 
     Args:
+        trainer: its compute_metrics are `Noted`.
         metric: of the evaluations; of equal ones that of the lowest loss is better.
         best: by the "metric", or by the "loss" alone.
         patience: epochs without a better one, after which it ends; None for none.
     """
+
+    said: EvalPrediction | None = None
+    """The model's outputs in the best epoch's evaluation; None where a run that was cut off had that."""
 
     def __init__(
         self,
@@ -96,6 +113,9 @@ class BestEpoch(TrainerCallback):
 
     def on_evaluate(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         best = self.best(state.log_history)
+        if best["step"] == state.global_step:
+            metrics: Any = self.trainer.compute_metrics
+            self.said = metrics.evaluated
         if best["step"] == state.global_step < state.max_steps:
             self._save(best)
 

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 @dataclass(frozen=True)
 class Examples:
     """Columns are the models' inputs and `labels`; of text also `length`. What the best is selected by is `validation`,
-    and results are of `report`."""
+    and results are of `report`, which may be the same one: a model is then asked once."""
 
     task: Task
     train: Dataset
@@ -61,7 +61,7 @@ def of_text(data: Splits, tokenizer: PreTrainedTokenizerBase, max_length: int | 
 
     train = tokenize(data.train, tokenizer, data.task, max_length)
     mismatched = None if data.mismatched is None else by_length(data.mismatched)
-    evaluated = (by_length(data.select), by_length(data.report))
+    evaluated = _both(data, by_length)
     return Examples(data.task, train, *evaluated, DataCollatorWithPadding(tokenizer), tokenizer, mismatched)
 
 
@@ -74,13 +74,19 @@ def of_aspects(data: Splits, tokenizer: PreTrainedTokenizerFast, parser: Parser 
 
     train = measured(data.train, tokenizer, parser)
     mismatched = None if data.mismatched is None else by_length(data.mismatched)
-    evaluated = (by_length(data.select), by_length(data.report))
+    evaluated = _both(data, by_length)
     return Examples(data.task, train, *evaluated, AspectCollator(), tokenizer, mismatched)
 
 
 def of_images(data: Splits, *, augment: bool = False) -> Examples:
     """All of the first training image's size; with `augment` they are cropped and mirrored at random in training."""
     size = size_of(data.train)
-    train, validation, report = (pixels(split, size) for split in (data.train, data.select, data.report))
+    validation, report = _both(data, partial(pixels, size=size))
     augmented = partial(Augmented, size=size) if augment else None
-    return Examples(data.task, train, validation, report, ImageCollator(size), augment=augmented)
+    return Examples(data.task, pixels(data.train, size), validation, report, ImageCollator(size), augment=augmented)
+
+
+def _both(data: Splits, made: Callable[[Dataset], Dataset]) -> tuple[Dataset, Dataset]:
+    """What is made of that which selects, and of that which is reported: one, where they are one."""
+    validation = made(data.select)
+    return validation, validation if data.report is data.select else made(data.report)

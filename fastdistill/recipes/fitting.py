@@ -24,7 +24,7 @@ from fastdistill.models.first_token import first_token_only
 from fastdistill.models.vocabulary import can_compact, compact_vocabulary
 from fastdistill.objectives.metakd import MetaKD
 from fastdistill.objectives.selection import EXAMPLE
-from fastdistill.recipes.best import BestEpoch
+from fastdistill.recipes.best import BestEpoch, Noted
 from fastdistill.recipes.examples import Examples
 from fastdistill.recipes.optimization import Optimization
 from fastdistill.recipes.training import Teacher, Training
@@ -130,7 +130,11 @@ def fit(
         log = trainer.state.log_history
         best.restore(log)
         chosen = best.best(log)
-        reported: Any = trainer.predict(examples.report)
+        reported: Any = best.said
+        loss = chosen["eval_loss"]
+        if reported is None or examples.report is not examples.validation:
+            reported = trainer.predict(examples.report)
+            loss = reported.metrics["test_loss"]
         mismatched: dict[str, float] = {}
         if examples.mismatched is not None:
             mismatched = trainer.predict(examples.mismatched, metric_key_prefix="mismatched").metrics or {}
@@ -142,7 +146,7 @@ def fit(
         speed=next((entry["train_samples_per_second"] for entry in log if "train_samples_per_second" in entry), None),
         outputs=reported.predictions.reshape(len(examples.report), -1),
         labels=reported.label_ids,
-        loss=reported.metrics["test_loss"],
+        loss=loss,
         mismatched={name: value for name, value in mismatched.items() if name == f"mismatched_{metric}"},
     )
 
@@ -173,7 +177,7 @@ def _trainer_of(
         eval_dataset=examples.validation,
         processing_class=examples.tokenizer,
         data_collator=examples.collate,
-        compute_metrics=compute_metrics(examples.task),
+        compute_metrics=Noted(compute_metrics(examples.task)),
         callbacks=list(callbacks),
     )
     if isinstance(shown, Augmented):

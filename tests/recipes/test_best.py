@@ -6,6 +6,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -18,7 +19,9 @@ from fastdistill.recipes.examples import Examples
 from fastdistill.recipes.predictions import PREDICTIONS, load_predictions
 from fastdistill.recipes.stages import Stages
 from fastdistill.recipes.training import Trained, Training
+from fastdistill.training.trainer import DistillationTrainer
 from tests import tiny
+from tests.records import without_times
 
 
 def stages(output: Path, **options: Any) -> Stages:
@@ -63,6 +66,24 @@ def test_the_best_epoch_counts(tmp_path: Path, best: Any) -> None:
     assert kept_labels.tolist() == labels.tolist()
     torch.testing.assert_close(torch.from_numpy(outputs), logits, rtol=1e-4, atol=1e-5)
     assert not list(tmp_path.rglob("unfinished*"))
+
+
+@pytest.mark.parametrize("epochs", [0, 4])
+def test_what_selects_and_is_reported_is_asked_once(
+    tmp_path: Path, epochs: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    kept = stages(tmp_path / "apart")
+    apart = replace(kept.examples, report=tiny.dataset(24, 2))
+    once = replace(kept, examples=replace(apart, report=apart.validation), output=tmp_path / "once", data="")
+    expected = replace(kept, examples=apart, data="").train(training(epochs=epochs))
+    monkeypatch.setattr(DistillationTrainer, "predict", None)
+    found = once.train(training(epochs=epochs))
+    for trained in (found, expected):
+        trained.result.pop("stage")
+    assert without_times(found.result) == without_times(expected.result)
+    said = [load_predictions(tmp_path / name / "student" / PREDICTIONS) for name in ("apart", "once")]
+    for one, other in zip(*said, strict=True):
+        np.testing.assert_array_equal(one, other)
 
 
 def test_the_metric_of_mismatched_examples_is_told_beside(tmp_path: Path) -> None:
