@@ -83,14 +83,14 @@ class Scoring:
             batch_size = 1  # a batch's gradient is then an example's
         data = data.select([row for row in range(len(data)) if row // batch_size % number == processes.process_index])
         models = [model for model in (self.teacher, self.student) if model is not None]
-        if cuda_graphs and not self.dynabert and graphs_on(processes.device) and all(map(can_pad, models)):
+        if cuda_graphs and graphs_on(processes.device) and all(map(can_pad, models)):
             collate = Padded(collate, models)
         loader = DataLoader(data.remove_columns("length"), batch_size, collate_fn=collate)
-        progress = processes.is_main_process
-        options: dict[str, Any] = {"objective": self.objective, "progress": progress, "cuda_graphs": cuda_graphs}
+        options: dict[str, Any] = {"progress": processes.is_main_process, "cuda_graphs": cuda_graphs}
         with _moved(processes.device, self.teacher, self.student):
             if self.dynabert:
-                return Sensitivities(importance(self.teacher, loader, progress=progress), None)
+                return Sensitivities(importance(self.teacher, loader, **options), None)
+            options["objective"] = self.objective
             if self.of_weights:
                 return score_weights(self.teacher, loader, self.student, **options)
             options |= {"reduce": self.reduce, "checkpoint": checkpoint}

@@ -10,19 +10,34 @@ from torch import Tensor
 from tqdm.auto import tqdm  # type: ignore[import-untyped]
 from transformers.pytorch_utils import Conv1D
 
+from fastdistill.cuda_graphs import GraphedStep
 from fastdistill.models.architectures import Block, blocks
 from fastdistill.models.first_token import first_token_only
 from fastdistill.models.hooks import refuse_peft
 from fastdistill.models.scores import Scores
 from fastdistill.objectives.logits import TaskLoss
 from fastdistill.processes import sum_over_processes
-from fastdistill.sensitivity.units import check_loader, check_totals, evaluating, objective_of, outputs_of, split_batch
+from fastdistill.sensitivity.units import (
+    check_loader,
+    check_totals,
+    evaluating,
+    graphs_of,
+    objective_of,
+    outputs_of,
+    split_batch,
+)
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 
-def importance(model: PreTrainedModel, loader: Iterable[Mapping[str, Any]], *, progress: bool = True) -> Scores:
+def importance(
+    model: PreTrainedModel,
+    loader: Iterable[Mapping[str, Any]],
+    *,
+    progress: bool = True,
+    cuda_graphs: bool = False,
+) -> Scores:
     r"""The first-order estimate of how the loss changes without a unit, by its weights (DynaBERT, Hou et al. 2020,
     section 2.1).
 
@@ -48,15 +63,23 @@ def importance(model: PreTrainedModel, loader: Iterable[Mapping[str, Any]], *, p
     device = weights[0].device
     sizes = [size for block in layers for size in (block.heads, block.neurons)]
     totals, batches = torch.zeros(sum(sizes), device=device), torch.zeros(1, device=device)
+
+    def passes(features: dict[str, Any], labels: Tensor) -> dict[str, Tensor]:
+        with torch.enable_grad():
+            loss = TaskLoss()(outputs_of(model, features, None), None, labels)
+        gradients = torch.autograd.grad(loss, weights, materialize_grads=True)
+        given = dict(zip(modules, map(_products, modules, gradients), strict=True))
+        totals.add_(torch.cat([_of_units(block, given) for block in layers]).abs())
+        return {}
+
+    graphs = graphs_of(model, None, objective) if cuda_graphs else None
+    step = None if graphs is None else GraphedStep(passes, graphs, "importance")
     with evaluating(model, trained=weights), first_token_only(model):
         for batch in tqdm(loader, desc="importance", disable=not progress):
             features, _, labels, labelled = split_batch(batch, objective, model, None, device)
             if labelled:
-                with torch.enable_grad():
-                    loss = TaskLoss()(outputs_of(model, features, None), None, labels)
-                gradients = torch.autograd.grad(loss, weights, materialize_grads=True)
-                given = dict(zip(modules, map(_products, modules, gradients), strict=True))
-                totals += torch.cat([_of_units(block, given) for block in layers]).abs()
+                if step is None or step(features, labels) is None:
+                    passes(features, labels)
                 batches += 1
     sum_over_processes(totals, batches)
     if not batches.item():
@@ -74,8 +97,8 @@ def _products(module: Any, gradient: Tensor) -> Tensor:
 
 def _of_units(block: Block, products: Mapping[Any, Tensor]) -> Tensor:
     """The sums of a layer's heads, then neurons."""
-    heads = products[block.head_out].sum(0).view(block.heads, -1).sum(1) if block.heads else torch.empty(0)
     neurons = products[block.neuron_out].sum(0)
+    heads = products[block.head_out].sum(0).view(block.heads, -1).sum(1) if block.heads else neurons.new_empty(0)
     for module in block.neuron_in:
         neurons = neurons + products[module].sum(1).view(block.names.neuron_parts, -1).sum(0)
     return torch.cat([heads.to(neurons.device), neurons])

@@ -18,6 +18,7 @@ from transformers import TrainerCallback, masking_utils, set_seed
 import fastdistill
 from fastdistill import PKD, LogitsKD, WeightedSum, cuda_graphs
 from fastdistill.cuda_graphs import AFTER, CudaGraphs, GraphedStep
+from fastdistill.sensitivity.importance import importance
 from tests import searches, tiny
 from tests.training.graphable import TRAININGS, data
 from tests.training.trained import bert_trainer
@@ -166,6 +167,15 @@ def test_scores_of_weights_are_those_without(replays: list[int], hidden: bool) -
         assert one is not None
         assert other is not None
         torch.testing.assert_close(one.matrices, other.matrices, rtol=1e-3, atol=1e-5)
+
+
+def test_importance_is_that_without(replays: list[int]) -> None:
+    model, loader = tiny.bert(layers=2).to(DEVICE), tiny.batches((4,) * 6)
+    plain = importance(model, loader, progress=False)
+    found = importance(model, loader, progress=False, cuda_graphs=True)
+    assert len(replays) == 3
+    for one, other in zip([*found.heads, *found.neurons], [*plain.heads, *plain.neurons], strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-3, atol=1e-6)
 
 
 def test_a_step_waits_for_nothing(tmp_path: Path, replays: list[int]) -> None:

@@ -8,6 +8,7 @@ import torch
 import fastdistill
 from fastdistill import PKD, LogitsKD, WeightedSum, cuda_graphs
 from fastdistill.sensitivity import units
+from fastdistill.sensitivity.importance import importance
 from tests.rerun import Rerun
 from tests.tiny import batches, pair
 
@@ -51,6 +52,18 @@ def test_scores_of_weights_by_graphs_are_those_without(monkeypatch: pytest.Monke
     assert (graphs.captured, graphs.replayed) == (1, 3)
     for one, other in ((found.expressiveness, plain.expressiveness), (found.friendliness, plain.friendliness)):
         torch.testing.assert_close(one.matrices, other.matrices, rtol=1e-5, atol=1e-9)
+
+
+def test_importance_by_graphs_is_that_without(monkeypatch: pytest.MonkeyPatch) -> None:
+    graphs = Rerun()
+    monkeypatch.setattr(units, "graphs_on", lambda device: graphs)
+    teacher, _ = pair(2)
+    data = batches((4, 4, 3, 4, 4, 3), 2)
+    plain = importance(teacher, data, progress=False)
+    found = importance(teacher, data, progress=False, cuda_graphs=True)
+    assert (graphs.captured, graphs.replayed) == (1, 1)
+    for one, other in zip([*found.heads, *found.neurons], [*plain.heads, *plain.neurons], strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-5, atol=0)
 
 
 def test_a_capture_that_breaks_counts_its_batch_once(monkeypatch: pytest.MonkeyPatch) -> None:
