@@ -188,7 +188,7 @@ class _Search:
         uniform = torch.full((len(names),), 1 / len(names), dtype=torch.float64)
         self.theta = [weight.clone().requires_grad_() for weight in uniform]  # apart: a step moves one and no other
         self.history, self.drawn = [uniform], list[int]()
-        weights, decay = self.student.parameters(), settings.weight_decay
+        weights, decay = list(self.student.parameters()), settings.weight_decay
         self.optimizer: torch.optim.Optimizer = (
             torch.optim.SGD(weights, settings.learning_rate, settings.momentum, weight_decay=decay)
             if settings.optimizer == "sgd"
@@ -199,8 +199,8 @@ class _Search:
             if settings.theta_optimizer == "sgd"
             else torch.optim.Adam(self.theta, settings.theta_learning_rate, weight_decay=1e-3)
         )
-        self.slope = None if graphs is None else GraphedStep(self._slope, graphs, "theta")
-        self.backward = None if graphs is None else GraphedBackward(self._loss, list(student.parameters()), [], graphs)
+        self.slope = None if graphs is None else GraphedStep(self._slope, graphs, "search")
+        self.backward = None if graphs is None else GraphedBackward(self._loss, weights, [], graphs, "search")
         self.slopes = torch.full((len(names),), torch.nan, dtype=torch.float64)  # when each was last sampled
         self.digest = digest([*came_from, *tensor_pieces({"team": self.team})])
 
@@ -246,6 +246,8 @@ class _Search:
         given = theta.to(self.device), vars(train)
         if self.backward is None or self.backward(*given) is None:
             self._loss(*given)[0].backward()
+        if self.backward is not None and not self.backward.step.is_on:
+            self.backward = None  # with its buffers
         if self.processes > 1:
             weights = [weight for weight in self.student.parameters() if weight.grad is not None]
             gradients = [weight.grad for weight in weights if weight.grad is not None]

@@ -135,9 +135,11 @@ class _Passes:
                 ours = outputs_of(self.student, features, self.teacher)
             with torch.enable_grad():
                 losses.append(self.objective(ours, theirs, labels, **columns))
-        for place, (loss, totals) in enumerate(zip(losses, self.totals, strict=True), 1):
-            retain = place < len(losses)
-            gradients = torch.autograd.grad(loss, self.weights, retain_graph=retain, allow_unused=True)
+        last, found = len(losses) - 1, []
+        for place, loss in enumerate(losses):
+            retain = place < last
+            found.append(torch.autograd.grad(loss, self.weights, retain_graph=retain, allow_unused=True))
+        for totals, gradients in zip(self.totals, found, strict=True):  # all or none: who calls may have to begin again
             accumulate_sensitivity_(totals, gradients, [weight.detach() for weight in self.weights])
         return {}
 

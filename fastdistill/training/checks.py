@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -289,12 +289,10 @@ def _check_vocabulary(argument: str, student: nn.Module, teacher: nn.Module, pro
         )
 
 
-def nan_told(name: str, dataset: Any) -> str:
-    """Where the NaN is that the teacher of this name gave."""
+def nan_told(name: str, team: Sequence[str], dataset: Any) -> str:
+    """Where the NaN is that the teacher of this name gave: of one that was drawn, in which of the team."""
     there = set() if dataset is None or not hasattr(dataset, "__len__") else columns_of(dataset)
-    columns = [name + LOGITS] if name + LOGITS in there else []
-    if name == DRAWN:
-        columns = sorted(column for column in there if column.endswith(LOGITS))
+    columns = [one + LOGITS for one in (team if name == DRAWN else [name]) if one + LOGITS in there]
     if not columns:
         return f"{argument_of(name)} gave NaN; expected numbers"
     if hasattr(dataset, "select_columns"):  # what is not looked at need not be decoded

@@ -27,14 +27,20 @@ class GraphedBackward:
         others: of models that are run, too. Where any of these or of the weights lies elsewhere than before, or begins
             or ceases to learn, a step is another.
         graphs: capture it.
+        name: what a line on stderr calls it.
     """
 
     def __init__(
-        self, loss_of: Callable[..., Told], weights: Sequence[nn.Parameter], others: Iterable[Tensor], graphs: Graphs
+        self,
+        loss_of: Callable[..., Told],
+        weights: Sequence[nn.Parameter],
+        others: Iterable[Tensor],
+        graphs: Graphs,
+        name: str = "training",
     ) -> None:
         self.loss_of, self.weights, self.others = loss_of, weights, list(others)
         self.buffers: list[Tensor | None] = [None for _ in weights]
-        self.step = GraphedStep(self._run, graphs, "training")
+        self.step = GraphedStep(self._run, graphs, name)
 
     def __call__(self, *inputs: Any, state: Hashable = ()) -> Told | None:
         """None where the caller is to compute it: see `GraphedStep`."""

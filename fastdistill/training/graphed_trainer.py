@@ -20,7 +20,6 @@ from fastdistill.training.parts import PartsTrainer
 class GraphedTrainer(PartsTrainer):
     """With ``args.cuda_graphs`` it replays forward and backward passes on CUDA, where they can be captured."""
 
-    objective: Objective
     _of_step: Objective | None = None  # the objective once the host has decided what it has to
     teachers: dict[str, nn.Module]
     _learned: list[nn.Parameter]

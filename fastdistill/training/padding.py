@@ -27,7 +27,7 @@ class Padded:
 
     def __init__(self, collate: Any, models: Iterable[Any]) -> None:
         self.collate, self.models = collate, list(models)
-        self.fill = {"input_ids": self.models[0].config.pad_token_id or 0, "attention_mask": 0, "token_type_ids": 0}
+        self.fill = {"input_ids": self.models[0].config.pad_token_id, "attention_mask": 0, "token_type_ids": 0}
 
     def __call__(self, examples: Any) -> Any:
         batch = self.collate(examples)
@@ -41,7 +41,10 @@ class Padded:
         fits = room and all(name in self.fill and batch[name].shape == mask.shape for name in taken)
         if not more or not fits:
             return batch
-        return {**batch, **{name: F.pad(batch[name], (0, more), value=self.fill[name]) for name in taken}}
+        fill = dict(self.fill)
+        if fill["input_ids"] is None:  # any token will do that the model has: it may be without some
+            fill["input_ids"] = int(batch["input_ids"][0, 0])
+        return {**batch, **{name: F.pad(batch[name], (0, more), value=fill[name]) for name in taken}}
 
 
 def can_pad(model: Any) -> bool:

@@ -9,6 +9,7 @@ import torch
 from accelerate.utils import gather_object  # type: ignore[import-untyped]
 from torch import Tensor, nn
 
+from fastdistill.objectives.base import Objective
 from fastdistill.training.checks import TEACHER, nan_told
 from fastdistill.training.graphed import Told
 from fastdistill.training.resumable import ResumableTrainer
@@ -16,6 +17,8 @@ from fastdistill.training.resumable import ResumableTrainer
 
 class PartsTrainer(ResumableTrainer):
     """Notes on the device what steps tell, and looks at it when Trainer logs or saves."""
+
+    objective: Objective
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -60,7 +63,7 @@ class PartsTrainer(ResumableTrainer):
         found = gather_object([name for name, is_nan in self._nan.items() if is_nan])
         self._nan = {}
         if found:
-            raise ValueError(nan_told(min(found), self.train_dataset))
+            raise ValueError(nan_told(min(found), self.objective.needs.teachers, self.train_dataset))
 
 
 def nan_of(teacher: Any, loss: Tensor) -> dict[str, Tensor]:

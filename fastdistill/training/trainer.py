@@ -178,7 +178,7 @@ class DistillationTrainer(GraphedTrainer):
 
     def _features(self, inputs: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
         """Of a batch what is not the objective's own, and of this what the student takes."""
-        own, model = own_columns(self._current), self.model
+        own, model = {*own_columns(self.objective), *own_columns(self._current)}, self.model
         batch = {name: value for name, value in inputs.items() if name not in own}
         assert model is not None
         return batch, inputs_of(model, batch, others=self.teachers.values())

@@ -76,6 +76,33 @@ def test_a_capture_that_breaks_counts_its_batch_once(monkeypatch: pytest.MonkeyP
         torch.testing.assert_close(a, b, rtol=1e-6, atol=0)
 
 
+@pytest.mark.parametrize("calls", [1, 2])
+def test_passes_that_fail_half_way_count_their_batch_once(monkeypatch: pytest.MonkeyPatch, calls: int) -> None:
+    """Where memory runs out in so many backward passes of the run before a capture, the batch runs without graphs."""
+    teacher, student = pair()
+    data = batches((4,) * 5)
+    plain = fastdistill.score_weights(teacher, data, student, progress=False)
+    grad, left = torch.autograd.grad, [calls]
+
+    class Failing(Rerun):
+        def warm_up(self, run: Any) -> Any:
+            def failing(*args: Any, **options: Any) -> Any:
+                left[0] -= 1
+                if not left[0]:
+                    raise torch.OutOfMemoryError("no memory")
+                return grad(*args, **options)
+
+            with pytest.MonkeyPatch.context() as patch:
+                patch.setattr(torch.autograd, "grad", failing)
+                return super().warm_up(run)
+
+    monkeypatch.setattr(units, "graphs_on", lambda device: Failing())
+    found = fastdistill.score_weights(teacher, data, student, progress=False, cuda_graphs=True)
+    assert left == [0]
+    for one, other in ((found.expressiveness, plain.expressiveness), (found.friendliness, plain.friendliness)):
+        torch.testing.assert_close(one.matrices, other.matrices, rtol=0, atol=0)
+
+
 def test_what_no_graph_can_score_is_told(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     cuda_graphs.tell.cache_clear()
     graphs = Rerun()

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import DataCollatorWithPadding
 
 from fastdistill import DistillationTrainer, WeightedSum
@@ -16,6 +18,7 @@ from fastdistill.objectives.logits import TaskLoss
 from fastdistill.objectives.team import MTBERT, AvgKD, SampledTeacher
 from fastdistill.teachers.team import TeacherTeam
 from tests import tiny
+from tests.training.trained import bert_trainer
 
 EXACT = {"rtol": 0.0, "atol": 0.0}
 NAMES = ("small", "wide", "deep")
@@ -184,6 +187,33 @@ def test_mtbert(temperature: float) -> None:
     torch.testing.assert_close(loss, expected)
     gradients = [torch.autograd.grad(one, student.logits)[0] for one in (loss, expected)]
     torch.testing.assert_close(*gradients)
+
+
+class Strict(nn.Module):
+    """Takes what it names, and no more."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = tiny.bert(1, dropout=0.0)
+        self.config = self.inner.config
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Any:
+        return self.inner(input_ids=input_ids, attention_mask=attention_mask)
+
+
+@pytest.mark.parametrize("models", [("a",), ("a", "b"), ()])
+def test_a_student_sees_no_teachers_columns(tmp_path: Path, models: tuple[str, ...]) -> None:
+    """Whichever teacher is drawn."""
+    data = tiny.dataset(24)
+    for name in {"a", "b"} - set(models):
+        data = data.add_column(f"{name}_logits", [[1.0, 0.0]] * 24)
+        data = data.add_column(f"{name}_hidden_states", np.zeros((24, 3, 16)).tolist())
+    teachers = {name: tiny.bert(2) for name in models} or None
+    objective = SampledTeacher({"a": 0.5, "b": 0.5}, seed=1)
+    t = bert_trainer(
+        tmp_path, Strict(), teacher_model=teachers, objective=objective, train_dataset=data, args_max_steps=6
+    )
+    assert math.isfinite(t.train().training_loss)
 
 
 @pytest.mark.parametrize("make", [AvgKD, MTBERT, lambda names: SampledTeacher({names[0]: 1.0})])

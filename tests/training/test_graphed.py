@@ -131,6 +131,7 @@ def test_what_a_drawn_teacher_gives_is_told(tmp_path: Path, graphs: Rerun) -> No
     logits = np.asarray(rows["b_logits"])
     logits[17, 1] = np.nan
     rows = rows.remove_columns("b_logits").add_column("b_logits", logits.tolist())
+    rows = rows.add_column("other_logits", [[float("nan")]] * 64)
     objective = SampledTeacher({"a": 0.5, "b": 0.5})
     with pytest.raises(ValueError, match="NaN in row 17 of 'b_logits'"):
         trained(tmp_path, cuda_graphs=True, train_dataset=rows, objective=objective, args_num_train_epochs=4)
@@ -381,4 +382,7 @@ def test_what_is_not_padded() -> None:
     ):
         assert Padded(lambda rows, given=given: given, [model])([]) is given
     assert Padded(lambda rows: batch(3), [model])([])["input_ids"].shape == (2, 8)
+    model.config.pad_token_id = None  # it may not have the embedding of token 0
+    ids = {"input_ids": torch.tensor([[7, 9, 9]] * 2)}
+    assert Padded(lambda rows: batch(3) | ids, [model])([])["input_ids"].unique().tolist() == [7, 9]
     assert not can_pad(nn.Linear(2, 2))
