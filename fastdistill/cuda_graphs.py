@@ -214,9 +214,29 @@ def as_if_captured() -> Iterator[None]:
         import_utils.is_cuda_stream_capturing = capturing
 
 
-def graphs_on(device: torch.device) -> Graphs | None:
-    """What captures there; None where there are no CUDA graphs."""
+def graphs_on(device: torch.device, name: str = "", obstacle: Callable[[], str | None] = lambda: None) -> Graphs | None:
+    """What captures there; None where there are no CUDA graphs, or for an obstacle, which a line of that name tells."""
+    graphs = capturing(device)
+    if graphs is None or (reason := obstacle()) is None:
+        return graphs
+    tell(f"{name}: no CUDA graphs: {reason}")
+    return None
+
+
+def capturing(device: torch.device) -> Graphs | None:
     return CudaGraphs(device) if device.type == "cuda" else None
+
+
+def replaying(function: Callable[..., T], graphs: Graphs | None, name: str) -> Callable[..., T]:
+    """The function as `GraphedStep` replays it, and by itself where that does not, or without graphs. It also takes
+    that one's `state`."""
+    step = None if graphs is None else GraphedStep(function, graphs, name)
+
+    def run(*inputs: Any, state: Hashable = ()) -> T:
+        found = None if step is None else step(*inputs, state=state)
+        return function(*inputs) if found is None else found
+
+    return run
 
 
 @functools.cache

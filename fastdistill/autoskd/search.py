@@ -29,7 +29,7 @@ from transformers.utils.generic import find_labels
 
 from fastdistill.autoskd.settings import Settings
 from fastdistill.autoskd.theta import Batch, Weights, renormalize, select_teachers, target_loss, theta_gradient
-from fastdistill.cuda_graphs import GraphedStep, Graphs, graphs_on, tell
+from fastdistill.cuda_graphs import Graphs, graphs_on, replaying
 from fastdistill.digest import digest, model_digest, tensor_pieces
 from fastdistill.files import check_file, load_tensors, save_tensors
 from fastdistill.models.first_token import first_token_only
@@ -143,7 +143,7 @@ def search(
     ]
     compact = nullcontext() if tokens is None else compact_vocabulary(own, tokens)
     with compact, torch.random.fork_rng(), first_token_only(own):
-        graphs = _graphs(own) if cuda_graphs else None
+        graphs = graphs_on(own.device, "search", lambda: _obstacle(own)) if cuda_graphs else None
         if graphs is not None and can_pad(own):
             collate = Padded(collate, [own])
         state = _Search(own, dataset, tuple(names), settings, collate, bf16, came_from, graphs)
@@ -199,7 +199,7 @@ class _Search:
             if settings.theta_optimizer == "sgd"
             else torch.optim.Adam(self.theta, settings.theta_learning_rate, weight_decay=1e-3)
         )
-        self.slope = None if graphs is None else GraphedStep(self._slope, graphs, "search")
+        self.slope = replaying(self._slope, graphs, "search")
         self.backward = None if graphs is None else GraphedBackward(self._loss, weights, [], graphs, "search")
         self.slopes = torch.full((len(names),), torch.nan, dtype=torch.float64)  # when each was last sampled
         self.digest = digest([*came_from, *tensor_pieces({"team": self.team})])
@@ -226,9 +226,8 @@ class _Search:
 
     def _theta_step(self, theta: Tensor, active: list[int], train: Batch, validation: Batch) -> Tensor:
         self.student.eval()  # type: ignore[no-untyped-call]
-        given = theta[active].to(self.device), vars(train), vars(validation)
-        found = None if self.slope is None else self.slope(*given)
-        gradient = (self._slope(*given) if found is None else found).to("cpu", torch.float64)
+        slope = self.slope(theta[active].to(self.device), vars(train), vars(validation))
+        gradient = slope.to("cpu", torch.float64)
         if self.settings.theta_baseline and self.settings.method == "sswo":
             self.slopes[active] = gradient
             gradient = gradient - self.slopes[theta > 0].nanmean()
@@ -249,9 +248,9 @@ class _Search:
         if self.backward is not None and not self.backward.step.is_on:
             self.backward = None  # with its buffers
         if self.processes > 1:
-            weights = [weight for weight in self.student.parameters() if weight.grad is not None]
-            gradients = [weight.grad for weight in weights if weight.grad is not None]
-            for weight, gradient in zip(weights, sums_over_processes(gradients), strict=True):
+            learned = [(weight, weight.grad) for weight in self.student.parameters() if weight.grad is not None]
+            sums = sums_over_processes([gradient for _, gradient in learned])
+            for (weight, _), gradient in zip(learned, sums, strict=True):
                 weight.grad = gradient
             for buffer in self.student.buffers():
                 if buffer.is_floating_point():
@@ -342,16 +341,11 @@ class _Search:
             optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
 
 
-def _graphs(student: PreTrainedModel) -> Graphs | None:
-    """What captures its steps; a line says why they cannot be."""
-    graphs = graphs_on(student.device)
-    reason = obstacle_to_capture(TaskLoss(), {"student": student})
+def _obstacle(student: PreTrainedModel) -> str | None:
+    """Why its steps cannot be captured."""
     if rank_and_number()[1] > 1:
-        reason = "several processes share a step"
-    if graphs is None or reason is None:
-        return graphs
-    tell(f"search: no CUDA graphs: {reason}")
-    return None
+        return "several processes share a step"
+    return obstacle_to_capture(TaskLoss(), {"student": student})
 
 
 class _Half:

@@ -10,7 +10,7 @@ from torch import Tensor
 from tqdm.auto import tqdm  # type: ignore[import-untyped]
 from transformers.pytorch_utils import Conv1D
 
-from fastdistill.cuda_graphs import GraphedStep
+from fastdistill.cuda_graphs import replaying
 from fastdistill.models.architectures import Block, blocks
 from fastdistill.models.first_token import first_token_only
 from fastdistill.models.hooks import refuse_peft
@@ -72,14 +72,13 @@ def importance(
         totals.add_(torch.cat([_of_units(block, given) for block in layers]).abs())
         return {}
 
-    graphs = graphs_of(model, None, objective) if cuda_graphs else None
-    step = None if graphs is None else GraphedStep(passes, graphs, "importance")
+    graphs = graphs_of("importance", model, None, objective) if cuda_graphs else None
+    run = replaying(passes, graphs, "importance")
     with evaluating(model, trained=weights), first_token_only(model):
         for batch in tqdm(loader, desc="importance", disable=not progress):
             features, _, labels, labelled = split_batch(batch, objective, model, None, device)
             if labelled:
-                if step is None or step(features, labels) is None:
-                    passes(features, labels)
+                run(features, labels)
                 batches += 1
     sum_over_processes(totals, batches)
     if not batches.item():

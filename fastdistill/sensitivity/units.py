@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm  # type: ignore[import-untyped]
 from transformers.modeling_outputs import SequenceClassifierOutput
 
-from fastdistill.cuda_graphs import GraphedStep, Graphs, graphs_on, tell
+from fastdistill.cuda_graphs import Graphs, graphs_on, replaying
 from fastdistill.digest import digest, model_digest, tensor_pieces
 from fastdistill.files import check_file, load_tensors, save_tensors
 from fastdistill.models.attention_scores import call
@@ -116,7 +116,7 @@ def score(
     given: list[PreTrainedModel | None] = [teacher, student]
     teacher, student = whole(teacher), None if student is None else whole(student)
     device = next(teacher.parameters()).device
-    graphs = graphs_of(teacher, student, chosen) if cuda_graphs else None
+    graphs = graphs_of("score", teacher, student, chosen) if cuda_graphs else None
     narrowed = (teacher, student) if student is None or not chosen.needs.all_tokens else ()
     with evaluating(teacher, student), first_token_only(*narrowed), unit_values(teacher) as values:
         sizes = values.units
@@ -126,8 +126,7 @@ def score(
         if checkpoint is not None:
             kept = _Checkpoint(checkpoint, given, (chosen.fingerprint, reduce))
         count, done = (0, 0) if kept is None else kept.load(totals)
-        passes = Passes(totals, teacher, student, values, chosen, reduce)
-        step = None if graphs is None else GraphedStep(passes, graphs, "score")
+        passes = replaying(Passes(totals, teacher, student, values, chosen, reduce), graphs, "score")
         for number, batch in enumerate(tqdm(loader, desc="score", disable=not progress)):
             if kept is not None:
                 kept.see(batch)
@@ -135,8 +134,7 @@ def score(
                 continue
             split = split_batch(batch, chosen, teacher, student, device)
             if labelled := split[-1]:
-                if step is None or step(*split) is None:
-                    passes(*split)
+                passes(*split)
                 count += labelled if reduce == "example" else 1
             if kept is not None and (number + 1) % SAVE_EVERY == 0:
                 kept.save(totals, count)
@@ -192,14 +190,13 @@ class Passes:
         return {}
 
 
-def graphs_of(teacher: PreTrainedModel, student: PreTrainedModel | None, objective: Objective) -> Graphs | None:
-    """What captures the passes; a line says why they cannot be."""
-    graphs = graphs_on(next(teacher.parameters()).device)
+def graphs_of(
+    name: str, teacher: PreTrainedModel, student: PreTrainedModel | None, objective: Objective
+) -> Graphs | None:
+    """What captures passes of that name; a line says why they cannot be."""
     models = {"teacher": teacher} | ({} if student is None else {"student": student})
-    if graphs is None or (reason := obstacle_to_capture(objective, models)) is None:
-        return graphs
-    tell(f"score: no CUDA graphs: {reason}")
-    return None
+    device = next(teacher.parameters()).device
+    return graphs_on(device, name, lambda: obstacle_to_capture(objective, models))
 
 
 def _from_logits(

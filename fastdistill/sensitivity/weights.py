@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm  # type: ignore[import-untyped]
 
-from fastdistill.cuda_graphs import GraphedStep
+from fastdistill.cuda_graphs import replaying
 from fastdistill.files import load_tensors, save_tensors
 from fastdistill.models.architectures import encoder_weights
 from fastdistill.models.first_token import first_token_only
@@ -96,17 +96,15 @@ def score_weights(
     weights = list(named.values())
     totals = [[torch.zeros_like(w, dtype=torch.float32) for w in weights] for _ in range(1 if student is None else 2)]
     batches = torch.zeros(1, device=weights[0].device)
-    passes = _Passes(totals, teacher, student, weights, chosen)
-    graphs = graphs_of(teacher, student, chosen) if cuda_graphs else None
-    step = None if graphs is None else GraphedStep(passes, graphs, "score")
+    graphs = graphs_of("score", teacher, student, chosen) if cuda_graphs else None
+    passes = replaying(_Passes(totals, teacher, student, weights, chosen), graphs, "score")
     narrowed = (teacher, student) if student is None or not chosen.needs.all_tokens else ()
     with evaluating(teacher, student, trained=weights), first_token_only(*narrowed):
         for batch in tqdm(loader, desc="score", disable=not progress):
             features, columns, labels, labelled = split_batch(batch, chosen, teacher, student, weights[0].device)
             if not labelled:
                 continue
-            if step is None or step(features, columns, labels) is None:
-                passes(features, columns, labels)
+            passes(features, columns, labels)
             batches += 1
     sum_over_processes(*(total for group in totals for total in group), batches)
     if not batches.item():

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fastdistill.cuda_graphs import Graphs, graphs_on, tell
+from fastdistill.cuda_graphs import Graphs, graphs_on
 from fastdistill.objectives.base import Objective
 from fastdistill.objectives.capturing import obstacle_to_capture
 from fastdistill.training.checks import argument_of
@@ -51,11 +51,9 @@ class GraphedTrainer(PartsTrainer):
 
     def graphs(self, name: str) -> Graphs | None:
         """What captures training steps, if it is asked for, and they can be; a line, of that name, says why not."""
-        graphs = graphs_on(self.args.device) if getattr(self.args, "cuda_graphs", False) else None
-        if graphs is None or (reason := self._obstacle_to_capture()) is None:
-            return graphs
-        tell(f"{name}: no CUDA graphs: {reason}")
-        return None
+        if not getattr(self.args, "cuda_graphs", False):
+            return None
+        return graphs_on(self.args.device, name, self._obstacle_to_capture)
 
     def _obstacle_to_capture(self) -> str | None:
         kinds = type(self).__mro__

@@ -27,7 +27,7 @@ class Padded:
 
     def __init__(self, collate: Any, models: Iterable[Any]) -> None:
         self.collate, self.models = collate, list(models)
-        self.fill = {"input_ids": self.models[0].config.pad_token_id, "attention_mask": 0, "token_type_ids": 0}
+        self.fill = {"attention_mask": 0, "token_type_ids": 0}
 
     def __call__(self, examples: Any) -> Any:
         batch = self.collate(examples)
@@ -38,12 +38,12 @@ class Padded:
         more = -tokens % MULTIPLE
         taken = {name for model in self.models for name in (taken_by(model) or ()) if name in batch} - {"labels"}
         room = all(tokens + more <= model.config.max_position_embeddings for model in self.models)
-        fits = room and all(name in self.fill and batch[name].shape == mask.shape for name in taken)
+        fits = room and all(name in {"input_ids", *self.fill} and batch[name].shape == mask.shape for name in taken)
         if not more or not fits:
             return batch
-        fill = dict(self.fill)
-        if fill["input_ids"] is None:  # any token will do that the model has: it may be without some
-            fill["input_ids"] = int(batch["input_ids"][0, 0])
+        pad = self.models[0].config.pad_token_id
+        # without one any token will do that the model has: it may be without some
+        fill = self.fill | {"input_ids": int(batch["input_ids"][0, 0]) if pad is None else pad}
         return {**batch, **{name: F.pad(batch[name], (0, more), value=fill[name]) for name in taken}}
 
 

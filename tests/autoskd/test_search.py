@@ -22,6 +22,7 @@ from transformers import (
 )
 from transformers.modeling_outputs import SequenceClassifierOutput
 
+from fastdistill import cuda_graphs
 from fastdistill.autoskd import search as autoskd
 from fastdistill.autoskd.search import Found
 from fastdistill.autoskd.settings import METHODS, Settings
@@ -188,7 +189,7 @@ def test_by_graphs(
     """Of the same numbers of dropout: batches as long as without graphs. By plain descent, as Adam makes steps of
     gradients that are nothing but rounding."""
     graphs = Rerun()
-    monkeypatch.setattr(autoskd, "graphs_on", lambda device: graphs)
+    monkeypatch.setattr(cuda_graphs, "capturing", lambda device: graphs)
     monkeypatch.setattr(padding, "MULTIPLE", 1)
     settings = replace(SETTINGS, method=method, order=order, epochs=12, optimizer="sgd", learning_rate=0.05)
     whole = search(settings)

@@ -6,12 +6,10 @@ from pathlib import Path
 
 import pytest
 
-from fastdistill.recipes import measuring
+from fastdistill import cuda_graphs
 from fastdistill.recipes.begin import stages_of
 from fastdistill.recipes.measuring import Scoring
 from fastdistill.recipes.settings import KDSettings
-from fastdistill.sensitivity import units
-from fastdistill.training import graphed_trainer
 from tests import tiny
 from tests.recipes.test_best import stages, training
 from tests.rerun import Rerun
@@ -22,8 +20,7 @@ def test_what_is_asked_for_reaches_training_and_scores(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, flags: dict[str, bool]
 ) -> None:
     graphs = Rerun()
-    for module in (graphed_trainer, units, measuring):
-        monkeypatch.setattr(module, "graphs_on", lambda device: graphs)
+    monkeypatch.setattr(cuda_graphs, "capturing", lambda device: graphs)
     examples = stages(tmp_path / "made").examples
     asked = KDSettings(task="tiny", teacher="minilm", student_layers=1, output=tmp_path / "run", batch_size=4, **flags)
     kept = stages_of(asked, examples)

@@ -13,7 +13,7 @@ import torch
 from accelerate import PartialState
 from transformers import TrainerCallback
 
-from fastdistill import MSE, AvgKD, LogitsKD, SampledTeacher
+from fastdistill import MSE, AvgKD, LogitsKD, SampledTeacher, cuda_graphs
 from fastdistill.cli import main
 from fastdistill.data.load import load_task
 from fastdistill.models.stacking import Stack
@@ -27,7 +27,6 @@ from fastdistill.recipes.splits import Splits
 from fastdistill.recipes.stages import Stages
 from fastdistill.recipes.training import Trained, Training
 from fastdistill.teachers.team import TeacherTeam
-from fastdistill.training import graphed_trainer
 from tests import tiny
 from tests.commands import command
 from tests.records import done_since, record, without_times, written
@@ -83,7 +82,7 @@ def close(found: Any, expected: Any) -> bool:
 @pytest.fixture
 def graphs(monkeypatch: pytest.MonkeyPatch) -> Rerun:
     rerun = Rerun()
-    monkeypatch.setattr(graphed_trainer, "graphs_on", lambda device: rerun)
+    monkeypatch.setattr(cuda_graphs, "capturing", lambda device: rerun)
     return rerun
 
 

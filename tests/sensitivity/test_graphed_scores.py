@@ -7,7 +7,6 @@ import torch
 
 import fastdistill
 from fastdistill import PKD, LogitsKD, WeightedSum, cuda_graphs
-from fastdistill.sensitivity import units
 from fastdistill.sensitivity.importance import importance
 from tests.rerun import Rerun
 from tests.tiny import batches, pair
@@ -25,7 +24,7 @@ def test_scores_by_graphs_are_those_without(
     monkeypatch: pytest.MonkeyPatch, objective: str, reduce: Any, classes: int
 ) -> None:
     graphs = Rerun()
-    monkeypatch.setattr(units, "graphs_on", lambda device: graphs)
+    monkeypatch.setattr(cuda_graphs, "capturing", lambda device: graphs)
     teacher, student = pair(classes)
     data = batches((4, 4, 4, 3, 4, 4, 3, 3, 3), classes)
     data[5]["labels"][1] = -100  # which makes it one of three
@@ -42,7 +41,7 @@ def test_scores_by_graphs_are_those_without(
 @pytest.mark.parametrize("objective", OBJECTIVES)
 def test_scores_of_weights_by_graphs_are_those_without(monkeypatch: pytest.MonkeyPatch, objective: str) -> None:
     graphs = Rerun()
-    monkeypatch.setattr(units, "graphs_on", lambda device: graphs)
+    monkeypatch.setattr(cuda_graphs, "capturing", lambda device: graphs)
     teacher, student = pair(2)
     data = batches((1,) * 6, 2)
     options: dict[str, Any] = {"objective": OBJECTIVES[objective], "progress": False}
@@ -56,7 +55,7 @@ def test_scores_of_weights_by_graphs_are_those_without(monkeypatch: pytest.Monke
 
 def test_importance_by_graphs_is_that_without(monkeypatch: pytest.MonkeyPatch) -> None:
     graphs = Rerun()
-    monkeypatch.setattr(units, "graphs_on", lambda device: graphs)
+    monkeypatch.setattr(cuda_graphs, "capturing", lambda device: graphs)
     teacher, _ = pair(2)
     data = batches((4, 4, 3, 4, 4, 3), 2)
     plain = importance(teacher, data, progress=False)
@@ -70,7 +69,7 @@ def test_a_capture_that_breaks_counts_its_batch_once(monkeypatch: pytest.MonkeyP
     teacher, student = pair()
     data = batches((4,) * 5)
     plain = fastdistill.score(teacher, data, student, progress=False)
-    monkeypatch.setattr(units, "graphs_on", lambda device: Rerun(breaks=lambda number: True))
+    monkeypatch.setattr(cuda_graphs, "capturing", lambda device: Rerun(breaks=lambda number: True))
     found = fastdistill.score(teacher, data, student, progress=False, cuda_graphs=True)
     for a, b in zip(found.expressiveness.heads, plain.expressiveness.heads, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-6, atol=0)
@@ -96,7 +95,7 @@ def test_passes_that_fail_half_way_count_their_batch_once(monkeypatch: pytest.Mo
                 patch.setattr(torch.autograd, "grad", failing)
                 return super().warm_up(run)
 
-    monkeypatch.setattr(units, "graphs_on", lambda device: Failing())
+    monkeypatch.setattr(cuda_graphs, "capturing", lambda device: Failing())
     found = fastdistill.score_weights(teacher, data, student, progress=False, cuda_graphs=True)
     assert left == [0]
     for one, other in ((found.expressiveness, plain.expressiveness), (found.friendliness, plain.friendliness)):
@@ -106,7 +105,7 @@ def test_passes_that_fail_half_way_count_their_batch_once(monkeypatch: pytest.Mo
 def test_what_no_graph_can_score_is_told(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     cuda_graphs.tell.cache_clear()
     graphs = Rerun()
-    monkeypatch.setattr(units, "graphs_on", lambda device: graphs)
+    monkeypatch.setattr(cuda_graphs, "capturing", lambda device: graphs)
     teacher, student = pair()
     options: dict[str, Any] = {"progress": False, "cuda_graphs": True}
     own = lambda student, teacher, labels: (student.logits - teacher.logits).square().mean()  # noqa: E731

@@ -17,7 +17,6 @@ from fastdistill.objectives.base import Objective
 from fastdistill.objectives.capturing import obstacle_to_capture
 from fastdistill.objectives.logits import TaskLoss
 from fastdistill.objectives.team import MTBERT, AvgKD, SampledTeacher
-from fastdistill.training import graphed_trainer as module
 from fastdistill.training.graphed import GraphedBackward
 from fastdistill.training.padding import Padded, can_pad
 from tests import tiny
@@ -40,7 +39,7 @@ def test_on_a_cpu_there_are_none(tmp_path: Path) -> None:
 @pytest.fixture
 def graphs(monkeypatch: pytest.MonkeyPatch) -> Rerun:
     rerun = Rerun()
-    monkeypatch.setattr(module, "graphs_on", lambda device: rerun)
+    monkeypatch.setattr(cuda_graphs, "capturing", lambda device: rerun)
     return rerun
 
 
@@ -180,7 +179,7 @@ def test_a_broken_capture_breaks_no_training(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     graphs = Rerun(breaks=lambda number: number == 2)
-    monkeypatch.setattr(module, "graphs_on", lambda device: graphs)
+    monkeypatch.setattr(cuda_graphs, "capturing", lambda device: graphs)
     one = trained(tmp_path, cuda_graphs=True)
     assert (graphs.captured, capsys.readouterr().err.count("training: no CUDA graphs: RuntimeError")) == (2, 1)
     close(one, trained(tmp_path, cuda_graphs=False))

@@ -17,7 +17,7 @@ from rich.console import Console
 from torch import Tensor
 from transformers import DataCollatorWithPadding, PreTrainedModel
 
-from fastdistill.cuda_graphs import GraphedStep
+from fastdistill.cuda_graphs import Graphs, replaying
 from fastdistill.models.first_token import first_token_only
 from fastdistill.models.heads import IGNORED, head_of, label_faults
 from fastdistill.models.inputs import taken_by
@@ -41,6 +41,8 @@ SHARE = 9
 """Of a GPU's free memory a student is given so many times its weights: these, their gradients, in CUDA graphs and out
 of them, and moments, a stack's copy of them while it is made, and almost as much again for what the backward pass
 needs."""
+
+NAME = "training side by side"
 
 
 class Stacked(Local):
@@ -117,16 +119,13 @@ def _train(group: Sequence[_Begun]) -> None:
 def _together(plain: PreTrainedModel, students: list[_Student], table: _Table) -> list[_Student]:
     """Train until one of them or more is done; returns the others."""
     stack = Stack(plain, [student.model for student in students])
-    passes = _Passes(stack, students)
-    step = _graphed(passes)
+    graphs = _graphs(students)
+    passes, multiple = replaying(_Passes(stack, students), graphs, NAME), 1 if graphs is None else MULTIPLE
     with first_token_only(stack.model):
         while True:
-            features, rows = table.batch([student.rows for student in students], 1 if step is None else MULTIPLE)
+            features, rows = table.batch([student.rows for student in students], multiple)
             columns = [student.decide(own) for student, own in zip(students, rows, strict=True)]
-            found = None
-            if step is not None:
-                found = step(features, columns, state=tuple(repr(student.objective) for student in students))
-            found = passes(features, columns) if found is None else found
+            found = passes(features, columns, state=tuple(repr(student.objective) for student in students))
             stack.hand_on(found.gradients)
             told = zip(students, found.losses.unbind(), found.norms.unbind(), found.parts, strict=True)
             del found  # nothing holds the gradients but the weights
@@ -164,11 +163,10 @@ class _Passes:
         return _Found(losses.detach(), norms, tuple(parts for _, parts in told), gradients)
 
 
-def _graphed(passes: _Passes) -> GraphedStep[_Found] | None:
-    """What replays them as CUDA graphs, if it is asked for, and they can be."""
-    name = "training side by side"
-    first, *others = [student.trainer.graphs(name) for student in passes.students]
-    return None if first is None or None in others else GraphedStep(passes, first, name)
+def _graphs(students: Sequence[_Student]) -> Graphs | None:
+    """What captures their steps, if it is asked for, and all can be."""
+    first, *others = [student.trainer.graphs(NAME) for student in students]
+    return None if None in others else first
 
 
 class _Student:
