@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Iterable, Iterator, Mapping
 from itertools import chain
 from typing import TYPE_CHECKING, Any
 
 import torch
+import xxhash
 from torch import Tensor
 from transformers import PreTrainedModel
 
@@ -19,11 +19,12 @@ if TYPE_CHECKING:
 
 
 def digest(pieces: Iterable[str | bytes | memoryview]) -> str:
-    """SHA-256 of the pieces, one after another."""
-    sha = hashlib.sha256()
+    """XXH3, of 128 bits, of the pieces one after another: it tells what differs or is damaged, and takes a twelfth of
+    the time of a cryptographic hash. It is none: whoever wants to can make two of the same."""
+    hashed = xxhash.xxh3_128()
     for piece in pieces:
-        sha.update(piece.encode() if isinstance(piece, str) else piece)
-    return sha.hexdigest()
+        hashed.update(piece.encode() if isinstance(piece, str) else piece)
+    return hashed.hexdigest()
 
 
 def tensor_pieces(tensors: Mapping[str, Tensor]) -> Iterator[str | memoryview]:

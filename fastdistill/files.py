@@ -10,6 +10,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
+import xxhash
 from rich.filesize import decimal
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
@@ -17,7 +18,7 @@ from torch import Tensor
 
 from fastdistill.digest import digest, tensor_pieces
 
-DIGEST = "sha256"
+DIGEST = "xxh3_128"
 """Of all else that a safetensors file holds; among its metadata."""
 
 
@@ -74,28 +75,28 @@ def sync(path: Path) -> None:
 
 
 def digests(folder: Path, names: Iterable[str]) -> dict[str, str]:
-    """The SHA-256 of these files of a folder, by name; each is on the disk when it is told."""
+    """The digests of these files of a folder, by name; each is on the disk when it is told."""
     found = {}
     for name in sorted(names):
         sync(folder / name)
-        found[name] = _sha256(folder / name)
+        found[name] = _file_digest(folder / name)
     sync(folder)
     return found
 
 
 def damage(folder: Path, expected: Mapping[str, str]) -> str:
     """What is wrong with files of which `digests` told this before; nothing if they are as they were."""
-    for name, sha256 in expected.items():
+    for name, told in expected.items():
         if not (folder / name).is_file():
             return f"{name} is missing"
-        if _sha256(folder / name) != sha256:
+        if _file_digest(folder / name) != told:
             return f"{name} is not as it was written"
     return ""
 
 
-def _sha256(path: Path) -> str:
+def _file_digest(path: Path) -> str:
     with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+        return hashlib.file_digest(file, xxhash.xxh3_128).hexdigest()
 
 
 def save_tensors(tensors: dict[str, Tensor], path: Path, metadata: dict[str, str]) -> None:

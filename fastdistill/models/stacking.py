@@ -109,12 +109,10 @@ class Stack:
                 torch._foreach_mul_(of_model, scale)
         return gradients, norms
 
-    def hand_on(self, gradients: Mapping[str, Tensor]) -> None:
-        """Give each model's weights theirs."""
-        for name, own in self._own.items():
-            found = gradients[name].unbind() if name in gradients else [None] * self.number
-            for weight, gradient in zip(own, found, strict=True):
-                weight.grad = gradient
+    def by_weight(self, gradients: Mapping[str, Tensor]) -> dict[Tensor, Tensor]:
+        """The same by the models' own weights."""
+        found = {name: gradient.unbind() for name, gradient in gradients.items()}
+        return {weight: own for name in found for weight, own in zip(self._own[name], found[name], strict=True)}
 
 
 def obstacle_to_stacking(model: PreTrainedModel) -> str | None:

@@ -19,6 +19,7 @@ from transformers.trainer_callback import ProgressCallback
 
 from fastdistill.data.images import Augmented
 from fastdistill.data.metrics import compute_metrics
+from fastdistill.models.alignment import aligned
 from fastdistill.models.drawing import draw_anew
 from fastdistill.models.first_token import first_token_only
 from fastdistill.models.vocabulary import can_compact, compact_vocabulary
@@ -37,6 +38,9 @@ if TYPE_CHECKING:
 
 RUNS_APART = 1_000_003
 """How far the seeds of repeated trainings lie from one another."""
+
+CHECKPOINTS, CHECKPOINTS_APART = 3, 30.0
+"""How often a training saves its state, and how many seconds lie between at least, where nothing is said."""
 
 
 @dataclass(frozen=True)
@@ -122,6 +126,7 @@ def fit(
     with (
         _compact(student, examples, trainer),
         first_token_only(*(() if objective.needs.all_tokens else (student, *teachers))),
+        aligned(*(() if training.epochs or trainer.is_fsdp_enabled else (student,))),
     ):
         if training.epochs:
             yield Prepared(training, trainer, best, checkpoint)
@@ -203,10 +208,11 @@ def config_of(
     seed: int,
     bf16: bool,
     cuda_graphs: bool,
-    checkpoints: int,
+    checkpoints: int | None,
     tensorboard: bool,
 ) -> DistillationConfig:
-    """Trainer's arguments; `checkpoints` are how often it saves its state on its way."""
+    """Trainer's arguments; `checkpoints` are as of `Stages`."""
+    number = CHECKPOINTS if checkpoints is None else checkpoints
     return DistillationConfig(
         output_dir=str(folder),
         num_train_epochs=training.epochs,
@@ -219,8 +225,9 @@ def config_of(
         cuda_graphs=cuda_graphs,
         use_cpu=not torch.accelerator.is_available(),
         logging_steps=0.05,
-        save_strategy="steps" if checkpoints else "no",
-        save_steps=1 / (checkpoints + 1),
+        save_strategy="steps" if number else "no",
+        save_steps=1 / (number + 1),
+        min_save_seconds=CHECKPOINTS_APART if checkpoints is None else 0.0,
         save_total_limit=2,  # the one before, should the last be damaged
         dataloader_pin_memory=torch.cuda.is_available(),
         report_to="tensorboard" if tensorboard else "none",

@@ -30,7 +30,7 @@ from fastdistill.training.padding import Padded, can_pad
 if TYPE_CHECKING:
     from datasets import Dataset
 
-MOMENT = 0.25
+MOMENT = 0.1
 """Seconds for which a model's speed is measured: a search has many, and six passes of each were a fifth of it."""
 
 
@@ -105,7 +105,7 @@ class Scoring:
 @torch.inference_mode()
 def examples_per_second(model: PreTrainedModel, data: Dataset, collate: Collate, batch_size: int) -> float:
     """Of forward passes alone, on a batch of middling length; the median of the few that fit into a moment."""
-    size = min(len(data), max(64, batch_size))
+    size = min(len(data), max(32, batch_size))
     start = (len(data) - size) // 2
     rows = data.select(range(start, start + size))
     rows = rows.select_columns([name for name in rows.column_names if name not in ("length", "labels")])

@@ -20,6 +20,7 @@ from transformers import EvalPrediction, PreTrainedModel
 
 from fastdistill.data.metrics import compute_metrics
 from fastdistill.digest import digest, model_digest
+from fastdistill.models.alignment import aligned
 from fastdistill.models.drawing import drawn_anew
 from fastdistill.models.first_token import first_token_only
 from fastdistill.recipes import memory
@@ -70,7 +71,8 @@ class Stages:
         bf16: mixed precision.
         cuda_graphs: on CUDA, steps are replayed as CUDA graphs where they can be; what is found is the same, within
             rounding and but for dropout's numbers, and a stage goes on with or without.
-        checkpoints: how often a stage saves its state on its way.
+        checkpoints: how often a stage saves its state on its way; None for 3 times, but not within half a minute of
+            the last one or of its beginning.
         tensorboard: whether to write TensorBoard logs.
         patience: epochs without a better one after which a training ends; None for none.
         optimization: how weights are moved.
@@ -84,7 +86,7 @@ class Stages:
     seed: int = 0
     bf16: bool = False
     cuda_graphs: bool = True
-    checkpoints: int = 3
+    checkpoints: int | None = None
     tensorboard: bool = False
     patience: int | None = None
     optimization: Optimization = Optimization()
@@ -197,7 +199,7 @@ class Stages:
         examples, metric = self.examples, self.task.metric
         data, teacher = waiting.data, waiting.teacher
         fitted = yield from fit(training, examples, data, teacher, config, checkpoint, self.patience, kind)
-        with first_token_only(None if training.objective.needs.all_tokens else fitted.model):
+        with first_token_only(None if training.objective.needs.all_tokens else fitted.model), aligned(fitted.model):
             speed = examples_per_second(fitted.model, examples.report, examples.collate, self.batch_size)
         reached = compute_metrics(self.task)(EvalPrediction(fitted.outputs, fitted.labels))
         result = {

@@ -28,6 +28,7 @@ from transformers.utils.generic import find_labels
 
 from fastdistill.digest import digest, model_digest, row_pieces, tensor_pieces
 from fastdistill.files import sync, writing
+from fastdistill.models.alignment import aligned
 from fastdistill.models.first_token import first_token_only
 from fastdistill.models.fit import check_model
 from fastdistill.models.heads import head_of, used_states
@@ -40,13 +41,13 @@ from fastdistill.teachers.outputs import HIDDEN_STATES, LOGITS, check_name
 
 Collate = Callable[[list[dict[str, Any]]], Mapping[str, Any]]
 
-VERSION = "3"
+VERSION = "4"
 """To change where the same teacher and settings would now give other files."""
 
 POOL = 50
 """Batches in a file: they are of similar length, and they are what an interruption loses at most."""
 
-DIGITS = 64
+DIGITS = 32
 """Of the digest that a file ends in."""
 
 
@@ -231,7 +232,7 @@ class _Teacher:
         settings = (self.batch_size, self.hidden_states, self.bf16, type(self.collate).__qualname__)
         came_from = (VERSION, self.model_digest, repr(settings))
         tensors = {name: value for name, value in first.items() if isinstance(value, Tensor)}
-        return digest(chain(came_from, tensor_pieces(tensors), row_pieces(shown)))[:32]
+        return digest(chain(came_from, tensor_pieces(tensors), row_pieces(shown)))
 
     def announce(self, parts: list[_Part]) -> None:
         if not parts:
@@ -261,7 +262,7 @@ class _Teacher:
             if home != self.device:
                 self.model.to(self.device)  # type: ignore[arg-type]
             # of hidden states, too, the first token's are all that is kept
-            with torch.no_grad(), first_token_only(self.model):
+            with torch.no_grad(), first_token_only(self.model), aligned(self.model):
                 yield
         finally:
             for module, training in modes:

@@ -40,6 +40,13 @@ class DistillationConfig(TrainingArguments):
             "in each step, and so waits for the device. Without, it is logged as it is."
         },
     )
+    min_save_seconds: float = field(
+        default=0.0,
+        metadata={
+            "help": "Leave out a checkpoint that would come sooner than this after the one before, or the beginning. "
+            "An interruption then loses so much at most, beside what save_steps says. 0 leaves none out."
+        },
+    )
     cuda_graphs: bool = field(
         default=False,
         metadata={
@@ -52,6 +59,8 @@ class DistillationConfig(TrainingArguments):
     )
 
     def __post_init__(self) -> None:
+        if not self.min_save_seconds >= 0:
+            raise ValueError(f"min_save_seconds is {self.min_save_seconds!r}; expected a number of at least 0")
         if self.accelerator_config is None:  # MPS has no pinned memory, from which alone such copies are safe
             can_pin = self.dataloader_pin_memory and not torch.backends.mps.is_available()
             self.accelerator_config = {"non_blocking": can_pin}

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import shutil
+import time
 from pathlib import Path
 from typing import Any
 
 from accelerate.data_loader import BatchSamplerShard  # type: ignore[import-untyped]
+from accelerate.utils import broadcast_object_list  # type: ignore[import-untyped]
 from torch import nn
 from torch.utils.data import BatchSampler, DataLoader, RandomSampler, Sampler, SequentialSampler
 from transformers import Trainer
@@ -33,7 +35,15 @@ class ResumableTrainer(Trainer):
             checkpoint = Path(resume_from_checkpoint)
             if is_sealed(checkpoint) and (wrong := fault(checkpoint)):
                 raise ValueError(f"resume_from_checkpoint is {checkpoint}, which is damaged: {wrong}")
+        self._saved_at = time.monotonic()
         return super().train(resume_from_checkpoint, *args, **kwargs)
+
+    def _maybe_log_save_evaluate(self, *args: Any, **kwargs: Any) -> None:
+        least = getattr(self.args, "min_save_seconds", 0.0)
+        if least and self.control.should_save:  # processes' clocks differ, and all save or none
+            [is_time] = broadcast_object_list([time.monotonic() - self._saved_at >= least])
+            self.control.should_save = is_time
+        super()._maybe_log_save_evaluate(*args, **kwargs)
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         checkpoint = Path(self._get_output_dir(trial=trial)) / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
@@ -49,6 +59,7 @@ class ResumableTrainer(Trainer):
         except OSError:
             shutil.rmtree(checkpoint, ignore_errors=True)  # a full disk needs the room
             raise
+        self._saved_at = time.monotonic()
 
     def _get_dataloader(self, *args: Any, **kwargs: Any) -> DataLoader[Any]:
         loader = super()._get_dataloader(*args, **kwargs)

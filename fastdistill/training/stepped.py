@@ -18,14 +18,15 @@ from fastdistill.training.checks import TEACHER
 from fastdistill.training.trainer import DistillationTrainer
 
 Steps = Generator[list[int], tuple[Tensor, Tensor], Any]
-"""Gives the rows of each batch, and is sent its loss and the norm of the gradient that the student then has."""
+"""Gives the rows of each batch, and is sent its loss and the norm of the gradient by which the student has learned."""
 
 
 class SteppedTrainer(DistillationTrainer):
-    """A trainer whose `train` returns `Steps`. All but the forward and backward passes is in them, and as
-    `DistillationTrainer` has it: order of examples, optimizer and schedule, logs, evaluations, checkpoints, callbacks.
+    """A trainer whose `train` returns `Steps`. All but forward and backward passes and the optimizer's step is in them,
+    and as `DistillationTrainer` has it: order of examples, schedule, logs, evaluations, checkpoints, callbacks.
 
-    Whoever goes through the steps clips the gradients. No step waits for the device, unless it is logged.
+    Whoever goes through the steps clips the gradients and has `optimizer` step, of which callbacks hear afterwards. No
+    step waits for the device, unless it is logged.
     """
 
     def _inner_training_loop(  # type: ignore[override]
@@ -61,7 +62,6 @@ class SteppedTrainer(DistillationTrainer):
                 loss, norm = yield rows
                 losses.append(loss)
                 self.control = self.callback_handler.on_pre_optimizer_step(args, self.state, self.control)
-                trainer.optimizer.step()
                 self.control = self.callback_handler.on_optimizer_step(args, self.state, self.control)
                 rate = self._get_learning_rate()
                 trainer.lr_scheduler.step()

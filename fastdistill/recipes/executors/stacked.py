@@ -28,6 +28,7 @@ from fastdistill.recipes.stages import Stages, Waiting
 from fastdistill.recipes.training import Trained
 from fastdistill.teachers.outputs import LOGITS
 from fastdistill.training.checks import TEACHER
+from fastdistill.training.optimizers import step_together
 from fastdistill.training.padding import MULTIPLE, can_pad
 from fastdistill.training.stepped import SteppedTrainer, Steps
 
@@ -126,11 +127,10 @@ def _together(plain: PreTrainedModel, students: list[_Student], table: _Table) -
             features, rows = table.batch([student.rows for student in students], multiple)
             columns = [student.decide(own) for student, own in zip(students, rows, strict=True)]
             found = passes(features, columns, state=tuple(repr(student.objective) for student in students))
-            stack.hand_on(found.gradients)
+            step_together([student.trainer.optimizer for student in students], stack.by_weight(found.gradients))
             told = zip(students, found.losses.unbind(), found.norms.unbind(), found.parts, strict=True)
-            del found  # nothing holds the gradients but the weights
+            del found  # with the gradients
             left = [student for student, loss, norm, parts in told if student.go_on(loss, norm, parts)]
-            stack.hand_on({})
             if len(left) < len(students):
                 return left
 

@@ -26,6 +26,7 @@ from fastdistill.objectives.team import MTBERT, AvgKD, SampledTeacher
 from fastdistill.recipes import plots
 from fastdistill.recipes.baselines import baselines
 from fastdistill.recipes.comparison import Comparison, Learner
+from fastdistill.recipes.fitting import CHECKPOINTS
 from fastdistill.recipes.folder import UNFINISHED
 from fastdistill.recipes.methods.teams import Member, stored, taught_by, team_of, through
 from fastdistill.recipes.optimization import optimization_of
@@ -259,7 +260,7 @@ class _Run:
                 collate=stages.examples.collate,
                 tokens=stages.examples.tokens() if can_compact(self.student) else None,
                 checkpoint=folder / UNFINISHED,
-                checkpoints=stages.checkpoints,
+                checkpoints=CHECKPOINTS if stages.checkpoints is None else stages.checkpoints,
                 device=PartialState().device,
                 bf16=stages.bf16,
                 cuda_graphs=stages.cuda_graphs,

@@ -139,13 +139,14 @@ class TrainingSettings(Settings):
     )
     no_cuda_graphs: bool = flag(
         "on a GPU, launch each operation of a step by itself, and capture no training and scoring step as CUDA graphs, "
-        "which take up to twice the memory (those of --executor stacked and of autoskd's search never are captured)"
+        "which take up to twice the memory"
     )
-    checkpoints: int = option(
-        3,
+    checkpoints: int | None = option(
+        None,
         kind=Integer(0),
         metavar="N",
-        help="how often a model's training saves its state, to go on from if interrupted (default: %(default)s)",
+        help="how often a model's training saves its state, to go on from if interrupted (default: 3, but not within "
+        "half a minute of the last time, or of its beginning)",
     )
     tensorboard: bool = flag("write TensorBoard logs beside the models")
     debug_gradients: bool = flag("measure and show, before each training, the gradient of every term of its loss")

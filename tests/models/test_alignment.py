@@ -1,0 +1,99 @@
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from fastdistill.models.alignment import aligned
+from fastdistill.models.architectures import ARCHITECTURES, blocks
+from fastdistill.models.narrowing import without
+from fastdistill.models.packed import packed_forward
+from tests.accuracy import assert_accurate
+from tests.models.known import IMAGES, NO_CLASSIFIER, batch_of, model_of
+
+NEURONS = (17, 5)
+"""Of 24, in either layer."""
+
+
+def pruned(kind: str, **changes: Any) -> Any:
+    model = model_of(kind, **changes)
+    layers = blocks(model)
+    own = [torch.arange(1, 1 + number) for number in NEURONS[: len(layers)]]
+    return without(model, [torch.arange(block.heads) for block in layers], own).eval()
+
+
+def widths(model: Any, batch: dict[str, Tensor]) -> tuple[Tensor, set[int]]:
+    """Its logits, and how many neurons its layers computed."""
+    seen, original, biases = set(), nn.functional.linear, {id(block.neuron_out.bias) for block in blocks(model)}
+
+    def linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+        if id(bias) in biases:
+            seen.add(input.shape[-1])
+        return original(input, weight, bias)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(nn.functional, "linear", linear)
+        return model(**batch).logits, seen
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("kind", [kind for kind in ARCHITECTURES if kind not in NO_CLASSIFIER])
+def test_says_the_same(kind: str) -> None:
+    model, batch = pruned(kind).double(), batch_of(kind)
+    if kind in IMAGES:
+        batch = {"pixel_values": batch["pixel_values"].double()}
+    expected = model(**batch).logits
+    weights = {name: weight.clone() for name, weight in model.state_dict().items()}
+    with aligned(model):
+        torch.testing.assert_close(model(**batch).logits, expected, equal_nan=True)  # Gemma 2's own, of no tokens
+    torch.testing.assert_close(model(**batch).logits, expected, rtol=0, atol=0, equal_nan=True)
+    assert all("forward" not in vars(module) for module in model.modules())
+    torch.testing.assert_close(dict(model.state_dict()), weights, rtol=0, atol=0)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("kind", ["bert", "distilbert"])
+def test_computes_multiples(kind: str) -> None:
+    model, batch = pruned(kind), batch_of(kind)
+    assert widths(model, batch)[1] == set(NEURONS)
+    with aligned(model):
+        assert widths(model, batch)[1] == {16, 32}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@torch.no_grad()
+def test_accuracy(dtype: torch.dtype) -> None:
+    model, batch = pruned("bert"), batch_of("bert")
+    exact = pruned("bert").double()(**batch).logits
+    plain = model.to(dtype)(**batch).logits
+    with aligned(model):
+        assert_accurate(model(**batch).logits, exact, plain)
+        assert_accurate(packed_forward(model, batch).logits, exact, plain)
+
+
+def test_gradients_are_those_of_the_weights() -> None:
+    model, batch = pruned("bert"), batch_of("bert")
+    expected = torch.autograd.grad(model(**batch).logits.square().sum(), list(model.parameters()), allow_unused=True)
+    with aligned(model):
+        found = torch.autograd.grad(model(**batch).logits.square().sum(), list(model.parameters()), allow_unused=True)
+    torch.testing.assert_close(found, expected, rtol=0, atol=0)
+
+
+@torch.no_grad()
+def test_what_stays_as_it_is() -> None:
+    """Whole models, modules that are no plain linear maps, and those that someone looks at."""
+    batch = batch_of("bert")
+    seen: list[int] = []
+    watched = pruned("bert")
+    for block in blocks(watched):
+        block.neuron_out.register_forward_pre_hook(lambda module, args: seen.append(args[0].shape[-1]))
+    with aligned(watched):
+        watched(**batch)
+    assert seen == list(NEURONS)
+    compiled: Any = torch.compile(pruned("bert"))
+    for model in (model_of("bert", intermediate_size=32), pruned("gpt2"), compiled):
+        with aligned(model):
+            inner = getattr(model, "_orig_mod", model)
+            assert all("forward" not in vars(module) for module in inner.modules())
