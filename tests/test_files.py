@@ -125,7 +125,7 @@ def test_a_run_on_a_full_disk_says_so_in_a_line_and_goes_on_later(
 ) -> None:
     task, teacher = tiny.task_folder(tmp_path / "task"), tiny.model_folder(tmp_path / "teacher", tiny.bert(**SHAPE))
     arguments = ["kd", "--task", str(task), "--teacher", str(teacher), "--output", str(tmp_path / "run")]
-    arguments += ["--student-layers", "1", "--epochs", "1", "--teacher-epochs", "1"]
+    arguments += ["--student-layers", "1", "--epochs", "1", "--teacher-epochs", "1", "--checkpoints", "3"]
     with full(50_000):
         assert main(arguments) == 2
     said = [line for line in capsys.readouterr().err.splitlines() if "error" in line or "Traceback" in line]

@@ -1,5 +1,7 @@
-// softmax(scale q k^T + mask) v, each head times its gate: PyTorch's flash attention on the heads that count.
+// softmax(scale q k^T + mask) v, each head times its gate: on the heads that count, of short sequences by products in
+// registers, otherwise PyTorch's flash attention, which also makes the gradients.
 #include "row.h"
+#include "short_attention.h"
 
 #include <ATen/OpMathType.h>
 #include <ATen/core/dispatch/Dispatcher.h>
@@ -274,11 +276,29 @@ Tensor head_dots(const Tensor& a, const Tensor& b) {
   return dots;
 }
 
-// What flash attention does not take; of fewer keys than fill a vector it takes NaN in all scores for a mask.
+// What no kernel here takes; of fewer keys than fill a vector PyTorch's flash attention takes NaN in all scores for a mask.
 bool needs_reference(const Tensor& query, const Tensor& key, const Optional& seed) {
   if (seed || query.numel() == 0 || key.numel() == 0)
     return true;
-  return key.size(2) < 16 && !std::isfinite(query.sum().item<double>() + key.sum().item<double>());
+  return key.size(2) < 16 && !short_attention::is_faster(key) &&
+      !std::isfinite(query.sum().item<double>() + key.sum().item<double>());
+}
+
+std::tuple<Tensor, Tensor> attend(
+    const Tensor& query, const Tensor& key, const Tensor& value, bool is_causal, const Optional& mask, double scale) {
+  if (short_attention::is_faster(key))
+    return short_attention::attention(query, key, value, is_causal, mask, scale);
+  return at::_scaled_dot_product_flash_attention_for_cpu(query, key, value, 0.0, is_causal, mask, scale);
+}
+
+Three attend_backward(
+    const Tensor& grad, const Tensor& query, const Tensor& key, const Tensor& value, const Tensor& output,
+    const Tensor& logsumexp, bool is_causal, const Optional& mask, double scale) {
+  if (short_attention::is_faster(key))
+    return short_attention::attention_backward(
+        grad, query, key, value, output, logsumexp, is_causal, mask, scale);
+  return at::_scaled_dot_product_flash_attention_for_cpu_backward(
+      grad, query, key, value, output, logsumexp, 0.0, is_causal, mask, scale);
 }
 
 Three gated_attention(
@@ -297,8 +317,8 @@ Three gated_attention(
   const Optional mask = additive_mask(attn_mask, query);
   const Tensor k = repeated(key, count, heads, false), v = repeated(value, count, heads, false);
   for (const Heads& part : heads) {
-    const auto [attention, sums] = at::_scaled_dot_product_flash_attention_for_cpu(
-        part.pack(query), part.pack(k), part.pack(v), 0.0, is_causal, part.pack_mask(mask), scale);
+    const auto [attention, sums] =
+        attend(part.pack(query), part.pack(k), part.pack(v), is_causal, part.pack_mask(mask), scale);
     output.add(part, attention);
     logsumexp.add(part, sums.contiguous().unsqueeze(2));
     if (gate_grad) // then all heads are one part
@@ -328,9 +348,9 @@ Four gated_attention_backward(
   const Tensor k = repeated(key, count, heads, !gate_grad), v = repeated(value, count, heads, !gate_grad);
   Whole grad_query(heads, query), grad_key(heads, k), grad_value(heads, v, !gate_grad);
   for (const Heads& part : heads) {
-    const auto [of_query, of_key, of_value] = at::_scaled_dot_product_flash_attention_for_cpu_backward(
+    const auto [of_query, of_key, of_value] = attend_backward(
         part.pack(grad, gate_grad), part.pack(query), part.pack(k), part.pack(v, !gate_grad), part.pack(output),
-        part.pack(logsumexp.unsqueeze(2)).squeeze(2), 0.0, is_causal, part.pack_mask(mask), scale);
+        part.pack(logsumexp.unsqueeze(2)).squeeze(2), is_causal, part.pack_mask(mask), scale);
     grad_query.add(part, of_query);
     grad_key.add(part, of_key);
     grad_value.add(part, of_value);

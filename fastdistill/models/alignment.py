@@ -33,7 +33,7 @@ def aligned(*models: PreTrainedModel) -> Iterator[None]:
         for model in models:
             is_known = isinstance(model, PreTrainedModel) and model.config.model_type in ARCHITECTURES
             for block in blocks(model) if is_known else ():
-                if block.neurons % MULTIPLE and block.names.neuron_parts == 1 and _is_plain(block):
+                if block.names.neuron_parts == 1 and _is_plain(block) and block.neurons % MULTIPLE:
                     missing = -block.neurons % MULTIPLE
                     for linear in block.neuron_in:
                         leave.enter_context(forward_changed(linear, partial(_more_rows, *_padded(linear, missing, 0))))

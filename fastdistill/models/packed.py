@@ -16,6 +16,8 @@ from torch import Tensor, nn
 from fastdistill.models.architectures import Block, blocks
 from fastdistill.models.first_token import first_token_only, looks_at_the_first_token
 from fastdistill.models.hooks import forward_changed, hooks_of, inputs_changed, uncompiled
+from fastdistill.ops.gated_attention import gated_attention
+from fastdistill.ops.library import has_kernel
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -168,8 +170,8 @@ def _attention_forward(
 
 
 def packed_attention(query: Tensor, key: Tensor, value: Tensor, packing: Packing, scale: float) -> Tensor:
-    """``[T, H, D] -> [T, H, D]``: on CUDA flash's of varying lengths, where it takes the dtype, else PyTorch's for the
-    examples of each length."""
+    """``[T, H, D] -> [T, H, D]``: on CUDA flash's of varying lengths, where it takes the dtype, else for the examples of
+    each length `gated_attention` on a CPU, or PyTorch's."""
     size = query.shape[-1]
     takes = query.dtype in (torch.float16, torch.bfloat16) and size % 8 == 0 and size <= 256 and scale == size**-0.5
     if query.is_cuda and takes and query.shape[1] and (varlen := _varlen_attn()) is not None:
@@ -177,10 +179,12 @@ def packed_attention(query: Tensor, key: Tensor, value: Tensor, packing: Packing
         found: Tensor = varlen(query, key, value, starts, starts, longest, longest)
         return found
     sizes = [number * length for number, length in packing.groups]
+    by_kernel = query.is_cpu and has_kernel("gated_attention", "CPU")
+    attend = gated_attention if by_kernel else F.scaled_dot_product_attention
     contexts = []
     for (_, length), *of_group in zip(packing.groups, *(x.split(sizes) for x in (query, key, value)), strict=True):
         q, k, v = (x.unflatten(0, (-1, length)).transpose(1, 2) for x in of_group)
-        contexts.append(F.scaled_dot_product_attention(q, k, v, scale=scale).transpose(1, 2).flatten(0, 1))
+        contexts.append(attend(q, k, v, scale=scale).transpose(1, 2).flatten(0, 1))
     return torch.cat(contexts)
 
 

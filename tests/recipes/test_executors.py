@@ -65,7 +65,7 @@ def stages(folder: Path, name: str) -> Stages:
         tiny.task_folder(folder / "task", train=48)
     found = load_task(folder / "task")
     splits = Splits(found.task, found.train, found.validation, found.validation, "validation", "validation")
-    return Stages(folder / name, of_text(splits, tiny.tokenizer()), batch_size=16)
+    return Stages(folder / name, of_text(splits, tiny.tokenizer()), batch_size=16, checkpoints=3)
 
 
 @pytest.mark.slow

@@ -131,7 +131,7 @@ def test_a_run_that_was_cut_off_ends_as_one_that_was_not(
     with monkeypatch.context() as patch:
         patch.setattr(fitting._ProgressBar, "on_step_end", cut)
         with pytest.raises(Cut):
-            main(command(sources, tmp_path))
+            main([*command(sources, tmp_path), "--checkpoints", "3"])
     assert not (tmp_path / "results.json").exists()
     assert main(command(sources, tmp_path)) == 0
     assert record(tmp_path)["results"]["pwcn-pos"]["resumed"]

@@ -26,6 +26,16 @@ def trainer(folder: Path, **options: Any) -> DistillationTrainer:
     )
 
 
+def test_none_too_soon_after_the_last(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """After steps 2, 4 and 6 a clock of a step a second says 2, 4 and 6, from the beginning."""
+    made = trainer(tmp_path, min_save_seconds=4.0, save_total_limit=None)
+    monkeypatch.setattr(resumable.time, "monotonic", lambda: float(made.state.global_step))
+    made.train()
+    assert sorted(path.name for path in tmp_path.glob("checkpoint-*")) == ["checkpoint-4"]
+    with pytest.raises(ValueError, match="min_save_seconds is -1.0; expected"):
+        trainer(tmp_path, min_save_seconds=-1.0)
+
+
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("trained")
