@@ -276,27 +276,34 @@ Tensor head_dots(const Tensor& a, const Tensor& b) {
   return dots;
 }
 
-// What no kernel here takes; of fewer keys than fill a vector PyTorch's flash attention takes NaN in all scores for a mask.
-bool needs_reference(const Tensor& query, const Tensor& key, const Optional& seed) {
-  if (seed || query.numel() == 0 || key.numel() == 0)
+// What no kernel here takes: dropout of long sequences, or with gates, whose closed heads are not counted; of fewer keys
+// than fill a vector PyTorch's flash attention takes NaN in all scores for a mask.
+bool needs_reference(const Tensor& query, const Tensor& key, const Optional& head_gate, const Optional& seed) {
+  if (query.numel() == 0 || key.numel() == 0 || (seed && (head_gate || !short_attention::is_short(key))))
     return true;
-  return key.size(2) < 16 && !short_attention::is_faster(key) &&
+  return key.size(2) < 16 && !short_attention::is_short(key) &&
       !std::isfinite(query.sum().item<double>() + key.sum().item<double>());
 }
 
+short_attention::Dropout dropout_of(const Optional& seed, double p) {
+  return seed ? short_attention::Dropout{p, static_cast<uint64_t>(seed->item<int64_t>())} : short_attention::Dropout{};
+}
+
 std::tuple<Tensor, Tensor> attend(
-    const Tensor& query, const Tensor& key, const Tensor& value, bool is_causal, const Optional& mask, double scale) {
-  if (short_attention::is_faster(key))
-    return short_attention::attention(query, key, value, is_causal, mask, scale);
+    const Tensor& query, const Tensor& key, const Tensor& value, bool is_causal, const Optional& mask, double scale,
+    const short_attention::Dropout& dropout) {
+  if (short_attention::is_short(key))
+    return short_attention::attention(query, key, value, is_causal, mask, scale, dropout);
   return at::_scaled_dot_product_flash_attention_for_cpu(query, key, value, 0.0, is_causal, mask, scale);
 }
 
 Three attend_backward(
     const Tensor& grad, const Tensor& query, const Tensor& key, const Tensor& value, const Tensor& output,
-    const Tensor& logsumexp, bool is_causal, const Optional& mask, double scale) {
-  if (short_attention::is_faster(key))
+    const Tensor& logsumexp, bool is_causal, const Optional& mask, double scale,
+    const short_attention::Dropout& dropout) {
+  if (short_attention::is_short(key))
     return short_attention::attention_backward(
-        grad, query, key, value, output, logsumexp, is_causal, mask, scale);
+        grad, query, key, value, output, logsumexp, is_causal, mask, scale, dropout);
   return at::_scaled_dot_product_flash_attention_for_cpu_backward(
       grad, query, key, value, output, logsumexp, 0.0, is_causal, mask, scale);
 }
@@ -304,7 +311,7 @@ Three attend_backward(
 Three gated_attention(
     const Tensor& query, const Tensor& key, const Tensor& value, const Optional& head_gate, const Optional& attn_mask,
     const Optional& seed, double dropout_p, bool is_causal, double scale, bool gate_grad) {
-  if (needs_reference(query, key, seed))
+  if (needs_reference(query, key, head_gate, seed))
     return by_reference<decltype(gated_attention)>(
         "fastdistill::gated_attention", query, key, value, head_gate, attn_mask, seed, dropout_p, is_causal, scale,
         gate_grad);
@@ -316,9 +323,10 @@ Three gated_attention(
   Tensor ungated = at::empty({0}, query.options());
   const Optional mask = additive_mask(attn_mask, query);
   const Tensor k = repeated(key, count, heads, false), v = repeated(value, count, heads, false);
+  const auto dropout = dropout_of(seed, dropout_p);
   for (const Heads& part : heads) {
     const auto [attention, sums] =
-        attend(part.pack(query), part.pack(k), part.pack(v), is_causal, part.pack_mask(mask), scale);
+        attend(part.pack(query), part.pack(k), part.pack(v), is_causal, part.pack_mask(mask), scale, dropout);
     output.add(part, attention);
     logsumexp.add(part, sums.contiguous().unsqueeze(2));
     if (gate_grad) // then all heads are one part
@@ -331,7 +339,7 @@ Four gated_attention_backward(
     const Tensor& grad_output, const Tensor& query, const Tensor& key, const Tensor& value, const Optional& head_gate,
     const Optional& attn_mask, const Optional& seed, const Tensor& output, const Tensor& logsumexp, double dropout_p,
     bool is_causal, double scale, bool gate_grad) {
-  if (needs_reference(query, key, seed))
+  if (needs_reference(query, key, head_gate, seed))
     return by_reference<decltype(gated_attention_backward)>(
         "fastdistill::gated_attention_backward", grad_output, query, key, value, head_gate, attn_mask, seed, output,
         logsumexp, dropout_p, is_causal, scale, gate_grad);
@@ -347,10 +355,11 @@ Four gated_attention_backward(
   const Optional mask = additive_mask(attn_mask, query);
   const Tensor k = repeated(key, count, heads, !gate_grad), v = repeated(value, count, heads, !gate_grad);
   Whole grad_query(heads, query), grad_key(heads, k), grad_value(heads, v, !gate_grad);
+  const auto dropout = dropout_of(seed, dropout_p);
   for (const Heads& part : heads) {
     const auto [of_query, of_key, of_value] = attend_backward(
         part.pack(grad, gate_grad), part.pack(query), part.pack(k), part.pack(v, !gate_grad), part.pack(output),
-        part.pack(logsumexp.unsqueeze(2)).squeeze(2), is_causal, part.pack_mask(mask), scale);
+        part.pack(logsumexp.unsqueeze(2)).squeeze(2), is_causal, part.pack_mask(mask), scale, dropout);
     grad_query.add(part, of_query);
     grad_key.add(part, of_key);
     grad_value.add(part, of_value);

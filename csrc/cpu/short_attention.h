@@ -5,6 +5,7 @@
 // keys are vertical, and of all that is given only the queries are transposed.
 #pragma once
 
+#include "philox.h"
 #include "row.h"
 
 #include <ATen/OpMathType.h>
@@ -19,6 +20,17 @@
 namespace fastdistill {
 inline namespace CPU_CAPABILITY {
 namespace short_attention {
+
+// Keys of a short sequence. One thread with AVX-512, against PyTorch's, 12 heads of 32: 8 to 45 keys in .47 to .70 of the
+// time in float32 and .29 to .44 in bfloat16, 128 in .86 and .78, 256 in .90 and .80, 512 as long; with AVX2, 64 keys as
+// long in float32.
+#if defined(CPU_CAPABILITY_AVX512)
+constexpr int64_t kKeys = 256;
+#elif defined(CPU_CAPABILITY_AVX2)
+constexpr int64_t kKeys = 64;
+#else
+constexpr int64_t kKeys = 0; // not measured
+#endif
 
 constexpr int kRows = 6, kVectors = 2; // of a product's results in registers
 
@@ -134,9 +146,14 @@ void scores_of(
   product(k, queries, kQueries, scores, kQueries, keys, (count + Vec<T>::size() - 1) / Vec<T>::size() * Vec<T>::size(), size);
   if (mask.defined()) {
     const T* m = mask.const_data_ptr<T>() + i * mask.stride(0) + h * mask.stride(1) + start * mask.stride(2);
-    for (int64_t j = 0; j < keys; ++j)
+    const bool is_same = mask.stride(2) == 0; // for all queries, as of padding
+    for (int64_t j = 0; j < keys; ++j) {
+      const T* of_key = m + j * mask.stride(3);
+      if (is_same && *of_key == 0)
+        continue;
       for (int64_t r = 0; r < count; ++r)
-        scores[j * kQueries + r] += m[r * mask.stride(2) + j * mask.stride(3)];
+        scores[j * kQueries + r] += of_key[r * mask.stride(2)];
+    }
   }
   for (int64_t j = is_causal ? start + 1 : keys; j < keys; ++j)
     std::fill_n(scores + j * kQueries, std::min(j - start, count), -kInf<T>);
@@ -152,10 +169,38 @@ void write(T* rows, int64_t stride, int64_t count, int64_t size, scalar_t* targe
   }
 }
 
+// What is left out of probabilities, and what the others are divided by.
+struct Dropout {
+  double p = 0;
+  uint64_t seed = 0;
+
+  // Times 0 or 1 / (1 - p) of a head's values, [keys, kQueries], from query `start` on; [keys, kQueries] of `others` too.
+  // The same for the same seed, head, query and key.
+  template <int64_t kQueries, typename T>
+  void apply(int64_t head, int64_t start, int64_t count, int64_t keys, T* values, T* others = nullptr) const {
+    constexpr int64_t lanes = Vec<T>::size();
+    if (p == 0)
+      return;
+    const auto least = static_cast<uint32_t>(std::min(p * 4294967296.0, 4294967295.0));
+    const T kept = T(1 / (1 - p));
+    for (int64_t j = 0; j < keys; j += 4)
+      for (int64_t r = 0; r < count; r += lanes) {
+        const auto drawn = philox<lanes>(seed, static_cast<uint64_t>(j) << 32 | (start + r), head);
+        for (int64_t own = 0; own < std::min<int64_t>(4, keys - j); ++own)
+          for (int64_t lane = 0; lane < lanes; ++lane) {
+            const T by = drawn[own][lane] >= least ? kept : T(0);
+            values[(j + own) * kQueries + r + lane] *= by;
+            if (others)
+              others[(j + own) * kQueries + r + lane] *= by;
+          }
+      }
+  }
+};
+
 template <typename scalar_t>
 void forward(
     const at::Tensor& query, const at::Tensor& key, const at::Tensor& value, bool is_causal, const at::Tensor& mask,
-    double scale, const at::Tensor& output, const at::Tensor& logs) {
+    double scale, const Dropout& dropout, const at::Tensor& output, const at::Tensor& logs) {
   using T = at::opmath_type<scalar_t>;
   constexpr int64_t lanes = Vec<T>::size(), kQueries = kVectors * lanes;
   const int64_t heads = query.size(1), queries = query.size(2), size = query.size(3), keys = key.size(2);
@@ -176,6 +221,7 @@ void forward(
         for (int64_t r = 0; r < count; r += lanes)
           exponentials(scores.data() + r, kQueries, keys, by.data() + r, sums.data() + r);
         std::copy_n(sums.data(), count, logs.mutable_data_ptr<T>() + n * queries + start);
+        dropout.apply<kQueries>(n, start, count, keys, scores.data());
         product(Matrix<T>{scores.data(), 1, kQueries}, v.data, v.row, context.data(), padded, count, padded, keys);
         scalar_t* target = output.mutable_data_ptr<scalar_t>() + i * output.stride(0) + h * output.stride(1);
         write(
@@ -185,12 +231,13 @@ void forward(
   });
 }
 
-// With P the probabilities: dV = P^T dO, dP = dO V^T, dS = P (dP - sum(dO O)), dQ = scale dS K, dK = scale dS^T Q.
+// With P the probabilities, and F what dropout multiplies them by: dV = (P F)^T dO, dP = F dO V^T,
+// dS = P (dP - sum(dO O)), dQ = scale dS K, dK = scale dS^T Q.
 template <typename scalar_t>
 void backward(
     const at::Tensor& grad, const at::Tensor& query, const at::Tensor& key, const at::Tensor& value,
     const at::Tensor& output, const at::Tensor& logs, bool is_causal, const at::Tensor& mask, double scale,
-    const at::Tensor& grad_query, const at::Tensor& grad_key, const at::Tensor& grad_value) {
+    const Dropout& dropout, const at::Tensor& grad_query, const at::Tensor& grad_key, const at::Tensor& grad_value) {
   using T = at::opmath_type<scalar_t>;
   constexpr int64_t lanes = Vec<T>::size(), kQueries = kVectors * lanes;
   const int64_t queries = query.size(2), size = query.size(3), shared = key.size(1), keys = key.size(2);
@@ -198,6 +245,7 @@ void backward(
   at::parallel_for(0, query.size(0) * shared, row_grain(keys * size * group), [&](int64_t begin, int64_t end) {
     std::vector<T> own_keys, own_values, own_queries, own_grads, own_outputs;
     std::vector<T> q(size * kQueries), g(size * kQueries), p(keys * kQueries), ds(keys * kQueries);
+    std::vector<T> whole(dropout.p > 0 ? keys * kQueries : 0); // the probabilities
     std::vector<T> of_key(keys * padded), of_value(keys * padded), of_query(kQueries * padded);
     std::array<T, kQueries> log, delta;
     const std::vector<T> scales(std::max(keys, kQueries), T(scale)), ones(keys, T(1));
@@ -228,14 +276,17 @@ void backward(
           transpose<kQueries>(grads, count, size, T(1), g.data());
           scores_of<kQueries>(k, q.data(), mask, is_causal, i, h, start, count, keys, size, p.data());
           scores_of<kQueries>(v, g.data(), at::Tensor(), false, i, h, start, count, keys, size, ds.data());
-          for (int64_t r = 0; r < count; r += lanes) {
-            const Vec<T> most = Vec<T>::loadu(log.data() + r), mean = Vec<T>::loadu(delta.data() + r);
-            for (int64_t j = r; j < keys * kQueries; j += kQueries) {
-              const Vec<T> probability = exp_nonpositive(Vec<T>::loadu(p.data() + j) - most);
-              probability.store(p.data() + j);
-              (probability * (Vec<T>::loadu(ds.data() + j) - mean)).store(ds.data() + j);
-            }
-          }
+          for (int64_t r = 0; r < count; r += lanes)
+            for (int64_t j = r; j < keys * kQueries; j += kQueries)
+              exp_nonpositive(Vec<T>::loadu(p.data() + j) - Vec<T>::loadu(log.data() + r)).store(p.data() + j);
+          if (dropout.p > 0)
+            std::copy_n(p.data(), p.size(), whole.data());
+          dropout.apply<kQueries>(i * query.size(1) + h, start, count, keys, p.data(), ds.data());
+          const T* all = dropout.p > 0 ? whole.data() : p.data();
+          for (int64_t r = 0; r < count; r += lanes)
+            for (int64_t j = r; j < keys * kQueries; j += kQueries)
+              (Vec<T>::loadu(all + j) * (Vec<T>::loadu(ds.data() + j) - Vec<T>::loadu(delta.data() + r)))
+                  .store(ds.data() + j);
           const Matrix<T> by_key{p.data(), kQueries, 1}, ds_by_key{ds.data(), kQueries, 1}, by_query{ds.data(), 1, kQueries};
           product<true>(by_key, grads.data, grads.row, of_value.data(), padded, keys, padded, count);
           product<true>(ds_by_key, given.data, given.row, of_key.data(), padded, keys, padded, count);
@@ -254,16 +305,8 @@ void backward(
   });
 }
 
-// One thread with AVX-512, against PyTorch's, 12 heads of 32: 8 to 45 keys in .47 to .70 of the time in float32 and .29 to
-// .44 in bfloat16, 128 in .86 and .78, 256 in .90 and .80, 512 as long; with AVX2, 64 keys as long in float32.
-inline bool is_faster(const at::Tensor& key) {
-#if defined(CPU_CAPABILITY_AVX512)
-  return key.size(2) <= 256;
-#elif defined(CPU_CAPABILITY_AVX2)
-  return key.size(2) <= 64;
-#else
-  return false; // not measured
-#endif
+inline bool is_short(const at::Tensor& key) {
+  return key.size(2) <= kKeys;
 }
 
 inline at::Tensor by_token(const at::Tensor& like) {
@@ -278,12 +321,12 @@ inline at::Tensor expanded(const std::optional<at::Tensor>& mask, const at::Tens
 // fewer heads, each for as many of the query's, one after the other. The mask is added to the scores.
 inline std::tuple<at::Tensor, at::Tensor> attention(
     const at::Tensor& query, const at::Tensor& key, const at::Tensor& value, bool is_causal,
-    const std::optional<at::Tensor>& mask, double scale) {
+    const std::optional<at::Tensor>& mask, double scale, const Dropout& dropout) {
   const at::Tensor output = by_token(query);
   const auto wide = query.options().dtype(at::toOpMathType(query.scalar_type()));
   const at::Tensor logs = at::empty({query.size(0), query.size(1), query.size(2)}, wide);
   AT_DISPATCH_FLOATING_TYPES_AND2(at::kHalf, at::kBFloat16, query.scalar_type(), "gated_attention", [&] {
-    forward<scalar_t>(query, key, value, is_causal, expanded(mask, query, key), scale, output, logs);
+    forward<scalar_t>(query, key, value, is_causal, expanded(mask, query, key), scale, dropout, output, logs);
   });
   return {output, logs};
 }
@@ -292,11 +335,12 @@ inline std::tuple<at::Tensor, at::Tensor> attention(
 inline std::tuple<at::Tensor, at::Tensor, at::Tensor> attention_backward(
     const at::Tensor& grad, const at::Tensor& query, const at::Tensor& key, const at::Tensor& value,
     const at::Tensor& output, const at::Tensor& logs, bool is_causal, const std::optional<at::Tensor>& mask,
-    double scale) {
+    double scale, const Dropout& dropout) {
   const at::Tensor of_query = by_token(query), of_key = by_token(key), of_value = by_token(value);
   AT_DISPATCH_FLOATING_TYPES_AND2(at::kHalf, at::kBFloat16, query.scalar_type(), "gated_attention", [&] {
     backward<scalar_t>(
-        grad, query, key, value, output, logs, is_causal, expanded(mask, query, key), scale, of_query, of_key, of_value);
+        grad, query, key, value, output, logs, is_causal, expanded(mask, query, key), scale, dropout, of_query, of_key,
+        of_value);
   });
   return {of_query, of_key, of_value};
 }

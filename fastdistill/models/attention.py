@@ -82,7 +82,7 @@ def attention_forward(
     own_gate = getattr(module, _GATE, None)
     gate = own_gate and own_gate(query)
     exported = torch.compiler.is_compiling() and torch.onnx.is_in_onnx_export()  # which does not know the op
-    if exported or (gate is None and gate_rules.dropout_by_pytorch(query, dropout)):
+    if exported or (gate is None and gate_rules.attention_by_pytorch(query, key.shape[2], dropout)):
         if key.shape[1] != query.shape[1]:
             key, value = (x.repeat_interleave(query.shape[1] // x.shape[1], 1) for x in (key, value))
         context = F.scaled_dot_product_attention(query, key, value, attention_mask, dropout, is_causal, scale=scaling)

@@ -170,8 +170,8 @@ def _attention_forward(
 
 
 def packed_attention(query: Tensor, key: Tensor, value: Tensor, packing: Packing, scale: float) -> Tensor:
-    """``[T, H, D] -> [T, H, D]``: on CUDA flash's of varying lengths, where it takes the dtype, else for the examples of
-    each length `gated_attention` on a CPU, or PyTorch's."""
+    """``[T, H, D] -> [T, H, D]``: on CUDA flash's of varying lengths, where it takes the dtype; else for the examples
+    of each length this package's on a CPU, or PyTorch's."""
     size = query.shape[-1]
     takes = query.dtype in (torch.float16, torch.bfloat16) and size % 8 == 0 and size <= 256 and scale == size**-0.5
     if query.is_cuda and takes and query.shape[1] and (varlen := _varlen_attn()) is not None:

@@ -36,20 +36,25 @@ def neurons_by_kernel(h: Tensor) -> bool:
 def heads_by_kernel(query: Tensor) -> bool:
     """Whether PyTorch's attention and a multiplication give way to `gated_attention`.
 
-    Not on CPU: there it is PyTorch's own with copies of heads around it, 1.03 to 1.05 of the time of the same layers,
-    forward and backward (16 to 64 tokens). On an H100 in bfloat16 (docs/gpu.md) 32×12×128×64 with gates by example
-    takes 239 µs in place of 798, and 64×12×512×64 as long as cuDNN's and a multiplication; wider heads and longer texts
-    take longer than that, and float32 was not measured.
+    Not on CPU: there `score` of MiniLM takes as long (.98 to 1.02 of the time, batches of 32, 8 to 64 tokens). On an
+    H100 in bfloat16 (docs/gpu.md) 32×12×128×64 with gates by example takes 239 µs in place of 798, and 64×12×512×64 as
+    long as cuDNN's and a multiplication; wider heads and longer texts take longer, and float32 was not measured.
     """
     if query.device.type not in HEADS_BY_KERNEL or "gated_attention" not in TRITON:
         return False
     return query.dtype in (torch.bfloat16, torch.float16) and query.shape[-1] <= 64 and query.shape[-2] <= 512
 
 
-def dropout_by_pytorch(query: Tensor, dropout_p: float) -> bool:
-    """Whether attention without gates gives way to PyTorch's. With dropout on CPU: `gated_attention` draws the dropped
-    weights again in its backward pass, and 32×12×128×32, forward and backward, takes 173 ms in place of 84."""
-    return dropout_p > 0 and query.is_cpu
+def attention_by_pytorch(query: Tensor, keys: int, dropout_p: float) -> bool:
+    """Whether attention without gates gives way to PyTorch's: with dropout on CPU of longer sequences than the kernel
+    there takes, whose weights are then in memory, and drawn again in the backward pass (AVX2, 32×12×128×32, forward and
+    backward: 173 ms in place of 84; with a kernel, AVX-512, 86 in place of 133, and of 25 tokens 9.4 of 13.5)."""
+    return dropout_p > 0 and query.is_cpu and keys > short_keys()
+
+
+def short_keys() -> int:
+    """Up to so many keys attention on CPU is this package's own kernel; 0 where there is none."""
+    return 0 if NATIVE.cpu is None else int(NATIVE.cpu.short_keys)
 
 
 def worth_leaving_out(rows: int, units: int, kept: int, device: torch.device) -> bool:

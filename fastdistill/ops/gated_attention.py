@@ -78,11 +78,11 @@ def gated_attention(
 
     Differentiable once, and not by torch.func; torch.vmap calls it once for each example of its batch. On CUDA, heads
     of up to 128 channels are computed by Triton; wider ones, and float64, in plain PyTorch, with the weights in memory,
-    and so is dropout on CPU. Where PyTorch's own attention would be cuDNN's (Hopper), in 16 bits, from 512 tokens (256
-    with more than 64 channels), with no mask, dropout or groups, and without gates or for their gradient, cuDNN makes
-    the products. Its gradients' last digits differ from call to call, and where inputs hold NaN those under a gate of 0
-    do, too; by Triton neither is so, which ``torch.use_deterministic_algorithms(True)`` and
-    ``torch.backends.cuda.enable_cudnn_sdp(False)`` ask for.
+    and so is dropout on CPU with gates, or of more than 256 keys (with AVX2 64, without either any). Where PyTorch's
+    own attention would be cuDNN's (Hopper), in 16 bits, from 512 tokens (256 with more than 64 channels), with no mask,
+    dropout or groups, and without gates or for their gradient, cuDNN makes the products. Its gradients' last digits
+    differ from call to call, and where inputs hold NaN those under a gate of 0 do, too; by Triton neither is so, which
+    ``torch.use_deterministic_algorithms(True)`` and ``torch.backends.cuda.enable_cudnn_sdp(False)`` ask for.
     """
     if not (is_floating(query) and is_floating(key) and is_floating(value)):
         _explain_tensors(query, key, value)

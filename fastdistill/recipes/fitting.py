@@ -22,6 +22,7 @@ from fastdistill.data.metrics import compute_metrics
 from fastdistill.models.alignment import aligned
 from fastdistill.models.drawing import draw_anew
 from fastdistill.models.first_token import first_token_only
+from fastdistill.models.short_attention import short_attention
 from fastdistill.models.vocabulary import can_compact, compact_vocabulary
 from fastdistill.objectives.metakd import MetaKD
 from fastdistill.objectives.selection import EXAMPLE
@@ -127,6 +128,7 @@ def fit(
         _compact(student, examples, trainer),
         first_token_only(*(() if objective.needs.all_tokens else (student, *teachers))),
         aligned(*(() if training.epochs or trainer.is_fsdp_enabled else (student,))),
+        short_attention(student, *teachers),
     ):
         if training.epochs:
             yield Prepared(training, trainer, best, checkpoint)
