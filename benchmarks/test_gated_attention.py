@@ -1,5 +1,6 @@
 """Attention with a share of its heads closed, against what users write: attention times gates. Forward alone, and
-forward and backward with a gradient to the gates (heads are scored) and without (heads are masked).
+forward and backward with a gradient to the gates (heads are scored) and without (heads are masked). And without gates,
+with padding and dropout, as encoders are trained.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ SIZES = sizes(
     cpu=[(32, 12, 32, 32), (32, 12, 128, 32)],
     cuda=[(32, 12, 128, 64), (64, 12, 512, 64), (16, 16, 2048, 64), (16, 16, 1024, 128), (8, 32, 4096, 128)],
 )
+TRAINED = sizes(tiny=SIZES[:1], cpu=[(32, 12, n, 32) for n in (12, 25, 64, 128)], cuda=[(32, 12, 128, 64)])
 DTYPE = torch.bfloat16 if DEVICE == "cuda" else torch.float32
 Attention = Callable[..., Tensor]
 
@@ -75,11 +77,11 @@ def skip(implementation: str, closed: float, gate_grad: bool) -> None:
         pytest.skip("as with none closed")
 
 
-def make(size: Size) -> list[Tensor]:
+def make(size: Size, dtype: torch.dtype = DTYPE) -> list[Tensor]:
     torch.manual_seed(0)
     torch.compiler.reset()
     batch, heads, tokens, channels = size
-    return [torch.randn(batch, tokens, heads, channels, device=DEVICE, dtype=DTYPE).transpose(1, 2) for _ in range(3)]
+    return [torch.randn(batch, tokens, heads, channels, device=DEVICE, dtype=dtype).transpose(1, 2) for _ in range(3)]
 
 
 def with_closed(heads: int, closed: float) -> Tensor:
@@ -89,7 +91,14 @@ def with_closed(heads: int, closed: float) -> Tensor:
 
 
 def run(
-    benchmark: Any, function: Callable[[], Any], size: Size, what: str, about: str, implementation: str, work: float
+    benchmark: Any,
+    function: Callable[[], Any],
+    size: Size,
+    what: str,
+    about: str,
+    implementation: str,
+    work: float,
+    dtype: torch.dtype = DTYPE,
 ) -> None:
     """``work``: how many times the two products of the forward pass must be done."""
     batch, heads, tokens, channels = size
@@ -99,7 +108,7 @@ def run(
         op=f"gated_attention{what}",
         case="×".join(map(str, size)) + about,
         implementation=implementation,
-        dtype=DTYPE,
+        dtype=dtype,
         flops=4 * batch * heads * tokens**2 * channels * work,
         small=tokens <= 128,
     )
@@ -181,3 +190,25 @@ def test_grouped_heads(benchmark: Any, implementation: str, size: Size, closed: 
         return torch.autograd.grad(attend(*inputs, gate), inputs, grad_output)
 
     run(benchmark, step, size, ", grouped heads", f", {closed:.0%} closed", implementation, work=3.5 * (1 - closed))
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.1])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, *([torch.float32] if DEVICE == "cpu" else [])], ids=str)
+@pytest.mark.parametrize("size", TRAINED, ids=lambda size: "x".join(map(str, size)))
+@pytest.mark.parametrize("implementation", ["sdpa", OURS])
+def test_training(benchmark: Any, implementation: str, size: Size, dtype: torch.dtype, dropout: float) -> None:
+    """An eighth of the examples has an eighth of padding."""
+    inputs = [x.requires_grad_() for x in make(size, dtype)]
+    batch, _, tokens, _ = size
+    mask = torch.ones(batch, 1, 1, tokens, device=DEVICE, dtype=torch.bool)
+    mask[: batch // 8, ..., tokens - tokens // 8 :] = False
+    grad_output = torch.randn_like(inputs[0])
+
+    def attend() -> Tensor:
+        if implementation == OURS:
+            return gated_attention(*inputs, attn_mask=mask, dropout_p=dropout)
+        return F.scaled_dot_product_attention(*inputs, mask, dropout)
+
+    what, about = " without gates", f", padding{', dropout' if dropout else ''}"
+    step = lambda: torch.autograd.grad(attend(), inputs, grad_output)  # noqa: E731
+    run(benchmark, step, size, what, about, implementation, work=3.5, dtype=dtype)

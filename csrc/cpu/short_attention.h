@@ -34,6 +34,11 @@ constexpr int64_t kKeys = 0; // not measured
 
 constexpr int kRows = 6, kVectors = 2; // of a product's results in registers
 
+template <typename T>
+constexpr int64_t whole_vectors(int64_t size) {
+  return (size + Vec<T>::size() - 1) / Vec<T>::size() * Vec<T>::size();
+}
+
 // A matrix by the strides of its rows and columns.
 template <typename T>
 struct Matrix {
@@ -108,8 +113,7 @@ inline void exponentials(T* scores, int64_t stride, int64_t keys, T* by, T* sums
 // beyond, which `own` keeps.
 template <typename scalar_t, typename T>
 Matrix<T> vectors(const scalar_t* source, int64_t stride, int64_t rows, int64_t size, std::vector<T>& own) {
-  constexpr int64_t lanes = Vec<T>::size();
-  const int64_t padded = (size + lanes - 1) / lanes * lanes;
+  const int64_t padded = whole_vectors<T>(size);
   if constexpr (std::is_same_v<scalar_t, T>)
     if (size == padded)
       return Matrix<T>{source, stride, 1};
@@ -130,7 +134,7 @@ const scalar_t* head_of(const at::Tensor& x, int64_t i, int64_t h) {
 // The transpose of a few rows, times a factor: [size, kQueries], with zeros beyond the rows up to whole vectors.
 template <int64_t kQueries, typename T>
 void transpose(Matrix<T> rows, int64_t count, int64_t size, T by, T* target) {
-  const int64_t used = (count + Vec<T>::size() - 1) / Vec<T>::size() * Vec<T>::size();
+  const int64_t used = whole_vectors<T>(count);
   for (int64_t d = 0; d < size; ++d, target += kQueries) {
     for (int64_t r = 0; r < count; ++r)
       target[r] = rows.data[r * rows.row + d] * by;
@@ -143,7 +147,7 @@ template <int64_t kQueries, typename T>
 void scores_of(
     Matrix<T> k, const T* queries, const at::Tensor& mask, bool is_causal, int64_t i, int64_t h, int64_t start,
     int64_t count, int64_t keys, int64_t size, T* scores) {
-  product(k, queries, kQueries, scores, kQueries, keys, (count + Vec<T>::size() - 1) / Vec<T>::size() * Vec<T>::size(), size);
+  product(k, queries, kQueries, scores, kQueries, keys, whole_vectors<T>(count), size);
   if (mask.defined()) {
     const T* m = mask.const_data_ptr<T>() + i * mask.stride(0) + h * mask.stride(1) + start * mask.stride(2);
     const bool is_same = mask.stride(2) == 0; // for all queries, as of padding
@@ -204,7 +208,7 @@ void forward(
   using T = at::opmath_type<scalar_t>;
   constexpr int64_t lanes = Vec<T>::size(), kQueries = kVectors * lanes;
   const int64_t heads = query.size(1), queries = query.size(2), size = query.size(3), keys = key.size(2);
-  const int64_t group = heads / key.size(1), padded = (size + lanes - 1) / lanes * lanes;
+  const int64_t group = heads / key.size(1), padded = whole_vectors<T>(size);
   at::parallel_for(0, query.size(0) * heads, row_grain(keys * size), [&](int64_t begin, int64_t end) {
     std::vector<T> own_keys, own_values, own_queries;
     std::vector<T> q(size * kQueries), scores(keys * kQueries), context(kQueries * padded);
@@ -223,9 +227,9 @@ void forward(
         std::copy_n(sums.data(), count, logs.mutable_data_ptr<T>() + n * queries + start);
         dropout.apply<kQueries>(n, start, count, keys, scores.data());
         product(Matrix<T>{scores.data(), 1, kQueries}, v.data, v.row, context.data(), padded, count, padded, keys);
-        scalar_t* target = output.mutable_data_ptr<scalar_t>() + i * output.stride(0) + h * output.stride(1);
-        write(
-            context.data(), padded, count, size, target + start * output.stride(2), output.stride(2), by.data());
+        scalar_t* target = output.mutable_data_ptr<scalar_t>() + i * output.stride(0) + h * output.stride(1) +
+            start * output.stride(2);
+        write(context.data(), padded, count, size, target, output.stride(2), by.data());
       }
     }
   });
@@ -241,7 +245,7 @@ void backward(
   using T = at::opmath_type<scalar_t>;
   constexpr int64_t lanes = Vec<T>::size(), kQueries = kVectors * lanes;
   const int64_t queries = query.size(2), size = query.size(3), shared = key.size(1), keys = key.size(2);
-  const int64_t group = query.size(1) / shared, padded = (size + lanes - 1) / lanes * lanes;
+  const int64_t group = query.size(1) / shared, padded = whole_vectors<T>(size);
   at::parallel_for(0, query.size(0) * shared, row_grain(keys * size * group), [&](int64_t begin, int64_t end) {
     std::vector<T> own_keys, own_values, own_queries, own_grads, own_outputs;
     std::vector<T> q(size * kQueries), g(size * kQueries), p(keys * kQueries), ds(keys * kQueries);
@@ -261,7 +265,8 @@ void backward(
           const auto rows = [&](const at::Tensor& x, std::vector<T>& copy) {
             return vectors(head_of<scalar_t>(x, i, h) + start * x.stride(2), x.stride(2), count, size, copy);
           };
-          const auto given = rows(query, own_queries), grads = rows(grad, own_grads), outputs = rows(output, own_outputs);
+          const auto given = rows(query, own_queries), grads = rows(grad, own_grads);
+          const auto outputs = rows(output, own_outputs);
           log.fill(0);
           delta.fill(0);
           for (int64_t r = 0; r < count; ++r) {
@@ -287,14 +292,13 @@ void backward(
             for (int64_t j = r; j < keys * kQueries; j += kQueries)
               (Vec<T>::loadu(all + j) * (Vec<T>::loadu(ds.data() + j) - Vec<T>::loadu(delta.data() + r)))
                   .store(ds.data() + j);
-          const Matrix<T> by_key{p.data(), kQueries, 1}, ds_by_key{ds.data(), kQueries, 1}, by_query{ds.data(), 1, kQueries};
-          product<true>(by_key, grads.data, grads.row, of_value.data(), padded, keys, padded, count);
-          product<true>(ds_by_key, given.data, given.row, of_key.data(), padded, keys, padded, count);
+          const Matrix<T> kept{p.data(), kQueries, 1}, by_key{ds.data(), kQueries, 1}, by_query{ds.data(), 1, kQueries};
+          product<true>(kept, grads.data, grads.row, of_value.data(), padded, keys, padded, count);
+          product<true>(by_key, given.data, given.row, of_key.data(), padded, keys, padded, count);
           product(by_query, k.data, k.row, of_query.data(), padded, count, padded, keys);
-          scalar_t* target = grad_query.mutable_data_ptr<scalar_t>() + i * grad_query.stride(0) + h * grad_query.stride(1);
-          write(
-              of_query.data(), padded, count, size, target + start * grad_query.stride(2), grad_query.stride(2),
-              scales.data());
+          scalar_t* target = grad_query.mutable_data_ptr<scalar_t>() + i * grad_query.stride(0) +
+              h * grad_query.stride(1) + start * grad_query.stride(2);
+          write(of_query.data(), padded, count, size, target, grad_query.stride(2), scales.data());
         }
       const auto target = [&](const at::Tensor& x) {
         return x.mutable_data_ptr<scalar_t>() + i * x.stride(0) + own * x.stride(1);

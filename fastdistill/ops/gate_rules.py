@@ -72,7 +72,8 @@ def gates_run_on() -> str:
     """For `fastdistill.doctor`, in one line."""
     neurons = "the activation's sweep (bias_act_gate)" if has_kernel("bias_act_gate", "CPU") else "multiplications"
     return (
-        f"gate and score: on CPU neurons by {neurons}, heads by PyTorch's attention, which takes less time there than "
-        "gated_attention, and closed units left out of products; on CUDA both by kernels, heads of up to 64 channels "
-        "and 512 tokens in 16 bits, and closed units left out from 16,384 rows (docs/gpu.md)"
+        f"gate and score: on CPU neurons by {neurons}, heads by PyTorch's attention, where gated_attention takes as "
+        f"long, and closed units left out of products; training there by gated_attention up to {short_keys()} tokens; "
+        "on CUDA both by kernels, heads of up to 64 channels and 512 tokens in 16 bits, and closed units left out from "
+        "16,384 rows (docs/gpu.md)"
     )

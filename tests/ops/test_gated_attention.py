@@ -55,7 +55,9 @@ def test_every_dtype_mask_and_gate(device: str, dtype: torch.dtype, mask: str, g
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize(("queries", "keys", "size"), [(2, 40, 24), (33, 33, 1), (130, 70, 64), (20, 20, 144)])
+@pytest.mark.parametrize(
+    ("queries", "keys", "size"), [(2, 40, 24), (33, 33, 1), (130, 70, 64), (20, 20, 144), (40, 300, 16)]
+)
 @pytest.mark.parametrize("is_causal", [False, True])
 def test_every_length_and_size(
     device: str, dtype: torch.dtype, queries: int, keys: int, size: int, is_causal: bool, nan_filled: None
@@ -196,6 +198,30 @@ def test_dropout_goes_backward_as_forward(gate: str, gate_grad: bool, nan_filled
     ours = with_gradients(gated_attention, inputs, gates, gate_grad, dropout_p=0.3)
     torch.manual_seed(2)
     for x, y in zip(ours, with_gradients(explicit, inputs, gates, gate_grad), strict=True):
+        torch.testing.assert_close(x, y)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("keys", [1, 6, 37, 300])
+def test_dropout_without_gates(keys: int, dtype: torch.dtype, nan_filled: None) -> None:
+    """Unit vectors as values show which weights are kept, of queries that are more than a kernel has at once."""
+    query, key, _ = make(2, 4, 41, keys, keys, dtype=dtype)
+    _, _, value = make(2, 4, 41, keys, keys, dtype=dtype)
+    key, value = key[:, :2], value[:, :2]  # each for two heads of the query
+    padding = torch.arange(keys) < torch.tensor([keys, max(1, keys - 2)])[:, None, None, None]
+    unit = torch.eye(keys, dtype=dtype).expand(2, 2, keys, keys)
+    torch.manual_seed(4)
+    kept = gated_attention(query, key, unit, attn_mask=padding, dropout_p=0.3) != 0
+    assert keys < 9 or abs(kept.double().mean() - 0.7 * padding.double().mean()) < 0.02
+
+    def explicit(query: Tensor, key: Tensor, value: Tensor, gate: None, mask: Tensor) -> Tensor:
+        key, value = (x.repeat_interleave(2, 1) for x in (key, value))
+        scores = (query @ key.mT / math.sqrt(keys)).masked_fill(~mask, -INF)
+        return scores.softmax(-1) * kept / 0.7 @ value
+
+    torch.manual_seed(4)
+    ours = with_gradients(gated_attention, [query, key, value], None, False, padding, dropout_p=0.3)
+    for x, y in zip(ours, with_gradients(explicit, [query, key, value], None, False, padding), strict=True):
         torch.testing.assert_close(x, y)
 
 
