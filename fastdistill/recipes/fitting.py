@@ -128,7 +128,7 @@ def fit(
         _compact(student, examples, trainer),
         first_token_only(*(() if objective.needs.all_tokens else (student, *teachers))),
         aligned(*(() if training.epochs or trainer.is_fsdp_enabled else (student,))),
-        short_attention(student, *teachers),
+        short_attention(*(() if isinstance(trainer, MetaTrainer) else (student, *teachers))),  # it has no tangents
     ):
         if training.epochs:
             yield Prepared(training, trainer, best, checkpoint)

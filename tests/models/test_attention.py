@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 import fastdistill
 from fastdistill.models import attention
+from fastdistill.ops import gate_rules
 from tests.encoders import CONFIGS, classifier, inputs
 
 TEXT = sorted(CONFIGS.keys() - {"vit"})
@@ -106,10 +107,12 @@ def test_onnx_export(gated: bool, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("masked", [False, True])
-def test_dropout_on_cpu_is_pytorchs(masked: bool) -> None:
+def test_dropout_of_long_sequences_on_cpu_is_pytorchs(masked: bool) -> None:
     """It need not be drawn again for the gradients; a query that may attend to nothing has output 0 all the same."""
-    query, key = torch.randn(2, 4, 5, 8, requires_grad=True), torch.randn(2, 2, 5, 8, requires_grad=True)
-    mask = torch.tensor([[True, True, False, True, False], [False] * 5])[:, None, None] if masked else None
+    keys = gate_rules.short_keys() + 5
+    query, key = torch.randn(2, 4, 5, 8, requires_grad=True), torch.randn(2, 2, keys, 8, requires_grad=True)
+    mask = torch.stack([torch.arange(keys) % 5 < 3, torch.zeros(keys, dtype=torch.bool)])[:, None, None]
+    mask = mask if masked else None
     found = []
     options: dict[str, Any] = {"dropout": 0.5, "scaling": 0.3, "is_causal": False}
     for attend in (
