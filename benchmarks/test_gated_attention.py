@@ -209,6 +209,7 @@ def test_training(benchmark: Any, implementation: str, size: Size, dtype: torch.
             return gated_attention(*inputs, attn_mask=mask, dropout_p=dropout)
         return F.scaled_dot_product_attention(*inputs, mask, dropout)
 
-    what, about = " without gates", f", padding{', dropout' if dropout else ''}"
+    what = " without gates"
+    about = f", padding{', dropout' if dropout else ''}{'' if dtype == DTYPE else f', {dtype}'.replace('torch.', '')}"
     step = lambda: torch.autograd.grad(attend(), inputs, grad_output)  # noqa: E731
     run(benchmark, step, size, what, about, implementation, work=3.5, dtype=dtype)
