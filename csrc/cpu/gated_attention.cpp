@@ -1,5 +1,5 @@
-// softmax(scale q k^T + mask) v, each head times its gate: on the heads that count, of short sequences by products in
-// registers, otherwise PyTorch's flash attention, which also makes the gradients.
+// softmax(scale q k^T + mask) v, each head times its gate, and its gradients: on the heads that count, of short sequences
+// by products in registers, otherwise by PyTorch's flash attention.
 #include "row.h"
 #include "short_attention.h"
 

@@ -313,7 +313,7 @@ inline bool is_short(const at::Tensor& key) {
   return key.size(2) <= kKeys;
 }
 
-inline at::Tensor by_token(const at::Tensor& like) {
+inline at::Tensor empty_by_token(const at::Tensor& like) {
   return at::empty({like.size(0), like.size(2), like.size(1), like.size(3)}, like.options()).transpose(1, 2);
 }
 
@@ -326,7 +326,7 @@ inline at::Tensor expanded(const std::optional<at::Tensor>& mask, const at::Tens
 inline std::tuple<at::Tensor, at::Tensor> attention(
     const at::Tensor& query, const at::Tensor& key, const at::Tensor& value, bool is_causal,
     const std::optional<at::Tensor>& mask, double scale, const Dropout& dropout) {
-  const at::Tensor output = by_token(query);
+  const at::Tensor output = empty_by_token(query);
   const auto wide = query.options().dtype(at::toOpMathType(query.scalar_type()));
   const at::Tensor logs = at::empty({query.size(0), query.size(1), query.size(2)}, wide);
   AT_DISPATCH_FLOATING_TYPES_AND2(at::kHalf, at::kBFloat16, query.scalar_type(), "gated_attention", [&] {
@@ -340,7 +340,7 @@ inline std::tuple<at::Tensor, at::Tensor, at::Tensor> attention_backward(
     const at::Tensor& grad, const at::Tensor& query, const at::Tensor& key, const at::Tensor& value,
     const at::Tensor& output, const at::Tensor& logs, bool is_causal, const std::optional<at::Tensor>& mask,
     double scale, const Dropout& dropout) {
-  const at::Tensor of_query = by_token(query), of_key = by_token(key), of_value = by_token(value);
+  const at::Tensor of_query = empty_by_token(query), of_key = empty_by_token(key), of_value = empty_by_token(value);
   AT_DISPATCH_FLOATING_TYPES_AND2(at::kHalf, at::kBFloat16, query.scalar_type(), "gated_attention", [&] {
     backward<scalar_t>(
         grad, query, key, value, output, logs, is_causal, expanded(mask, query, key), scale, dropout, of_query, of_key,

@@ -18,8 +18,7 @@ def step_together(optimizers: Iterable[Any], gradients: Mapping[Tensor, Tensor])
     """``step()`` of each optimizer, PyTorch's or accelerate's around it, of weights with these gradients.
 
     What they make of the weights is the same. Those of AdamW by its fused kernel, from their second step on, are one
-    call for all weights with equal settings, where each optimizer would have one, or two, of its own; on a GPU that is
-    a few launches, and the host takes about the time of a single step.
+    call for all weights with equal settings, where each optimizer would have one, or two, of its own.
     """
     shared: dict[tuple[Any, ...], list[tuple[Tensor, dict[str, Tensor]]]] = {}
     for given in optimizers:

@@ -136,3 +136,19 @@ def test_a_training_that_was_cut_off_has_the_same_best_epoch(
     assert again.result["resumed"]
     assert [one["eval_loss"] for one in evaluations(again)] == [one["eval_loss"] for one in evaluations(whole)]
     torch.testing.assert_close(again.model.state_dict(), whole.model.state_dict(), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize(
+    ("checkpoints", "apart", "saved"), [(None, 30.0, 0), (None, 0.0, 4), (1, 30.0, 2), (0, 30.0, 0)]
+)
+def test_checkpoints_of_a_short_training(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, checkpoints: int | None, apart: float, saved: int
+) -> None:
+    """As many as are asked for, with one at its end; where none are, three, but not one after the other at once."""
+    steps: list[int] = []
+    monkeypatch.setattr(fitting, "CHECKPOINTS_APART", apart)
+    monkeypatch.setattr(
+        DistillationTrainer, "_save_checkpoint", lambda self, *args: steps.append(self.state.global_step)
+    )
+    stages(tmp_path, checkpoints=checkpoints).train(training(epochs=4))
+    assert len(steps) == saved
