@@ -302,8 +302,7 @@ Three attend_backward(
     const Tensor& logsumexp, bool is_causal, const Optional& mask, double scale,
     const short_attention::Dropout& dropout) {
   if (short_attention::is_short(key))
-    return short_attention::attention_backward(
-        grad, query, key, value, output, logsumexp, is_causal, mask, scale, dropout);
+    return short_attention::attention_backward(grad, query, key, value, logsumexp, is_causal, mask, scale, dropout);
   return at::_scaled_dot_product_flash_attention_for_cpu_backward(
       grad, query, key, value, output, logsumexp, 0.0, is_causal, mask, scale);
 }

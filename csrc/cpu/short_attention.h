@@ -109,6 +109,21 @@ inline void exponentials(T* scores, int64_t stride, int64_t keys, T* by, T* sums
   Vec<T>::blendv(most + sum.log(), zero, sum == zero).store(sums);
 }
 
+// P (dP - sum(P dP) / sum(P)) of a vector of queries, in place of dP: the sum of P is as far from 1 as the log of a sum
+// of exponentials is rounded.
+template <typename T>
+inline void gradients_of_scores(const T* probabilities, T* gradients, int64_t stride, int64_t keys) {
+  Vec<T> sum(0), total(0);
+  for (int64_t j = 0; j < keys * stride; j += stride) {
+    const auto p = Vec<T>::loadu(probabilities + j);
+    sum = at::vec::fmadd(p, Vec<T>::loadu(gradients + j), sum);
+    total = total + p;
+  }
+  const Vec<T> mean = sum / Vec<T>::blendv(total, Vec<T>(1), total == Vec<T>(0));
+  for (int64_t j = 0; j < keys * stride; j += stride)
+    (Vec<T>::loadu(probabilities + j) * (Vec<T>::loadu(gradients + j) - mean)).store(gradients + j);
+}
+
 // [rows, size] of values as a matrix of T with whole vectors in a row: themselves if they are one, else a copy, with zeros
 // beyond, which `own` keeps.
 template <typename scalar_t, typename T>
@@ -236,22 +251,23 @@ void forward(
 }
 
 // With P the probabilities, and F what dropout multiplies them by: dV = (P F)^T dO, dP = F dO V^T,
-// dS = P (dP - sum(dO O)), dQ = scale dS K, dK = scale dS^T Q.
+// dS = P (dP - sum(P dP)), dQ = scale dS K, dK = scale dS^T Q. That sum is also sum(dO O), but rounds otherwise than dP:
+// where one key has all of the probability, their difference would be noise, times the largest scores.
 template <typename scalar_t>
 void backward(
     const at::Tensor& grad, const at::Tensor& query, const at::Tensor& key, const at::Tensor& value,
-    const at::Tensor& output, const at::Tensor& logs, bool is_causal, const at::Tensor& mask, double scale,
-    const Dropout& dropout, const at::Tensor& grad_query, const at::Tensor& grad_key, const at::Tensor& grad_value) {
+    const at::Tensor& logs, bool is_causal, const at::Tensor& mask, double scale, const Dropout& dropout,
+    const at::Tensor& grad_query, const at::Tensor& grad_key, const at::Tensor& grad_value) {
   using T = at::opmath_type<scalar_t>;
   constexpr int64_t lanes = Vec<T>::size(), kQueries = kVectors * lanes;
   const int64_t queries = query.size(2), size = query.size(3), shared = key.size(1), keys = key.size(2);
   const int64_t group = query.size(1) / shared, padded = whole_vectors<T>(size);
   at::parallel_for(0, query.size(0) * shared, row_grain(keys * size * group), [&](int64_t begin, int64_t end) {
-    std::vector<T> own_keys, own_values, own_queries, own_grads, own_outputs;
+    std::vector<T> own_keys, own_values, own_queries, own_grads;
     std::vector<T> q(size * kQueries), g(size * kQueries), p(keys * kQueries), ds(keys * kQueries);
     std::vector<T> whole(dropout.p > 0 ? keys * kQueries : 0); // the probabilities
     std::vector<T> of_key(keys * padded), of_value(keys * padded), of_query(kQueries * padded);
-    std::array<T, kQueries> log, delta;
+    std::array<T, kQueries> log;
     const std::vector<T> scales(std::max(keys, kQueries), T(scale)), ones(keys, T(1));
     for (int64_t n = begin; n < end; ++n) {
       const int64_t i = n / shared, own = n % shared;
@@ -266,17 +282,9 @@ void backward(
             return vectors(head_of<scalar_t>(x, i, h) + start * x.stride(2), x.stride(2), count, size, copy);
           };
           const auto given = rows(query, own_queries), grads = rows(grad, own_grads);
-          const auto outputs = rows(output, own_outputs);
           log.fill(0);
-          delta.fill(0);
-          for (int64_t r = 0; r < count; ++r) {
+          for (int64_t r = 0; r < count; ++r)
             log[r] = logs.const_data_ptr<T>()[i * logs.stride(0) + h * logs.stride(1) + (start + r) * logs.stride(2)];
-            Vec<T> dot(0);
-            for (int64_t d = 0; d < padded; d += lanes)
-              dot = at::vec::fmadd(
-                  Vec<T>::loadu(grads.data + r * grads.row + d), Vec<T>::loadu(outputs.data + r * outputs.row + d), dot);
-            delta[r] = OneRow<T>::sum(dot);
-          }
           transpose<kQueries>(given, count, size, T(scale), q.data());
           transpose<kQueries>(grads, count, size, T(1), g.data());
           scores_of<kQueries>(k, q.data(), mask, is_causal, i, h, start, count, keys, size, p.data());
@@ -289,9 +297,7 @@ void backward(
           dropout.apply<kQueries>(i * query.size(1) + h, start, count, keys, p.data(), ds.data());
           const T* all = dropout.p > 0 ? whole.data() : p.data();
           for (int64_t r = 0; r < count; r += lanes)
-            for (int64_t j = r; j < keys * kQueries; j += kQueries)
-              (Vec<T>::loadu(all + j) * (Vec<T>::loadu(ds.data() + j) - Vec<T>::loadu(delta.data() + r)))
-                  .store(ds.data() + j);
+            gradients_of_scores(all + r, ds.data() + r, kQueries, keys);
           const Matrix<T> kept{p.data(), kQueries, 1}, by_key{ds.data(), kQueries, 1}, by_query{ds.data(), 1, kQueries};
           product<true>(kept, grads.data, grads.row, of_value.data(), padded, keys, padded, count);
           product<true>(by_key, given.data, given.row, of_key.data(), padded, keys, padded, count);
@@ -338,13 +344,12 @@ inline std::tuple<at::Tensor, at::Tensor> attention(
 // The gradients to query, key and value, with memory as theirs in `attention`.
 inline std::tuple<at::Tensor, at::Tensor, at::Tensor> attention_backward(
     const at::Tensor& grad, const at::Tensor& query, const at::Tensor& key, const at::Tensor& value,
-    const at::Tensor& output, const at::Tensor& logs, bool is_causal, const std::optional<at::Tensor>& mask,
-    double scale, const Dropout& dropout) {
+    const at::Tensor& logs, bool is_causal, const std::optional<at::Tensor>& mask, double scale,
+    const Dropout& dropout) {
   const at::Tensor of_query = empty_by_token(query), of_key = empty_by_token(key), of_value = empty_by_token(value);
   AT_DISPATCH_FLOATING_TYPES_AND2(at::kHalf, at::kBFloat16, query.scalar_type(), "gated_attention", [&] {
     backward<scalar_t>(
-        grad, query, key, value, output, logs, is_causal, expanded(mask, query, key), scale, dropout, of_query, of_key,
-        of_value);
+        grad, query, key, value, logs, is_causal, expanded(mask, query, key), scale, dropout, of_query, of_key, of_value);
   });
   return {of_query, of_key, of_value};
 }
