@@ -8,6 +8,8 @@ os.environ["OMP_NUM_THREADS"] = "1"  # sums are rounded by how many threads shar
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
+from unittest.mock import Mock, patch
+
 import pytest
 import torch
 
@@ -28,6 +30,22 @@ def nan_filled() -> Iterator[None]:
     torch.use_deterministic_algorithms(True, warn_only=True)
     yield
     torch.use_deterministic_algorithms(False)
+
+
+@pytest.fixture
+def onednn() -> Iterator[Mock]:
+    """What oneDNN is asked for linear layers on a CPU: as on an AMD's with AVX-512, and also for few tokens."""
+    from fastdistill.ops import linear  # after TRITON_INTERPRET is set
+
+    with (
+        patch.object(linear, "_said", lambda _: "AuthenticAMD"),
+        patch.object(torch.backends.cpu, "get_cpu_capability", lambda: "AVX512"),
+        patch.object(linear, "ROWS", 1),
+        patch.object(linear, "_product", wraps=linear._product) as product,
+    ):
+        linear.by_onednn.cache_clear()
+        yield product
+    linear.by_onednn.cache_clear()
 
 
 os.fsync = lambda descriptor: None  # what tests write need not outlive a loss of power, and disks take their time

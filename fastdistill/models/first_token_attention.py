@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from fastdistill.models.architectures import Block
 from fastdistill.models.attention import HARMLESS, has_gate
-from fastdistill.models.hooks import forward_changed
+from fastdistill.models.hooks import forward_changed, is_plain
 from fastdistill.models.stacking import StackedLinear
 
 
@@ -111,11 +111,7 @@ def _by_head(linear: Any, size: int, like: Tensor) -> tuple[Tensor, Tensor | Non
 
 def _is_plain(block: Block) -> bool:
     implementation = getattr(getattr(block.attention, "config", None), "_attn_implementation", "eager")
-    maps = all(
-        type(linear) in (nn.Linear, StackedLinear)
-        and not (linear._forward_hooks or linear._forward_pre_hooks or "forward" in vars(linear))
-        for linear in block.head_in
-    )
+    maps = all(is_plain(linear, nn.Linear, StackedLinear) for linear in block.head_in)
     return maps and implementation != "eager" and block.heads > 0 and not has_gate(block.attention)
 
 

@@ -11,19 +11,19 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.autograd import forward_ad
 from transformers import activations
 from transformers.pytorch_utils import Conv1D
 
 from fastdistill.models.architectures import Block
 from fastdistill.models.attention import IMPLEMENTATION, gated_if_faster, gates_heads, head_gate
 from fastdistill.models.gated_values import activated, multiplied, noted
-from fastdistill.models.hooks import forward_changed
+from fastdistill.models.hooks import forward_changed, is_plain
 from fastdistill.models.narrowing import channels, heads_known, made_up
 from fastdistill.ops import gate_rules
 from fastdistill.ops.active_neurons import ActiveNeurons
 from fastdistill.ops.bias_act_gate import Activation
 from fastdistill.ops.checks import FLOATING
+from fastdistill.ops.library import followed
 
 GateOf = Callable[[Tensor], Tensor]
 """The gates of a layer's heads, or neurons, for values with an example a row."""
@@ -98,7 +98,7 @@ class GatedLayer:
     # Heads
 
     def _attend(self, forward: Any, *inputs: Any, **others: Any) -> Any:
-        if _followed():
+        if followed():
             return forward(*inputs, **others)
         given = [*inputs, *others.values()]
         self.heads_done, self.open_heads = False, self._find_heads(given)
@@ -129,7 +129,7 @@ class GatedLayer:
     def _gate_of_attention(self, query: Tensor) -> Tensor | None:
         if self.ones and not (torch.is_grad_enabled() and gate_rules.heads_by_kernel(query)):
             return None
-        if _followed():
+        if followed():
             return self.head_gate(query)
         if self.open_heads is not None:
             return None
@@ -137,7 +137,7 @@ class GatedLayer:
         return self.head_gate(query)
 
     def _head_rows(self, number: int, linear: Any, forward: Any, x: Tensor) -> Any:
-        if _followed() or not self.within or self.open_heads is None:
+        if followed() or not self.within or self.open_heads is None:
             return forward(x)
         return _with_rows(linear, self.open_heads.rows[number], x)
 
@@ -147,7 +147,7 @@ class GatedLayer:
             if not self.open_heads.number:
                 contexts = torch.zeros_like(contexts)
             return _with_columns(self.block.head_out, self.open_heads, contexts, self.size)
-        by_attention = gates_heads(self.attention) and not self.ones if _followed() else self.heads_done
+        by_attention = gates_heads(self.attention) and not self.ones if followed() else self.heads_done
         if by_attention or (self.ones and not torch.is_grad_enabled()):
             return forward(contexts)
         gate = self.head_gate(contexts)
@@ -156,14 +156,14 @@ class GatedLayer:
     # Neurons
 
     def _neuron_rows(self, number: int, linear: Any, forward: Any, x: Tensor) -> Any:
-        if _followed():
+        if followed():
             return forward(x)
         self.open_neurons = self._find("neurons", self.neuron_gate(x), x, self.neurons)
         return forward(x) if self.open_neurons is None else _with_rows(linear, self.open_neurons.rows[number], x)
 
     def _activate(self, forward: Any, h: Tensor) -> Any:
         assert self.activation is not None
-        if _followed() or h.shape[-1] != self.neurons or not gate_rules.neurons_by_kernel(h):
+        if followed() or h.shape[-1] != self.neurons or not gate_rules.neurons_by_kernel(h):
             return forward(h)
         gate = self.neuron_gate(h)
         if not _fits(gate, len(h), self.neurons) or (self.ones and not torch.is_grad_enabled()):
@@ -175,7 +175,7 @@ class GatedLayer:
         if neurons.shape[-1] != self.neurons:
             assert self.open_neurons is not None
             return _with_columns(self.block.neuron_out, self.open_neurons, neurons, 1)
-        if not _followed():
+        if not followed():
             done, self.neurons_done = self.neurons_done, False
             if done or (self.ones and not torch.is_grad_enabled()):
                 return forward(neurons)
@@ -223,16 +223,6 @@ class GatedLayer:
         return _Open(len(active.indices), active.gate, rows, active.indices, {})
 
 
-def _followed() -> bool:
-    """Whether what is computed is written down, to be computed with other values."""
-    return (
-        torch.compiler.is_compiling()
-        or torch._C._is_tracing()
-        or torch._C._are_functorch_transforms_active()
-        or forward_ad._current_level >= 0
-    )
-
-
 def _fits(gate: Tensor, batch: int, units: int) -> bool:
     """Whether it is of a shape and kind that can be looked at."""
     return (
@@ -244,7 +234,7 @@ def _fits(gate: Tensor, batch: int, units: int) -> bool:
 
 
 def _plain(*linears: Any) -> bool:
-    return all(type(linear) in (nn.Linear, Conv1D) and "forward" not in vars(linear) for linear in linears)
+    return all(is_plain(linear, nn.Linear, Conv1D) for linear in linears)
 
 
 def _activation(block: Block) -> tuple[nn.Module, Activation] | None:
@@ -255,9 +245,9 @@ def _activation(block: Block) -> tuple[nn.Module, Activation] | None:
 
 
 def _name(module: Any) -> Activation | None:
-    if "forward" in vars(module) or module._forward_hooks or module._forward_pre_hooks:
-        return None
     kind = type(module)
+    if not is_plain(module, kind):
+        return None
     if kind is nn.ReLU:
         return "relu" if not module.inplace else None
     if kind in (nn.SiLU, activations.SiLUActivation):

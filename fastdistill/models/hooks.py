@@ -95,13 +95,19 @@ def recomputed_within(model: nn.Module, by: str) -> Iterator[None]:
 
 
 @contextmanager
-def forward_changed(module: nn.Module, change: Callable[..., Any]) -> Iterator[None]:
-    """Within it the module computes what `change` makes of its forward and its inputs.
+def forward_changed(module: nn.Module, change: Callable[..., Any], *, same: bool = False) -> Iterator[None]:
+    """Within it the module computes what `change` makes of its forward and its inputs; with `same` that is what it
+    would compute of itself, otherwise.
 
     By a `forward` of its own and not by a hook, since a compiled model does not notice hooks that come or go later.
     """
     forward, before = module.forward, module.__dict__.get("forward")
-    module.forward = lambda *inputs, **others: change(forward, *inputs, **others)
+
+    def changed(*inputs: Any, **others: Any) -> Any:
+        return change(forward, *inputs, **others)
+
+    changed.same = same  # type: ignore[attr-defined]
+    module.forward = changed
     try:
         yield
     finally:
@@ -113,6 +119,13 @@ def forward_changed(module: nn.Module, change: Callable[..., Any]) -> Iterator[N
 def inputs_changed(module: nn.Module, change: Callable[..., tuple[Any, ...]]) -> AbstractContextManager[None]:
     """Within it the module computes with the positional inputs that `change` makes of those it is given."""
     return forward_changed(module, lambda forward, *inputs, **others: forward(*change(*inputs), **others))
+
+
+def is_plain(module: nn.Module, *kinds: type[nn.Module]) -> bool:
+    """Whether it is of one of these kinds, computes as all of that kind do, and nobody looks at it."""
+    forward = vars(module).get("forward")
+    is_own = forward is None or getattr(forward, "same", False)
+    return type(module) in kinds and is_own and not (module._forward_hooks or module._forward_pre_hooks)
 
 
 def refuse_peft(model: object) -> None:

@@ -88,7 +88,7 @@ def can_pack(model: Any, batch: Mapping[str, Any]) -> bool:
         and not torch.is_grad_enabled()
         and not any(m.training or m._compiled_call_impl or (m is not model and _has_hooks(m)) for m in model.modules())
         and batch.keys() <= _INPUTS
-        and hooks_of(model) <= {"first_token_only"}
+        and hooks_of(model) <= {"first_token_only", "fast_linear"}
         and not getattr(config, "chunk_size_feed_forward", 0)
         and not getattr(config, "output_hidden_states", False)
         and not getattr(config, "output_attentions", False)

@@ -107,3 +107,13 @@ if importlib.util.find_spec("triton") is not None:
         "int[] options, int rows, int pairs) -> int[]"
     )
     LIBRARY.impl("launch_triton", _launch_triton, "CompositeExplicitAutograd")
+
+
+def followed() -> bool:
+    """Whether what is computed is written down, to be computed with other values."""
+    return (
+        torch.compiler.is_compiling()
+        or torch._C._is_tracing()
+        or torch._C._are_functorch_transforms_active()
+        or forward_ad._current_level >= 0
+    )

@@ -19,8 +19,8 @@ from transformers.trainer_callback import ProgressCallback
 
 from fastdistill.data.images import Augmented
 from fastdistill.data.metrics import compute_metrics
-from fastdistill.models.alignment import aligned
 from fastdistill.models.drawing import draw_anew
+from fastdistill.models.fast_linear import fast_linear
 from fastdistill.models.first_token import first_token_only
 from fastdistill.models.short_attention import short_attention
 from fastdistill.models.vocabulary import can_compact, compact_vocabulary
@@ -124,11 +124,13 @@ def fit(
     trainer.add_callback(_ProgressBar(training.name))
     trainer.add_callback(best)
     teachers = teacher.values() if isinstance(teacher, Mapping) else (teacher,)
+    # what is a CPU's has no tangents, which MetaTrainer asks for
+    others = () if isinstance(trainer, MetaTrainer) else (student, *teachers)
     with (
         _compact(student, examples, trainer),
         first_token_only(*(() if objective.needs.all_tokens else (student, *teachers))),
-        aligned(*(() if training.epochs or trainer.is_fsdp_enabled else (student,))),
-        short_attention(*(() if isinstance(trainer, MetaTrainer) else (student, *teachers))),  # it has no tangents
+        short_attention(*others),
+        fast_linear(*others),
     ):
         if training.epochs:
             yield Prepared(training, trainer, best, checkpoint)

@@ -20,9 +20,9 @@ from transformers import EvalPrediction, PreTrainedModel
 
 from fastdistill.data.metrics import compute_metrics
 from fastdistill.digest import digest, model_digest
-from fastdistill.models.alignment import aligned
 from fastdistill.models.drawing import drawn_anew
 from fastdistill.models.first_token import first_token_only
+from fastdistill.models.frozen import frozen
 from fastdistill.recipes import memory
 from fastdistill.recipes.examples import Examples
 from fastdistill.recipes.fitting import Prepared, check_processes, config_of, fit
@@ -199,7 +199,7 @@ class Stages:
         examples, metric = self.examples, self.task.metric
         data, teacher = waiting.data, waiting.teacher
         fitted = yield from fit(training, examples, data, teacher, config, checkpoint, self.patience, kind)
-        with first_token_only(None if training.objective.needs.all_tokens else fitted.model), aligned(fitted.model):
+        with first_token_only(None if training.objective.needs.all_tokens else fitted.model), frozen(fitted.model):
             speed = examples_per_second(fitted.model, examples.report, examples.collate, self.batch_size)
         reached = compute_metrics(self.task)(EvalPrediction(fitted.outputs, fitted.labels))
         result = {

@@ -17,6 +17,7 @@ from fastdistill.cuda_graphs import Graphs, graphs_on, replaying
 from fastdistill.digest import digest, model_digest, tensor_pieces
 from fastdistill.files import check_file, load_tensors, save_tensors
 from fastdistill.models.attention_scores import call
+from fastdistill.models.fast_linear import fast_linear
 from fastdistill.models.first_token import first_token_only
 from fastdistill.models.fit import check_finite, check_model
 from fastdistill.models.heads import head_of
@@ -118,7 +119,12 @@ def score(
     device = next(teacher.parameters()).device
     graphs = graphs_of("score", teacher, student, chosen) if cuda_graphs else None
     narrowed = (teacher, student) if student is None or not chosen.needs.all_tokens else ()
-    with evaluating(teacher, student), first_token_only(*narrowed), unit_values(teacher) as values:
+    with (
+        evaluating(teacher, student),
+        fast_linear(teacher, student),
+        first_token_only(*narrowed),
+        unit_values(teacher) as values,
+    ):
         sizes = values.units
         widest = torch.float32 if device.type == "mps" else torch.float64
         totals = torch.zeros(1 if student is None else 2, sum(sizes), dtype=widest, device=device)

@@ -28,13 +28,14 @@ from transformers.utils.generic import find_labels
 
 from fastdistill.digest import digest, model_digest, row_pieces, tensor_pieces
 from fastdistill.files import sync, writing
-from fastdistill.models.alignment import aligned
 from fastdistill.models.first_token import first_token_only
 from fastdistill.models.fit import check_model
+from fastdistill.models.frozen import frozen
 from fastdistill.models.heads import head_of, used_states
 from fastdistill.models.hooks import refuse_hooked, whole
 from fastdistill.models.inputs import taken_by
 from fastdistill.models.packed import packed_forward
+from fastdistill.models.short_attention import short_attention
 from fastdistill.objectives.pkd import hidden_states as all_states
 from fastdistill.processes import join
 from fastdistill.teachers.outputs import HIDDEN_STATES, LOGITS, check_name
@@ -262,7 +263,7 @@ class _Teacher:
             if home != self.device:
                 self.model.to(self.device)  # type: ignore[arg-type]
             # of hidden states, too, the first token's are all that is kept
-            with torch.no_grad(), first_token_only(self.model), aligned(self.model):
+            with torch.no_grad(), first_token_only(self.model), short_attention(self.model), frozen(self.model):
                 yield
         finally:
             for module, training in modes:

@@ -18,6 +18,7 @@ from transformers.modeling_outputs import SequenceClassifierOutput
 
 from fastdistill.models.architectures import ARCHITECTURES, encoder_layers
 from fastdistill.models.attention_scores import call
+from fastdistill.models.frozen import frozen
 from fastdistill.models.heads import LABELS, head_of, used_states
 from fastdistill.models.inputs import inputs_of, taken_by
 from fastdistill.models.packed import packed_forward
@@ -306,7 +307,9 @@ class DistillationTrainer(GraphedTrainer):
 
     def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
         if not self.accelerator.is_fsdp2:
-            return super().evaluation_loop(*args, **kwargs)
+            is_whole = not (self.is_fsdp_enabled or self.is_deepspeed_enabled or self.args.torch_compile)
+            with frozen(self.model if is_whole else None):
+                return super().evaluation_loop(*args, **kwargs)
         if not self.accelerator._models:  # not trained yet, and accelerate shards a model with its optimizer only
             self.model, self.optimizer = self.accelerator.prepare(self.model, self.create_optimizer())
             self.model_wrapped = self.model

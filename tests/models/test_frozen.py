@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from fastdistill.models.alignment import aligned
 from fastdistill.models.architectures import ARCHITECTURES, blocks
+from fastdistill.models.frozen import frozen
 from fastdistill.models.narrowing import without
 from fastdistill.models.packed import packed_forward
 from tests.accuracy import assert_accurate
@@ -46,7 +46,7 @@ def test_says_the_same(kind: str) -> None:
         batch = {"pixel_values": batch["pixel_values"].double()}
     expected = model(**batch).logits
     weights = {name: weight.clone() for name, weight in model.state_dict().items()}
-    with aligned(model):
+    with frozen(model):
         torch.testing.assert_close(model(**batch).logits, expected, equal_nan=True)  # Gemma 2's own, of no tokens
     torch.testing.assert_close(model(**batch).logits, expected, rtol=0, atol=0, equal_nan=True)
     assert all("forward" not in vars(module) for module in model.modules())
@@ -58,7 +58,7 @@ def test_says_the_same(kind: str) -> None:
 def test_computes_multiples(kind: str) -> None:
     model, batch = pruned(kind), batch_of(kind)
     assert widths(model, batch)[1] == set(NEURONS)
-    with aligned(model):
+    with frozen(model):
         assert widths(model, batch)[1] == {16, 32}
 
 
@@ -68,7 +68,7 @@ def test_accuracy(dtype: torch.dtype) -> None:
     model, batch = pruned("bert"), batch_of("bert")
     exact = pruned("bert").double()(**batch).logits
     plain = model.to(dtype)(**batch).logits
-    with aligned(model):
+    with frozen(model):
         assert_accurate(model(**batch).logits, exact, plain)
         assert_accurate(packed_forward(model, batch).logits, exact, plain)
 
@@ -76,7 +76,7 @@ def test_accuracy(dtype: torch.dtype) -> None:
 def test_gradients_are_those_of_the_weights() -> None:
     model, batch = pruned("bert"), batch_of("bert")
     expected = torch.autograd.grad(model(**batch).logits.square().sum(), list(model.parameters()), allow_unused=True)
-    with aligned(model):
+    with frozen(model):
         found = torch.autograd.grad(model(**batch).logits.square().sum(), list(model.parameters()), allow_unused=True)
     torch.testing.assert_close(found, expected, rtol=0, atol=0)
 
@@ -89,11 +89,12 @@ def test_what_stays_as_it_is() -> None:
     watched = pruned("bert")
     for block in blocks(watched):
         block.neuron_out.register_forward_pre_hook(lambda module, args: seen.append(args[0].shape[-1]))
-    with aligned(watched):
+    with frozen(watched):
         watched(**batch)
     assert seen == list(NEURONS)
     compiled: Any = torch.compile(pruned("bert"))
     for model in (model_of("bert", intermediate_size=32), pruned("gpt2"), compiled):
-        with aligned(model):
+        with frozen(model):
             inner = getattr(model, "_orig_mod", model)
-            assert all("forward" not in vars(module) for module in inner.modules())
+            assert all(getattr(vars(module).get("forward"), "same", True) for module in inner.modules())
+    assert all("forward" not in vars(module) for module in compiled._orig_mod.modules())

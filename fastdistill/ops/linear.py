@@ -1,0 +1,95 @@
+"""`torch.nn.functional.linear` on a CPU, by oneDNN where that is faster."""
+
+from __future__ import annotations
+
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from fastdistill.ops.library import followed
+
+ROWS = 64
+"""Fewer tokens than that save less time than it takes to ask."""
+
+
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None, packed: Tensor | None = None) -> Tensor:
+    """`torch.nn.functional.linear`, by oneDNN where that is known to be faster.
+
+    Args:
+        packed: what `pack_weight` made of the weight, where there are no gradients.
+    """
+    if not _takes(x, weight):
+        return F.linear(x, weight, bias)
+    if torch.is_grad_enabled():
+        found: Tensor = _Linear.apply(x, weight, bias)  # type: ignore[no-untyped-call]
+        return found
+    return _product(x, weight if packed is None else packed, bias)
+
+
+def pack_weight(weight: Tensor, rows: int) -> Tensor | None:
+    """A weight in the order that oneDNN's products of about so many rows read it in; None where it is not asked."""
+    if not (by_onednn() and weight.is_cpu and weight.dtype == torch.float32 and weight.numel()):
+        return None
+    packed: Tensor = torch.ops.mkldnn._reorder_linear_weight(weight.detach().contiguous(), rows)
+    return packed
+
+
+@cache
+def by_onednn() -> bool:
+    """Whether oneDNN is asked: on AMD's processors with AVX-512 (docs/cpu.md); Intel's are left to MKL, which is made
+    for them."""
+    by_amd = "AuthenticAMD" in _said("/proc/cpuinfo")
+    has_ops = torch.backends.mkldnn.is_available() and all(
+        hasattr(torch.ops.mkldnn, name) for name in ("_linear_pointwise", "_reorder_linear_weight")
+    )
+    return by_amd and has_ops and torch.backends.cpu.get_cpu_capability() == "AVX512"
+
+
+def _said(file: str) -> str:
+    try:
+        return Path(file).read_text()
+    except OSError:
+        return ""
+
+
+def _takes(x: Tensor, weight: Tensor) -> bool:
+    return (
+        not followed()
+        and by_onednn()
+        and x.dtype == weight.dtype == torch.float32
+        and x.is_cpu
+        and x.numel() >= ROWS * x.shape[-1]
+        and weight.numel() > 0
+        and not torch.is_autocast_enabled("cpu")
+        and bool(torch.backends.mkldnn.enabled)
+    )
+
+
+def _product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """x W^T + b."""
+    found: Tensor = torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
+    return found
+
+
+class _Linear(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        ctx.save_for_backward(x, weight)
+        return _product(x, weight, bias)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight = ctx.saved_tensors
+        of_x, of_weight, of_bias = ctx.needs_input_grad
+        rows = grad.flatten(0, -2)
+        return (
+            _product(grad.contiguous(), weight.T, None) if of_x else None,
+            rows.T @ x.flatten(0, -2) if of_weight else None,  # BLAS's is as fast
+            rows.sum(0) if of_bias else None,
+        )

@@ -1,0 +1,94 @@
+from __future__ import annotations
+
+from typing import Any
+from unittest.mock import Mock, patch
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from fastdistill.ops import linear as module
+from fastdistill.ops.linear import by_onednn, linear, pack_weight
+from tests.accuracy import assert_accurate
+
+pytestmark = pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="this PyTorch has no oneDNN")
+
+
+def gradients(function: Any, *inputs: Tensor | None) -> list[Tensor]:
+    """The result, and the gradients to the inputs."""
+    given = [x if x is None else x.detach().requires_grad_() for x in inputs]
+    found = function(*given)
+    upstream = torch.linspace(-1, 2, found.numel(), dtype=torch.float64).view(found.shape).to(found)
+    return [found, *torch.autograd.grad(found, [x for x in given if x is not None], upstream)]
+
+
+@pytest.mark.parametrize("shape", [(70, 24), (3, 25, 24), (1, 64, 24), (2, 5, 8, 24)])
+@pytest.mark.parametrize("has_bias", [True, False])
+def test_accuracy(shape: tuple[int, ...], has_bias: bool, onednn: Mock) -> None:
+    g = torch.Generator().manual_seed(0)
+    x, weight, bias = (torch.randn(*of, generator=g) for of in (shape, (40, 24), (40,)))
+    inputs = (x, weight, bias if has_bias else None)
+    ours, plain = gradients(linear, *inputs), gradients(F.linear, *inputs)
+    exact = gradients(F.linear, *(None if each is None else each.double() for each in inputs))
+    assert onednn.call_count == 2  # the result, and the gradient to x
+    for what, *values in zip(("value", "x", "weight", "bias"), ours, exact, plain, strict=False):
+        assert_accurate(*values, what=what)
+    with torch.no_grad():
+        for packed in (None, pack_weight(weight, 64)):
+            assert_accurate(linear(*inputs, packed), exact[0], plain[0])
+
+
+def test_gradients_of_some(onednn: Mock) -> None:
+    x, weight, bias = torch.randn(64, 8), torch.randn(5, 8, requires_grad=True), torch.randn(5)
+    linear(x, weight, bias).sum().backward()
+    torch.testing.assert_close(weight.grad, x.sum(0).expand(5, 8))
+    inner = x.clone().requires_grad_()
+    linear(inner, weight.detach(), None).sum().backward()
+    torch.testing.assert_close(inner.grad, weight.detach().sum(0).expand(64, 8))
+    expanded = linear(inner, weight, bias)
+    torch.autograd.grad(expanded, inner, torch.ones(1, 1).expand(64, 5))
+
+
+def test_what_pytorch_computes(onednn: Mock) -> None:
+    x, weight, bias = torch.randn(64, 8), torch.randn(5, 8), torch.randn(5)
+    linear(x.double(), weight.double(), bias.double())
+    linear(x.bfloat16(), weight.bfloat16(), bias.bfloat16())
+    linear(x[:0], weight, bias)
+    linear(x[:, :0], weight[:, :0], bias)  # of a layer whose units are all pruned
+    assert pack_weight(weight[:, :0], 64) is None
+    with torch.autocast("cpu", torch.bfloat16):
+        assert linear(x, weight, bias).dtype == torch.bfloat16
+    with torch.backends.mkldnn.flags(enabled=False):
+        linear(x, weight, bias)
+    with torch.autograd.forward_ad.dual_level():
+        dual = linear(torch.autograd.forward_ad.make_dual(x, torch.ones_like(x)), weight, bias)
+        tangent = torch.autograd.forward_ad.unpack_dual(dual).tangent
+    torch.testing.assert_close(tangent, weight.sum(1).expand(64, 5))
+    by_example = torch.func.vmap(lambda one: linear(one, weight, bias))(x.view(2, 32, 8))
+    torch.testing.assert_close(by_example.view(64, 5), F.linear(x, weight, bias))
+    torch.jit.trace(lambda one: linear(one, weight, bias), x, check_trace=False)
+    torch.compile(lambda one: linear(one, weight, bias), backend="eager", fullgraph=True)(x)
+    assert not onednn.called
+    linear(x, weight, bias)
+    assert onednn.called
+
+
+def test_few_tokens() -> None:
+    with patch.object(module, "_product") as asked:
+        linear(torch.randn(module.ROWS - 1, 8), torch.randn(5, 8), None)
+        assert not asked.called
+
+
+def test_where_it_is_faster() -> None:
+    for text, isa, expected in (
+        ("vendor_id : AuthenticAMD", "AVX512", True),
+        ("vendor_id : AuthenticAMD", "AVX2", False),
+        ("vendor_id : GenuineIntel", "AVX512", False),
+    ):
+        with (
+            patch.object(module, "_said", lambda _, text=text: text),
+            patch.object(torch.backends.cpu, "get_cpu_capability", lambda isa=isa: isa),
+        ):
+            assert by_onednn.__wrapped__() is expected
+    assert module._said("/nowhere") == ""
