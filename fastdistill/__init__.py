@@ -42,6 +42,7 @@ if TYPE_CHECKING:
     from fastdistill.ops.accumulate_sensitivity import accumulate_sensitivity_ as accumulate_sensitivity_
     from fastdistill.ops.dkd_loss import dkd_loss as dkd_loss
     from fastdistill.ops.doctor import doctor as doctor
+    from fastdistill.ops.dropout_add_layer_norm import dropout_add_layer_norm as dropout_add_layer_norm
     from fastdistill.ops.gated_attention import gated_attention as gated_attention
     from fastdistill.ops.gated_ffn import gated_ffn as gated_ffn
     from fastdistill.ops.kd_ce_loss import kd_ce_loss as kd_ce_loss
@@ -94,6 +95,7 @@ _LAZY = {
     "compact_vocabulary": "models.vocabulary",
     "dkd_loss": "ops.dkd_loss",
     "doctor": "ops.doctor",
+    "dropout_add_layer_norm": "ops.dropout_add_layer_norm",
     "export": "models.export",
     "first_layers": "models.students",
     "first_token_only": "models.first_token",

@@ -156,6 +156,12 @@ def gated_attention(
     return output if head_gate is None else output * head_gate.to(output.dtype)[..., None, None]
 
 
+def add_layer_norm(
+    x: Tensor, residual: Tensor, weight: Tensor, bias: Tensor | None = None, eps: float = 1e-5
+) -> Tensor:
+    return F.layer_norm(x + residual, weight.shape, weight, bias, eps)
+
+
 def proximity_conv(
     states: Tensor,
     proximity: Tensor,

@@ -1,11 +1,17 @@
 // Random numbers by their place: Philox4x32 (Salmon et al. 2011), of seven rounds, with which it passes BigCrush.
 #pragma once
 
+#include <algorithm>
 #include <array>
 #include <cstdint>
 
 namespace fastdistill {
 inline namespace CPU_CAPABILITY {
+
+// The least number that dropout keeps.
+inline uint32_t least_kept(double p) {
+  return static_cast<uint32_t>(std::min(p * 4294967296.0, 4294967295.0));
+}
 
 // Four numbers of 32 bits for each of N counters (low + n, high), n from 0 on.
 template <int N>

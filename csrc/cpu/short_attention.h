@@ -200,7 +200,7 @@ struct Dropout {
     constexpr int64_t lanes = Vec<T>::size();
     if (p == 0)
       return;
-    const auto least = static_cast<uint32_t>(std::min(p * 4294967296.0, 4294967295.0));
+    const uint32_t least = least_kept(p);
     const T kept = T(1 / (1 - p));
     for (int64_t j = 0; j < keys; j += 4)
       for (int64_t r = 0; r < count; r += lanes) {

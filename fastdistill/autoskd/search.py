@@ -34,6 +34,7 @@ from fastdistill.digest import digest, model_digest, tensor_pieces
 from fastdistill.files import check_file, load_tensors, save_tensors
 from fastdistill.models.fast_linear import fast_linear
 from fastdistill.models.first_token import first_token_only
+from fastdistill.models.fused_residuals import fused_residuals
 from fastdistill.models.vocabulary import compact_vocabulary
 from fastdistill.objectives.capturing import obstacle_to_capture
 from fastdistill.objectives.logits import TaskLoss
@@ -143,7 +144,7 @@ def search(
         *tensor_pieces({} if tokens is None else {"tokens": tokens}),
     ]
     compact = nullcontext() if tokens is None else compact_vocabulary(own, tokens)
-    with compact, torch.random.fork_rng(), first_token_only(own), fast_linear(own):
+    with compact, torch.random.fork_rng(), fast_linear(own), fused_residuals(own), first_token_only(own):
         graphs = graphs_on(own.device, "search", lambda: _obstacle(own)) if cuda_graphs else None
         if graphs is not None and can_pad(own):
             collate = Padded(collate, [own])

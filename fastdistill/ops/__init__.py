@@ -3,6 +3,7 @@
 from fastdistill.ops.accumulate_sensitivity import accumulate_sensitivity_
 from fastdistill.ops.active_neurons import ActiveNeurons
 from fastdistill.ops.dkd_loss import dkd_loss
+from fastdistill.ops.dropout_add_layer_norm import dropout_add_layer_norm
 from fastdistill.ops.gated_attention import gated_attention
 from fastdistill.ops.gated_ffn import gated_ffn
 from fastdistill.ops.kd_ce_loss import kd_ce_loss
@@ -14,6 +15,7 @@ __all__ = [
     "ActiveNeurons",
     "accumulate_sensitivity_",
     "dkd_loss",
+    "dropout_add_layer_norm",
     "gated_attention",
     "gated_ffn",
     "hidden_entropy",

@@ -22,6 +22,7 @@ from fastdistill.data.metrics import compute_metrics
 from fastdistill.models.drawing import draw_anew
 from fastdistill.models.fast_linear import fast_linear
 from fastdistill.models.first_token import first_token_only
+from fastdistill.models.fused_residuals import fused_residuals
 from fastdistill.models.short_attention import short_attention
 from fastdistill.models.vocabulary import can_compact, compact_vocabulary
 from fastdistill.objectives.metakd import MetaKD
@@ -128,9 +129,10 @@ def fit(
     others = () if isinstance(trainer, MetaTrainer) else (student, *teachers)
     with (
         _compact(student, examples, trainer),
+        fast_linear(*others),
+        fused_residuals(*others),
         first_token_only(*(() if objective.needs.all_tokens else (student, *teachers))),
         short_attention(*others),
-        fast_linear(*others),
     ):
         if training.epochs:
             yield Prepared(training, trainer, best, checkpoint)

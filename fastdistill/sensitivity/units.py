@@ -20,6 +20,7 @@ from fastdistill.models.attention_scores import call
 from fastdistill.models.fast_linear import fast_linear
 from fastdistill.models.first_token import first_token_only
 from fastdistill.models.fit import check_finite, check_model
+from fastdistill.models.fused_residuals import fused_residuals
 from fastdistill.models.heads import head_of
 from fastdistill.models.hooks import whole
 from fastdistill.models.inputs import inputs_of
@@ -122,6 +123,7 @@ def score(
     with (
         evaluating(teacher, student),
         fast_linear(teacher, student),
+        fused_residuals(teacher, student),
         first_token_only(*narrowed),
         unit_values(teacher) as values,
     ):

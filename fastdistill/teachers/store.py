@@ -31,6 +31,7 @@ from fastdistill.files import sync, writing
 from fastdistill.models.first_token import first_token_only
 from fastdistill.models.fit import check_model
 from fastdistill.models.frozen import frozen
+from fastdistill.models.fused_residuals import fused_residuals
 from fastdistill.models.heads import head_of, used_states
 from fastdistill.models.hooks import refuse_hooked, whole
 from fastdistill.models.inputs import taken_by
@@ -263,7 +264,13 @@ class _Teacher:
             if home != self.device:
                 self.model.to(self.device)  # type: ignore[arg-type]
             # of hidden states, too, the first token's are all that is kept
-            with torch.no_grad(), first_token_only(self.model), short_attention(self.model), frozen(self.model):
+            with (
+                torch.no_grad(),
+                fused_residuals(self.model),
+                first_token_only(self.model),
+                short_attention(self.model),
+                frozen(self.model),
+            ):
                 yield
         finally:
             for module, training in modes:

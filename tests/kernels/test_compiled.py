@@ -22,6 +22,7 @@ KERNELS = {
         "_forward_kernel", "_dots_kernel", "_key_value_kernel", "_query_kernel", "_whole_kernel", "_gate_kernel",
         "_gate_gradient_kernel",
     },
+    "dropout_add_layer_norm": {"_forward_kernel", "_backward_kernel"},
     "proximity_conv": {"_forward_kernel", "_states_kernel", "_weight_kernel"},
 }  # fmt: skip
 COMPILED = [(op, arch) for op in KERNELS for arch in (80, 90)] + [("kd_ce_loss", 100), ("gated_attention", 100)]

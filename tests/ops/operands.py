@@ -101,6 +101,21 @@ def bias_act_gate_backward(of: Drawn) -> Calls:
     ]
 
 
+def dropout_add_layer_norm(of: Drawn) -> Calls:
+    return [
+        (of.leaf(4, 3, 20), of.leaf(4, 3, 20), of.leaf(20), bias, seed, 0.0 if seed is None else 0.3, 1e-5)
+        for bias, seed in ((of.leaf(20), None), (None, torch.tensor(5)))
+    ]
+
+
+def dropout_add_layer_norm_backward(of: Drawn) -> Calls:
+    found = []
+    for args in map(detached, dropout_add_layer_norm(of)):
+        output, mean, rstd = OPS.dropout_add_layer_norm(*args)
+        found.append((of.plain(*output.shape), *args[:3], mean, rstd, *args[4:6], of.grad))
+    return found
+
+
 def proximity_conv(of: Drawn) -> Calls:
     mask = torch.arange(7) < torch.tensor([7, 4, 1])[:, None]
     return [
@@ -142,7 +157,7 @@ OPERANDS: dict[str, Callable[[Drawn], Calls]] = {
     made.__name__: made
     for made in (
         kd_ce_loss, dkd_loss, scale_rows, scale_rows_, gated_attention, gated_attention_backward, bias_act_gate,
-        bias_act_gate_backward, proximity_conv, proximity_conv_backward, uncertainty, uncertainty_backward,
-        select_uncertain, accumulate_sensitivity_,
+        bias_act_gate_backward, dropout_add_layer_norm, dropout_add_layer_norm_backward, proximity_conv,
+        proximity_conv_backward, uncertainty, uncertainty_backward, select_uncertain, accumulate_sensitivity_,
     )
 }  # fmt: skip

@@ -66,6 +66,10 @@ FUNCTIONS: dict[str, tuple[Callable[..., Tensor], list[tuple[int, ...]]]] = {
         [(4, 5), (4, 5)],
     ),
     "proximity_conv": (fastdistill.proximity_conv, [(4, 7, 5), (4, 7), (6, 5, 3), (6,)]),
+    "dropout_add_layer_norm": (
+        fastdistill.dropout_add_layer_norm,
+        [(4, 3, 20), (4, 3, 20), (20,), (20,)],
+    ),
     "dkd_loss": (
         lambda student, teacher: fastdistill.dkd_loss(student, teacher, LABELS[:4], temperature=2.0),
         [(4, 5), (4, 5)],
@@ -210,7 +214,7 @@ def odd_tensors() -> dict[str, Callable[[Tensor], Tensor]]:
 
 def calls() -> dict[str, Callable[[Callable[[Tensor], Any]], Any]]:
     """By function and argument, a call in which that argument is made odd."""
-    x, q, logits, weight = draw(4, 5), draw(4, 2, 3, 8), draw(4, 5), draw(5, 5)
+    x, q, logits, weight, norm = draw(4, 5), draw(4, 2, 3, 8), draw(4, 5), draw(5, 5), draw(5)
     states, taps = draw(4, 5, 6), draw(4, 6, 3)
     found: dict[str, Callable[[Callable[[Tensor], Any]], Any]] = {
         "kd_ce_loss: student_logits": lambda odd: fastdistill.kd_ce_loss(odd(logits), logits),
@@ -237,6 +241,10 @@ def calls() -> dict[str, Callable[[Callable[[Tensor], Any]], Any]]:
             x, weight, None, weight, None, w_gate=weight, b_gate=odd(weight)
         ),
         "gated_ffn: neuron_gate": lambda odd: fastdistill.gated_ffn(x, weight, None, weight, None, odd(x)),
+        "dropout_add_layer_norm: x": lambda odd: fastdistill.dropout_add_layer_norm(odd(x), x, norm),
+        "dropout_add_layer_norm: residual": lambda odd: fastdistill.dropout_add_layer_norm(x, odd(x), norm),
+        "dropout_add_layer_norm: weight": lambda odd: fastdistill.dropout_add_layer_norm(x, x, odd(x)),
+        "dropout_add_layer_norm: bias": lambda odd: fastdistill.dropout_add_layer_norm(x, x, norm, odd(x)),
         "proximity_conv: states": lambda odd: fastdistill.proximity_conv(odd(states), x, taps),
         "proximity_conv: proximity": lambda odd: fastdistill.proximity_conv(states, odd(x), taps),
         "proximity_conv: weight": lambda odd: fastdistill.proximity_conv(states, x, odd(taps)),

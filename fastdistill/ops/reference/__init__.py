@@ -6,6 +6,7 @@ formulas that the kernels share.
 
 from fastdistill.ops.reference.accumulate_sensitivity import accumulate_sensitivity_
 from fastdistill.ops.reference.bias_act_gate import bias_act_gate, bias_act_gate_backward
+from fastdistill.ops.reference.dropout_add_layer_norm import dropout_add_layer_norm, dropout_add_layer_norm_backward
 from fastdistill.ops.reference.dtypes import accumulation_dtype
 from fastdistill.ops.reference.gated_attention import dropout_factors, gated_attention, gated_attention_backward
 from fastdistill.ops.reference.losses import dkd_loss, kd_ce_loss
@@ -19,6 +20,8 @@ __all__ = [
     "bias_act_gate",
     "bias_act_gate_backward",
     "dkd_loss",
+    "dropout_add_layer_norm",
+    "dropout_add_layer_norm_backward",
     "dropout_factors",
     "gated_attention",
     "gated_attention_backward",

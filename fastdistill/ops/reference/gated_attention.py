@@ -46,7 +46,7 @@ def dropout_factors(seed: Tensor | None, weights: Tensor, dropout_p: float) -> T
         return 1.0
     generator = torch.Generator(weights.device).manual_seed(int(seed))
     kept = torch.rand(weights.shape, generator=generator, device=weights.device) >= dropout_p
-    return kept / (1 - dropout_p)
+    return kept.to(weights.dtype) / (1 - dropout_p)
 
 
 def _apart(heads: Tensor, like: Tensor) -> Tensor:
