@@ -45,6 +45,7 @@ BENCHMARKS = (
     "gated_attention",
     "gated_ffn",
     "proximity_conv",
+    "dropout_add_layer_norm",
     "train_step",
     "score",
 )

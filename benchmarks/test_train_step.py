@@ -11,6 +11,7 @@ import torch
 from benchmarks.encoders import batch, encoder
 from benchmarks.harness import DEVICE, OURS, measure, sizes
 from fastdistill.cuda_graphs import AFTER, CudaGraphs
+from fastdistill.models.fused_residuals import fused_residuals
 from fastdistill.training.graphed import GraphedBackward, Told
 
 # like, layers, tokens
@@ -19,13 +20,14 @@ DTYPE = torch.bfloat16 if DEVICE == "cuda" else torch.float32
 
 
 GRAPHS = ", graphs"  # of either attention it is ours that captures
-GRAPHED = [f"{OURS}{GRAPHS}", f"{OURS}, sdpa{GRAPHS}"] if DEVICE == "cuda" else []
+FUSED = ", fused residuals"
+GRAPHED = [f"{OURS}{GRAPHS}", f"{OURS}, sdpa{GRAPHS}", f"{OURS}, sdpa{FUSED}{GRAPHS}"] if DEVICE == "cuda" else []
 
 
 @pytest.mark.parametrize("implementation", ["sdpa", "eager", OURS, *GRAPHED])
 @pytest.mark.parametrize("like,layers,tokens", CASES)
 def test_train_step(benchmark: Any, implementation: str, like: str, layers: int, tokens: int) -> None:
-    attention = implementation.removesuffix(GRAPHS).removeprefix(f"{OURS}, ")
+    attention = implementation.removesuffix(GRAPHS).removesuffix(FUSED).removeprefix(f"{OURS}, ")
     model = encoder(layers, like=like, dtype=DTYPE, attention=attention).train()
     optimizer = torch.optim.SGD(model.parameters(), 1e-5, fused=True)
     features = batch(32, tokens)
@@ -43,7 +45,8 @@ def test_train_step(benchmark: Any, implementation: str, like: str, layers: int,
             loss_of(features)[0].backward()
         optimizer.step()
 
-    for _ in range(AFTER):  # the last is captured
-        step()
     case = f"{like} 32x{tokens}"
-    measure(benchmark, step, op="train step", case=case, implementation=implementation, dtype=DTYPE)
+    with fused_residuals(model if FUSED in implementation else None, devices=[DEVICE]):
+        for _ in range(AFTER):  # the last is captured
+            step()
+        measure(benchmark, step, op="train step", case=case, implementation=implementation, dtype=DTYPE)

@@ -2,23 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import ExitStack, contextmanager
 from functools import partial
 from typing import Any
 
 from torch import Tensor, nn
 
-from fastdistill.models.hooks import forward_changed, is_plain, uncompiled
+from fastdistill.models.hooks import forward_changed, hooked, is_plain, uncompiled
 from fastdistill.ops.dropout_add_layer_norm import dropout_add_layer_norm
 from fastdistill.ops.library import followed, has_kernel
 
 DEVICES = ("cpu",)
-"""Where it is known to be faster. On a GPU it was not measured: benchmarks/test_dropout_add_layer_norm.py."""
+"""Where it is known to be faster. On a GPU it was not measured yet."""
 
 
 @contextmanager
-def fused_residuals(*models: nn.Module | None) -> Iterator[None]:
+def fused_residuals(*models: nn.Module | None, devices: Collection[str] = DEVICES) -> Iterator[None]:
     """Within it the ends of BERT's half layers, `dropout(dense(x)) + residual` normalised, are computed by
     `fastdistill.dropout_add_layer_norm`, with the same result within rounding, but for dropout, whose numbers are
     others.
@@ -26,15 +26,18 @@ def fused_residuals(*models: nn.Module | None) -> Iterator[None]:
     It comes before what changes these modules' inputs, as `first_token_only` does.
 
     Args:
-        models: encoders whose modules compute so as BERT's do, on a device in `DEVICES`; other modules, compiled
-            models, and None stay as they are.
+        models: encoders whose modules compute so as BERT's do; other modules, compiled models, and None stay as they
+            are.
+        devices: the types of those on which it is done, where the op has a kernel.
     """
+    served = {device for device in devices if has_kernel("dropout_add_layer_norm", device.upper())}
     with ExitStack() as leave:
         for model in {id(model): model for model in models if model is not None}.values():
-            if uncompiled(model) is model and has_kernel("dropout_add_layer_norm", "CPU"):
+            if uncompiled(model) is model:
+                leave.enter_context(hooked(model, "fused_residuals"))
                 for module in model.modules():
                     if _ends_half_a_layer(type(module)) and is_plain(module, type(module)):
-                        leave.enter_context(forward_changed(module, partial(_forward, module)))
+                        leave.enter_context(forward_changed(module, partial(_forward, module, served)))
         yield
 
 
@@ -48,11 +51,11 @@ def _ends_half_a_layer(kind: type[nn.Module]) -> bool:
     return bool(code.co_code == known.co_code and code.co_names == known.co_names)
 
 
-def _forward(module: Any, own: Any, hidden_states: Tensor, input_tensor: Tensor) -> Any:
+def _forward(module: Any, served: Collection[str], own: Any, hidden_states: Tensor, input_tensor: Tensor) -> Any:
     norm, dropout = module.LayerNorm, module.dropout
     p = dropout.p if dropout.training else 0.0
     if (
-        hidden_states.device.type not in DEVICES
+        hidden_states.device.type not in served
         or not (is_plain(norm, nn.LayerNorm) and is_plain(dropout, nn.Dropout))
         or norm.weight is None
         or p == 1

@@ -11,6 +11,7 @@ import torch
 
 from fastdistill.ops.gate_rules import gates_run_on
 from fastdistill.ops.library import OPS, TRITON, has_kernel
+from fastdistill.ops.linear import linear_runs_on
 from fastdistill.ops.native import NATIVE
 
 
@@ -78,6 +79,7 @@ def _facts() -> list[str]:
         f"Triton kernels: {triton}",
         f"CPU: {torch.backends.cpu.get_cpu_capability()}, {torch.get_num_threads()} threads; CUDA device: {device}",
         gates_run_on(),
+        linear_runs_on(),
         f"CUDA graphs: {graphs}",
     ]
 

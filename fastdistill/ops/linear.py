@@ -50,6 +50,12 @@ def by_onednn() -> bool:
     return by_amd and has_ops and torch.backends.cpu.get_cpu_capability() == "AVX512"
 
 
+def linear_runs_on() -> str:
+    """For `fastdistill.doctor`, in one line."""
+    by = "oneDNN's products" if by_onednn() else "PyTorch's own products"
+    return f"linear layers of models in recipes, float32 on CPU: {by} (oneDNN's on AMD with AVX-512)"
+
+
 def _said(file: str) -> str:
     try:
         return Path(file).read_text()

@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from fastdistill import first_layers
 from fastdistill.models import fused_residuals as module
 from fastdistill.models.first_token import first_token_only
 from fastdistill.models.frozen import frozen
@@ -38,6 +39,12 @@ def test_says_and_learns_the_same(kind: str) -> None:
     assert asked == (0 if kind in OTHERS else 2 if kind == "mpnet" else 4)
     torch.testing.assert_close(found, expected)
     assert run(model, batch)[1] == 0
+
+
+def test_a_copy_would_keep_the_original_s_weights() -> None:
+    model = model_of("bert")
+    with fused_residuals(model), pytest.raises(ValueError, match="within fastdistill.fused_residuals"):
+        first_layers(model, 1)
 
 
 def test_dropout() -> None:
