@@ -57,7 +57,7 @@ def dropout_add_layer_norm_backward(
     grad_x = x.new_empty(0)
     if seed is not None or x.dtype != residual.dtype:
         grad_x = (of_h * dropout_factors(seed, of_h, dropout_p)).to(x.dtype).contiguous()
-    grad_weight = grad_bias = weight.new_empty(0)
+    grad_weight, grad_bias = weight.new_empty(0), weight.new_empty(0)
     if want_weight:
         grad_weight = (upstream * normal).reshape(-1, weight.numel()).sum(0).to(weight.dtype)
         grad_bias = upstream.reshape(-1, weight.numel()).sum(0).to(weight.dtype)
