@@ -74,10 +74,12 @@ def test_what_pytorch_computes(onednn: Mock) -> None:
     assert onednn.called
 
 
-def test_few_tokens() -> None:
-    with patch.object(module, "_product") as asked:
-        linear(torch.randn(module.ROWS - 1, 8), torch.randn(5, 8), None)
-        assert not asked.called
+def test_few_tokens(onednn: Mock) -> None:
+    with patch.object(module, "ROWS", 64):
+        linear(torch.randn(63, 8), torch.randn(5, 8), None)
+        assert not onednn.called
+        linear(torch.randn(64, 8), torch.randn(5, 8), None)
+        assert onednn.called
 
 
 def test_where_it_is_faster() -> None:
