@@ -149,8 +149,7 @@ def dropout_add_layer_norm(
     size, wide = x.shape[-1], reference.accumulation_dtype(x, residual, weight)
     if not _fits(size, wide):
         return reference.dropout_add_layer_norm(x, residual, weight, bias, seed, dropout_p, eps)
-    to = torch.promote_types(torch.promote_types(x.dtype, residual.dtype), weight.dtype)
-    out = torch.empty(x.shape, dtype=to, device=x.device)
+    out = torch.empty(x.shape, dtype=reference.promoted_dtype(x, residual, weight), device=x.device)
     mean, rstd = (torch.empty(x.shape[:-1], dtype=wide, device=x.device) for _ in range(2))
     if x.numel():
         xs, residuals, tile = _rows(x), _rows(residual), _tile(size, wide)

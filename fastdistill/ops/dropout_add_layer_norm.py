@@ -105,7 +105,7 @@ def _contiguous(x: Tensor, dtype: torch.dtype | None = None) -> Tensor:
 
 
 def _fake(x: Tensor, residual: Tensor, weight: Tensor, *args: Any) -> tuple[Tensor, Tensor, Tensor]:
-    to = torch.promote_types(torch.promote_types(x.dtype, residual.dtype), weight.dtype)
+    to = reference.promoted_dtype(x, residual, weight)
     wide = reference.accumulation_dtype(x, residual, weight)
     return _contiguous(x, to), x.new_empty(x.shape[:-1], dtype=wide), x.new_empty(x.shape[:-1], dtype=wide)
 

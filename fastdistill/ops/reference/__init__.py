@@ -7,7 +7,7 @@ formulas that the kernels share.
 from fastdistill.ops.reference.accumulate_sensitivity import accumulate_sensitivity_
 from fastdistill.ops.reference.bias_act_gate import bias_act_gate, bias_act_gate_backward
 from fastdistill.ops.reference.dropout_add_layer_norm import dropout_add_layer_norm, dropout_add_layer_norm_backward
-from fastdistill.ops.reference.dtypes import accumulation_dtype
+from fastdistill.ops.reference.dtypes import accumulation_dtype, promoted_dtype
 from fastdistill.ops.reference.gated_attention import dropout_factors, gated_attention, gated_attention_backward
 from fastdistill.ops.reference.losses import dkd_loss, kd_ce_loss
 from fastdistill.ops.reference.proximity_conv import proximity_conv, proximity_conv_backward
@@ -26,6 +26,7 @@ __all__ = [
     "gated_attention",
     "gated_attention_backward",
     "kd_ce_loss",
+    "promoted_dtype",
     "proximity_conv",
     "proximity_conv_backward",
     "rank",

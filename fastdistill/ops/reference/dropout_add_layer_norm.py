@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from fastdistill.ops.reference.dtypes import accumulation_dtype
+from fastdistill.ops.reference.dtypes import accumulation_dtype, promoted_dtype
 from fastdistill.ops.reference.gated_attention import dropout_factors
 
 
@@ -32,8 +32,7 @@ def dropout_add_layer_norm(
     y = centred * rstd.unsqueeze(-1) * weight.to(dtype)
     if bias is not None:
         y = y + bias.to(dtype)
-    to = torch.promote_types(torch.promote_types(x.dtype, residual.dtype), weight.dtype)
-    return y.to(to).contiguous(), mean.contiguous(), rstd.contiguous()
+    return y.to(promoted_dtype(x, residual, weight)).contiguous(), mean.contiguous(), rstd.contiguous()
 
 
 def dropout_add_layer_norm_backward(

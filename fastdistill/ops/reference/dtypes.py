@@ -2,8 +2,15 @@
 
 from __future__ import annotations
 
+from functools import reduce
+
 import torch
 from torch import Tensor
+
+
+def promoted_dtype(first: Tensor, *others: Tensor) -> torch.dtype:
+    """What all of their dtypes promote to."""
+    return reduce(torch.promote_types, (x.dtype for x in others), first.dtype)
 
 
 def accumulation_dtype(*tensors: Tensor) -> torch.dtype:
