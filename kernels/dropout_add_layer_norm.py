@@ -31,21 +31,23 @@ def _factors(row, seed_ptr, dropout_p, DTYPE: tl.constexpr, ROWS: tl.constexpr, 
     return tl.where(tl.uint_to_uniform_float(drawn) >= dropout_p, 1 / (1 - dropout_p), 0.0).to(DTYPE)
 
 
-@triton.jit(do_not_specialize=["rows"])
+@triton.jit(do_not_specialize=["rows", "rows_of_weight"])
 def _forward_kernel(
     x_ptr,  # [rows, SIZE]
     residual_ptr,  # [rows, SIZE]
-    weight_ptr,  # [SIZE]
-    bias_ptr,  # [SIZE], or not read
+    weight_ptr,  # [N, SIZE]
+    bias_ptr,  # [N, SIZE], or not read
     seed_ptr,  # or not read
     out_ptr,  # out [rows, SIZE], contiguous
     mean_ptr,  # out [rows]
     rstd_ptr,  # out [rows]
     rows,
+    rows_of_weight,  # rows / N
     x_stride,  # elements from a row to the next
     residual_stride,
     dropout_p,
     eps,
+    PARTED: tl.constexpr,  # N is more than one
     BIASED: tl.constexpr,
     DROPOUT: tl.constexpr,
     DTYPE: tl.constexpr,  # what to compute in
@@ -64,25 +66,30 @@ def _forward_kernel(
     mean = tl.sum(h, 1, keep_dims=True) / SIZE
     centred = tl.where(within, h - mean, 0)
     rstd = 1 / tl.sqrt(tl.sum(centred * centred, 1, keep_dims=True) / SIZE + eps)
-    y = centred * rstd * tl.load(weight_ptr + column, mask=within, other=0).to(DTYPE)
+    own, is_own = column, within
+    if PARTED:
+        own, is_own = row // rows_of_weight * SIZE + column, inside
+    y = centred * rstd * tl.load(weight_ptr + own, mask=is_own, other=0).to(DTYPE)
     if BIASED:
-        y += tl.load(bias_ptr + column, mask=within, other=0).to(DTYPE)
+        y += tl.load(bias_ptr + own, mask=is_own, other=0).to(DTYPE)
     tl.store(out_ptr + row * SIZE + column, _cast(y, out_ptr), mask=inside)
     tl.store(mean_ptr + row, mean, mask=row < rows)
     tl.store(rstd_ptr + row, rstd, mask=row < rows)
 
 
-@triton.jit(do_not_specialize=["rows"])
+@triton.jit(do_not_specialize=["rows_of_weight", "runs_of_weight"])
 def _backward_kernel(
     grad_ptr,  # [rows, SIZE], of the output
-    x_ptr, residual_ptr, weight_ptr, seed_ptr,
+    x_ptr, residual_ptr,
+    weight_ptr,  # [N, SIZE]
+    seed_ptr,
     mean_ptr,  # [rows]
     rstd_ptr,  # [rows]
     grad_x_ptr,  # out [rows, SIZE], contiguous, where OWN
     grad_residual_ptr,  # out [rows, SIZE], contiguous
-    weight_sums_ptr,  # out [runs, SIZE], where WEIGHTED
-    bias_sums_ptr,  # out [runs, SIZE], where WEIGHTED
-    rows, grad_stride, x_stride, residual_stride, dropout_p,
+    weight_sums_ptr,  # out [N, runs_of_weight, SIZE], where WEIGHTED
+    bias_sums_ptr,  # out [N, runs_of_weight, SIZE], where WEIGHTED
+    rows_of_weight, runs_of_weight, grad_stride, x_stride, residual_stride, dropout_p,
     OWN: tl.constexpr,  # the gradient to x is another than that to residual
     WEIGHTED: tl.constexpr,  # gradients to weight and bias are wanted
     DROPOUT: tl.constexpr,
@@ -95,20 +102,23 @@ def _backward_kernel(
     run = tl.program_id(0).to(tl.int64)
     column = tl.arange(0, BLOCK)[None, :]
     within = column < SIZE
-    weight = tl.load(weight_ptr + column, mask=within, other=0).to(DTYPE)
+    part = run // runs_of_weight
+    first = part * rows_of_weight + run % runs_of_weight * RUN
+    end = (part + 1) * rows_of_weight
+    weight = tl.load(weight_ptr + part * SIZE + column, mask=within, other=0).to(DTYPE)
     of_weight = tl.zeros((ROWS, BLOCK), DTYPE)
     of_bias = tl.zeros((ROWS, BLOCK), DTYPE)
     for start in range(0, RUN, ROWS):
-        row = run * RUN + start + tl.arange(0, ROWS)[:, None]
-        inside = (row < rows) & within
+        row = first + start + tl.arange(0, ROWS)[:, None]
+        inside = (row < end) & within
         h = tl.load(x_ptr + row * x_stride + column, mask=inside, other=0).to(DTYPE)
         if DROPOUT:
             factors = _factors(row, seed_ptr, dropout_p, DTYPE, ROWS, BLOCK)
             h *= factors
         h += tl.load(residual_ptr + row * residual_stride + column, mask=inside, other=0).to(DTYPE)
         grad = tl.load(grad_ptr + row * grad_stride + column, mask=inside, other=0).to(DTYPE)
-        mean = tl.load(mean_ptr + row, mask=row < rows, other=0)
-        rstd = tl.load(rstd_ptr + row, mask=row < rows, other=0)
+        mean = tl.load(mean_ptr + row, mask=row < end, other=0)
+        rstd = tl.load(rstd_ptr + row, mask=row < end, other=0)
         normal = tl.where(within, (h - mean) * rstd, 0)
         if WEIGHTED:
             of_weight += grad * normal
@@ -156,8 +166,9 @@ def dropout_add_layer_norm(
         with torch.cuda.device_of(x):
             _forward_kernel[(-(-len(xs) // tile["ROWS"]),)](
                 xs, residuals, weight.contiguous(), weight if bias is None else bias.contiguous(),
-                xs if seed is None else seed, out, mean, rstd, len(xs), xs.stride(0), residuals.stride(0),
-                float(dropout_p), float(eps), bias is not None, seed is not None, _dtype(wide), size, **tile,
+                xs if seed is None else seed, out, mean, rstd, len(xs), x.numel() // weight.numel(), xs.stride(0),
+                residuals.stride(0), float(dropout_p), float(eps), weight.numel() > size, bias is not None,
+                seed is not None, _dtype(wide), size, **tile,
             )  # fmt: skip
     return out, mean, rstd
 
@@ -182,19 +193,21 @@ def dropout_add_layer_norm_backward(
     is_own = seed is not None or x.dtype != residual.dtype
     grad_x = torch.empty(x.shape if is_own else 0, dtype=x.dtype, device=x.device)
     grad_residual = torch.empty(residual.shape, dtype=residual.dtype, device=x.device)
-    rows = x.numel() // size
+    parts, rows = weight.numel() // size, x.numel() // weight.numel()
     runs = -(-rows // RUN)
-    sums = mean.new_empty((2, runs, size) if want_weight else (2, 0))
+    sums = mean.new_empty((2, parts, runs, size) if want_weight else (2, 0))
     if rows:
         grads, xs, residuals = _rows(grad_output), _rows(x), _rows(residual)
         with torch.cuda.device_of(x):
-            _backward_kernel[(runs,)](
+            _backward_kernel[(parts * runs,)](
                 grads, xs, residuals, weight.contiguous(), xs if seed is None else seed, mean, rstd, grad_x,
-                grad_residual, sums[0], sums[1], rows, grads.stride(0), xs.stride(0), residuals.stride(0),
+                grad_residual, sums[0], sums[1], rows, runs, grads.stride(0), xs.stride(0), residuals.stride(0),
                 float(dropout_p), is_own, want_weight, seed is not None, _dtype(mean.dtype), size, RUN,
                 **_tile(size, mean.dtype),
             )  # fmt: skip
-    of_weight, of_bias = (one.sum(0).to(weight.dtype) if want_weight else weight.new_empty(0) for one in sums)
+    of_weight, of_bias = (
+        one.sum(1).view(weight.shape).to(weight.dtype) if want_weight else weight.new_empty(0) for one in sums
+    )
     return grad_x, grad_residual, of_weight, of_bias
 
 

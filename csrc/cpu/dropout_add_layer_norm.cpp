@@ -84,10 +84,10 @@ template <typename T>
 void forward(
     const Tensor& x, const Tensor& residual, const Tensor& weight, const Tensor& bias, std::optional<uint64_t> seed,
     double p, double eps, const Tensor& output, const Tensor& mean, const Tensor& rstd) {
-  const int64_t size = x.size(1);
+  const int64_t size = x.size(1), rows_of_weight = x.numel() / weight.numel();
   const RowReader<OneRow<T>> xs(x), residuals(residual);
   const RowWriter<OneRow<T>> outputs(output);
-  const T *w = weight.const_data_ptr<T>(), *b = bias.defined() ? bias.const_data_ptr<T>() : nullptr;
+  const T *weights = weight.const_data_ptr<T>(), *biases = bias.defined() ? bias.const_data_ptr<T>() : nullptr;
   T *means = mean.mutable_data_ptr<T>(), *rstds = rstd.mutable_data_ptr<T>();
   at::parallel_for(0, x.size(0), row_grain(size), [&](int64_t begin, int64_t end) {
     Factors<T> factors(seed, p, size);
@@ -104,6 +104,8 @@ void forward(
       const double by = 1 / std::sqrt(variance + eps);
       means[r] = T(middle);
       rstds[r] = T(by);
+      const int64_t own = r / rows_of_weight * size;
+      const T *w = weights + own, *b = biases ? biases + own : nullptr;
       T* y = outputs.begin(r, own_output.data());
       for_each_vector<T>(0, size, [&](int64_t d, int64_t n) {
         const auto normal = (load(h.data() + d, n, T(0)) - centre) * Vec<T>(T(by)) * load(w + d, n, T(0));
@@ -118,21 +120,20 @@ template <typename T>
 void backward(
     const Tensor& grad, const Tensor& x, const Tensor& residual, const Tensor& weight, const Tensor& mean,
     const Tensor& rstd, std::optional<uint64_t> seed, double p, const Tensor& grad_x, const Tensor& grad_residual,
-    const Tensor& of_weight, const Tensor& of_bias) { // [tasks, D], sums of each task's rows
-  const int64_t size = x.size(1), rows = x.size(0);
+    const Tensor& of_weight, const Tensor& of_bias) { // [N, tasks, D], sums of each task's rows
+  const int64_t size = x.size(1), rows = x.size(0), rows_of_weight = x.numel() / weight.numel();
   const RowReader<OneRow<T>> grads(grad), xs(x), residuals(residual);
   const RowWriter<OneRow<T>> to_residual(grad_residual);
   const std::optional<RowWriter<OneRow<T>>> to_x =
       grad_x.defined() ? std::optional<RowWriter<OneRow<T>>>(grad_x) : std::nullopt;
-  const T *w = weight.const_data_ptr<T>(), *means = mean.const_data_ptr<T>(), *rstds = rstd.const_data_ptr<T>();
+  const T *all_weights = weight.const_data_ptr<T>(), *means = mean.const_data_ptr<T>(), *rstds = rstd.const_data_ptr<T>();
   const bool want_weight = of_weight.defined();
-  const int64_t tasks = want_weight ? of_weight.size(0) : 0;
   const auto work = [&](int64_t begin, int64_t end, T* sums_weight, T* sums_bias) {
     Factors<T> factors(seed, p, size);
     std::vector<T> own_grad(size), own_x(size), own_residual(size), own_to_x(size), own_to_residual(size), normal(size);
     const bool is_counted = false;
     for (int64_t r = begin; r < end; ++r) {
-      const T *g = grads.read(r, 1, own_grad.data()), *by = factors.of(r);
+      const T *g = grads.read(r, 1, own_grad.data()), *by = factors.of(r), *w = all_weights + r / rows_of_weight * size;
       add(xs.read(r, 1, own_x.data()), residuals.read(r, 1, own_residual.data()), by, size, normal.data());
       const Vec<T> centre(means[r]), scale(rstds[r]);
       Vec<T> sum(0), along(0);
@@ -168,9 +169,14 @@ void backward(
     return;
   }
   T *weights = of_weight.mutable_data_ptr<T>(), *biases = of_bias.mutable_data_ptr<T>();
-  at::parallel_for(0, tasks, 1, [&](int64_t begin, int64_t end) {
-    for (int64_t task = begin; task < end; ++task)
-      work(rows * task / tasks, rows * (task + 1) / tasks, weights + task * size, biases + task * size);
+  const int64_t tasks = of_weight.size(1);
+  at::parallel_for(0, of_weight.size(0) * tasks, 1, [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i) {
+      const int64_t first = i / tasks * rows_of_weight, task = i % tasks;
+      work(
+          first + rows_of_weight * task / tasks, first + rows_of_weight * (task + 1) / tasks, weights + i * size,
+          biases + i * size);
+    }
   });
 }
 
@@ -209,10 +215,11 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> dropout_add_layer_norm_backward(
   const auto contiguous = [](const Tensor& like) { return at::empty(like.sizes(), like.options()); };
   const Tensor grad_x = is_own ? contiguous(x) : at::empty({0}, x.options()), grad_residual = contiguous(residual);
   Tensor of_weight, of_bias;
-  const int64_t size = x.size(-1), tasks = std::max<int64_t>(1, x.numel() / size / kRowsOfTask);
+  const int64_t size = x.size(-1), parts = weight.numel() / size;
+  const int64_t tasks = std::max<int64_t>(1, x.numel() / weight.numel() / kRowsOfTask);
   if (want_weight) {
-    of_weight = at::zeros({tasks, size}, x.options().dtype(wide));
-    of_bias = at::zeros({tasks, size}, x.options().dtype(wide));
+    of_weight = at::zeros({parts, tasks, size}, x.options().dtype(wide));
+    of_bias = at::zeros({parts, tasks, size}, x.options().dtype(wide));
   }
   if (x.numel())
     for_type(wide, [&](auto zero) {
@@ -223,7 +230,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> dropout_add_layer_norm_backward(
           is_own ? rows(grad_x) : Tensor(), rows(grad_residual), of_weight, of_bias);
     });
   const auto whole = [&](const Tensor& sums) {
-    return want_weight ? sums.sum(0).to(weight.scalar_type()) : at::empty({0}, weight.options());
+    return want_weight ? sums.sum(1).view(weight.sizes()).to(weight.scalar_type()) : at::empty({0}, weight.options());
   };
   return {grad_x, grad_residual, whole(of_weight), whole(of_bias)};
 }

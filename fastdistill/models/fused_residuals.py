@@ -10,6 +10,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from fastdistill.models.hooks import forward_changed, hooked, is_plain, uncompiled
+from fastdistill.models.stacking import StackedLayerNorm
 from fastdistill.ops.dropout_add_layer_norm import dropout_add_layer_norm
 from fastdistill.ops.library import followed, has_kernel
 
@@ -26,8 +27,8 @@ def fused_residuals(*models: nn.Module | None, devices: Collection[str] = DEVICE
     It comes before what changes these modules' inputs, as `first_token_only` does.
 
     Args:
-        models: encoders whose modules compute so as BERT's do; other modules, compiled models, and None stay as they
-            are.
+        models: encoders whose modules compute so as BERT's do, or stacks of such (`fastdistill.models.stacking`); other
+            modules, compiled models, and None stay as they are.
         devices: the types of those on which it is done, where the op has a kernel.
     """
     served = {device for device in devices if has_kernel("dropout_add_layer_norm", device.upper())}
@@ -56,7 +57,7 @@ def _forward(module: Any, served: Collection[str], own: Any, hidden_states: Tens
     p = dropout.p if dropout.training else 0.0
     if (
         hidden_states.device.type not in served
-        or not (is_plain(norm, nn.LayerNorm) and is_plain(dropout, nn.Dropout))
+        or not (is_plain(norm, nn.LayerNorm, StackedLayerNorm) and is_plain(dropout, nn.Dropout))
         or norm.weight is None
         or p == 1
         or followed()

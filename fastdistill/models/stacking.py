@@ -186,7 +186,7 @@ class _Products(torch.autograd.Function):
         )
 
 
-class _LayerNorm(_OfEach):
+class StackedLayerNorm(_OfEach):
     weight: Tensor
     bias: Tensor
 
@@ -225,7 +225,7 @@ class _Embedding(_OfEach):
 
 _KINDS: dict[type[nn.Module], type[_OfEach]] = {
     nn.Linear: StackedLinear,
-    nn.LayerNorm: _LayerNorm,
+    nn.LayerNorm: StackedLayerNorm,
     nn.Embedding: _Embedding,
     CompactEmbedding: _Embedding,
 }

@@ -41,8 +41,9 @@ def dropout_add_layer_norm(
 
     Args:
         x, residual: ``[..., D]``, of one shape, each in one of float32, float64, bfloat16 or float16.
-        weight: ``[D]``, of any of these dtypes.
-        bias: ``[D]``, in the weight's dtype; None: zeros.
+        weight: ``[D]``, of any of these dtypes. Or ``[N, D]``, of N models that are computed as one: each is for an
+            N-th of the rows, the first for the first.
+        bias: of the weight's shape and dtype; None: zeros.
         dropout_p: probability of leaving out an element of x, in [0, 1); the others are divided by 1 - dropout_p.
             Always applied: pass 0 in evaluation. Drawn by PyTorch's generator of the device.
         eps: :math:`\epsilon`, more than 0.
@@ -63,7 +64,7 @@ def dropout_add_layer_norm(
         x.shape == residual.shape
         and x.dim() > 0
         and x.shape[-1] > 0
-        and weight.shape == x.shape[-1:]
+        and (weight.shape == x.shape[-1:] or _is_of_parts(weight, x))
         and x.device == residual.device == weight.device
         and (bias is None or (bias.shape == weight.shape and bias.dtype is weight.dtype and bias.device == x.device))
     ):
@@ -90,14 +91,23 @@ def _explain_shapes(x: Tensor, residual: Tensor, weight: Tensor, bias: Tensor | 
         raise ValueError(f"x has shape {tuple(x.shape)}; expected [..., D] with D of at least 1")
     if residual.shape != x.shape:
         raise ValueError(f"residual has shape {tuple(residual.shape)}; expected {tuple(x.shape)}, that of x")
-    for name, value in (("weight", weight), ("bias", bias)):
-        if value is not None and value.shape != x.shape[-1:]:
-            raise ValueError(f"{name} has shape {tuple(value.shape)}; expected {tuple(x.shape[-1:])}")
+    if weight.shape != x.shape[-1:] and not _is_of_parts(weight, x):
+        size, rows = x.shape[-1], x.numel() // x.shape[-1]
+        expected = f"({size},), or (N, {size}) with N that divides {rows} rows"
+        raise ValueError(f"weight has shape {tuple(weight.shape)}; expected {expected}")
+    if bias is not None and bias.shape != weight.shape:
+        raise ValueError(f"bias has shape {tuple(bias.shape)}; expected {tuple(weight.shape)}, that of weight")
     for name, value in (("residual", residual), ("weight", weight), ("bias", bias)):
         if value is not None:
             check_same_device(name, value, "x", x)
     if bias is not None and bias.dtype != weight.dtype:
         raise TypeError(f"bias has dtype {bias.dtype}, weight {weight.dtype}; expected the same")
+
+
+def _is_of_parts(weight: Tensor, x: Tensor) -> bool:
+    """Whether it is ``[N, D]``, with as many rows for each of the N."""
+    is_one_each = weight.dim() == 2 and len(weight) > 0 and weight.shape[1] == x.shape[-1]
+    return is_one_each and x.numel() % weight.numel() == 0
 
 
 def _contiguous(x: Tensor, dtype: torch.dtype | None = None) -> Tensor:

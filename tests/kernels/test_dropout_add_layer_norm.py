@@ -88,6 +88,19 @@ def test_strides_and_no_rows() -> None:
     assert of_weight.shape == (40,) and not of_weight.any()
 
 
+@pytest.mark.parametrize("parts", [1, 2, 5])
+def test_weights_of_several_models(parts: int) -> None:
+    grad, x, residual, *_ = make(40, 24, FLOAT, FLOAT)
+    _, weight, bias, *_ = make(parts, 24, FLOAT, FLOAT)
+    given = (x, residual, weight, bias, None, 0.0, 1e-5)
+    found, expected = module.dropout_add_layer_norm(*given), reference.dropout_add_layer_norm(*given)
+    torch.testing.assert_close(found, expected)
+    rest = (grad, x, residual, weight, *expected[1:], None, 0.0, True)
+    torch.testing.assert_close(
+        module.dropout_add_layer_norm_backward(*rest), reference.dropout_add_layer_norm_backward(*rest)
+    )
+
+
 @pytest.mark.parametrize("size, dtype", [(module.LARGEST + 1, FLOAT), (module.LARGEST // 4 + 1, DOUBLE)])
 def test_longer_rows_than_a_program_has(size: int, dtype: torch.dtype) -> None:
     grad, x, residual, weight, bias = make(2, size, dtype, dtype)

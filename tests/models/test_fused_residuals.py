@@ -13,6 +13,7 @@ from fastdistill.models.first_token import first_token_only
 from fastdistill.models.frozen import frozen
 from fastdistill.models.fused_residuals import fused_residuals
 from fastdistill.models.packed import PACKABLE, packed_forward
+from fastdistill.models.stacking import Stack
 from fastdistill.ops.library import has_kernel
 from tests.models.known import batch_of, model_of
 
@@ -39,6 +40,19 @@ def test_says_and_learns_the_same(kind: str) -> None:
     assert asked == (0 if kind in OTHERS else 2 if kind == "mpnet" else 4)
     torch.testing.assert_close(found, expected)
     assert run(model, batch)[1] == 0
+
+
+def test_of_a_stack_all_are_asked_at_once() -> None:
+    model, batch = model_of("bert").double(), batch_of("bert")
+    expected = model(**batch).logits
+    stack = Stack(model, [model_of("bert").double() for _ in range(2)])
+    stack.model.eval()
+    twice = {name: torch.cat([one, one]) for name, one in batch.items()}
+    op = patch.object(module, "dropout_add_layer_norm", wraps=module.dropout_add_layer_norm)
+    with fused_residuals(stack.model), op as asked:
+        logits = stack(**twice).logits
+    assert asked.call_count == 4
+    torch.testing.assert_close(logits, torch.cat([expected, expected]))
 
 
 def test_a_copy_would_keep_the_original_s_weights() -> None:

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastdistill.models.first_token import first_token_only
+from fastdistill.models.fused_residuals import fused_residuals
 from fastdistill.models.sharing import CONFIG_KEY
 from fastdistill.models.stacking import STACKABLE, Stack, obstacle_to_stacking
 from fastdistill.models.vocabulary import compact_vocabulary
@@ -45,20 +46,22 @@ def gradients(model: Any) -> dict[str, Tensor]:
     return {name: weight.grad for name, weight in model.named_parameters()}
 
 
-@pytest.mark.parametrize("compact", [False, True])
+@pytest.mark.parametrize("as_in_recipes", [False, True])
 @pytest.mark.parametrize("kind", STACKABLE)
-def test_each_says_and_learns_what_it_does_alone(kind: str, compact: bool) -> None:
-    """Padding, too, which is in the batches, learns nothing."""
+def test_each_says_and_learns_what_it_does_alone(kind: str, as_in_recipes: bool) -> None:
+    """Padding, too, which is in the batches, learns nothing. In recipes embeddings are compact and residuals fused."""
     own, alone, data = models(kind), models(kind), batches(kind)
     weights = torch.tensor([0.01, 1.0, 7.0])  # some are clipped and some are not
     plain = models(kind, 1)[0]
     with ExitStack() as leave:
-        if compact:
+        if as_in_recipes:
             for model in own + alone:
                 leave.enter_context(compact_vocabulary(model, torch.cat([batch["input_ids"] for batch in data])))
         leave.enter_context(first_token_only(*own, *alone))
         stack = Stack(plain, own)
         stack.model.eval()
+        if as_in_recipes:
+            leave.enter_context(fused_residuals(stack.model))
         leave.enter_context(first_token_only(stack.model))
         logits = stack(**side_by_side(data)).logits.unflatten(0, (3, -1))
         labels = torch.tensor([0, 2, 1])

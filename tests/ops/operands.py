@@ -103,8 +103,12 @@ def bias_act_gate_backward(of: Drawn) -> Calls:
 
 def dropout_add_layer_norm(of: Drawn) -> Calls:
     return [
-        (of.leaf(4, 3, 20), of.leaf(4, 3, 20), of.leaf(20), bias, seed, 0.0 if seed is None else 0.3, 1e-5)
-        for bias, seed in ((of.leaf(20), None), (None, torch.tensor(5)))
+        (of.leaf(4, 3, 20), of.leaf(4, 3, 20), weight, bias, seed, 0.0 if seed is None else 0.3, 1e-5)
+        for weight, bias, seed in (
+            (of.leaf(20), of.leaf(20), None),
+            (of.leaf(20), None, torch.tensor(5)),
+            (of.leaf(2, 20), of.leaf(2, 20), None),
+        )
     ]
 
 

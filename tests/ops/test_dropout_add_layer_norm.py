@@ -98,6 +98,30 @@ def test_strides(layout: str, device: str) -> None:
         assert torch.equal(found, expected)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("shape, parts", [((6, 24), 1), ((6, 24), 3), ((4, 50, 33), 2), ((9, 5, 20), 9), ((0, 7), 2)])
+@pytest.mark.parametrize("has_bias", [True, False])
+def test_weights_of_several_models(
+    shape: tuple[int, ...], parts: int, dtype: torch.dtype, has_bias: bool, device: str
+) -> None:
+    """As of each with its part of the rows."""
+    x, r, _, _ = make(*shape, device=device, dtype=dtype)
+    w, b, _, _ = make(parts, shape[-1], device=device, dtype=dtype)
+    inputs: list[Any] = [x, r, w, b if has_bias else None]
+
+    def one_by_one(x: Tensor, r: Tensor, w: Tensor, b: Tensor | None) -> Tensor:
+        own = zip(x.chunk(parts), r.chunk(parts), w, [None] * parts if b is None else b, strict=True)
+        return torch.cat([dropout_add_layer_norm(*each) for each in own])
+
+    found, expected = (with_gradients(function, inputs) for function in (dropout_add_layer_norm, one_by_one))
+    torch.testing.assert_close(found, expected)
+    if len(x):
+        torch.manual_seed(1)
+        of_all = dropout_add_layer_norm(x, r, torch.ones_like(w), dropout_p=0.4)
+        torch.manual_seed(1)
+        torch.testing.assert_close(of_all, dropout_add_layer_norm(x, r, torch.ones_like(w[0]), dropout_p=0.4))
+
+
 def test_gradcheck(device: str) -> None:
     inputs = [x.requires_grad_() for x in make(3, 7, device=device)]
 
@@ -219,7 +243,14 @@ def test_the_reference_agrees() -> None:
         ({"x": torch.zeros(())}, ValueError, r"x has shape \(\); expected \[..., D\]"),
         ({"x": torch.zeros(3, 0)}, ValueError, "x has shape .*D of at least 1"),
         ({"residual": torch.zeros(3, 5)}, ValueError, r"residual has shape \(3, 5\); expected \(3, 4\), that of x"),
-        ({"weight": torch.zeros(5)}, ValueError, r"weight has shape \(5,\); expected \(4,\)"),
+        (
+            {"weight": torch.zeros(5)},
+            ValueError,
+            r"weight has shape \(5,\); expected \(4,\), or \(N, 4\) with N that divides 3",
+        ),
+        ({"weight": torch.zeros(2, 4)}, ValueError, r"weight has shape \(2, 4\); .*N that divides 3 rows"),
+        ({"weight": torch.zeros(0, 4)}, ValueError, r"weight has shape \(0, 4\); expected"),
+        ({"weight": torch.zeros(3, 4)}, ValueError, r"bias has shape \(4,\); expected \(3, 4\), that of weight"),
         ({"bias": torch.zeros(1, 4)}, ValueError, r"bias has shape \(1, 4\); expected \(4,\)"),
         ({"bias": torch.zeros(4).double()}, TypeError, "bias has dtype torch.float64, weight torch.float32"),
         ({"weight": None}, TypeError, "weight is a NoneType"),

@@ -19,8 +19,10 @@ from transformers import DataCollatorWithPadding, PreTrainedModel
 
 from fastdistill.cuda_graphs import Graphs, replaying
 from fastdistill.models.first_token import first_token_only
+from fastdistill.models.fused_residuals import fused_residuals
 from fastdistill.models.heads import IGNORED, head_of, label_faults
 from fastdistill.models.inputs import taken_by
+from fastdistill.models.short_attention import short_attention
 from fastdistill.models.stacking import Stack, obstacle_to_stacking
 from fastdistill.objectives.base import Objective
 from fastdistill.recipes.executors.local import Local, Trial
@@ -122,7 +124,7 @@ def _together(plain: PreTrainedModel, students: list[_Student], table: _Table) -
     stack = Stack(plain, [student.model for student in students])
     graphs = _graphs(students)
     passes, multiple = replaying(_Passes(stack, students), graphs, NAME), 1 if graphs is None else MULTIPLE
-    with first_token_only(stack.model):
+    with short_attention(stack.model), fused_residuals(stack.model), first_token_only(stack.model):
         while True:
             features, rows = table.batch([student.rows for student in students], multiple)
             columns = [student.decide(own) for student, own in zip(students, rows, strict=True)]
