@@ -10,11 +10,11 @@ from typing import TYPE_CHECKING
 import numpy as np
 import pyarrow.compute as pc
 import torch
-from transformers import DataCollatorWithPadding
 
 from fastdistill.data.aspects import AspectCollator, measured
 from fastdistill.data.images import Augmented, ImageCollator, pixels, size_of
 from fastdistill.data.load import tokenize
+from fastdistill.data.padding import PaddingCollator
 from fastdistill.data.parsing import Parser
 from fastdistill.data.tasks import Task
 from fastdistill.recipes.splits import Splits
@@ -62,7 +62,7 @@ def of_text(data: Splits, tokenizer: PreTrainedTokenizerBase, max_length: int | 
     train = tokenize(data.train, tokenizer, data.task, max_length)
     mismatched = None if data.mismatched is None else by_length(data.mismatched)
     evaluated = _both(data, by_length)
-    return Examples(data.task, train, *evaluated, DataCollatorWithPadding(tokenizer), tokenizer, mismatched)
+    return Examples(data.task, train, *evaluated, PaddingCollator(tokenizer), tokenizer, mismatched)
 
 
 def of_aspects(data: Splits, tokenizer: PreTrainedTokenizerFast, parser: Parser | None) -> Examples:

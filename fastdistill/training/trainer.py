@@ -16,6 +16,7 @@ from torch.utils.data import DataLoader
 from transformers import TrainingArguments
 from transformers.modeling_outputs import SequenceClassifierOutput
 
+from fastdistill.data.padding import padding_collator
 from fastdistill.models.architectures import ARCHITECTURES, encoder_layers
 from fastdistill.models.attention_scores import call
 from fastdistill.models.frozen import frozen
@@ -364,9 +365,10 @@ class DistillationTrainer(GraphedTrainer):
 
     def _get_dataloader(self, *args: Any, **kwargs: Any) -> DataLoader[Any]:
         collator = self.data_collator
+        self.data_collator = padding_collator(collator)
         if not kwargs.get("is_training") or self.objective.needs.labels is not None:
             dataset = kwargs["dataset"] if "dataset" in kwargs else args[0]
-            self.data_collator = CheckedLabels(collator, self.head, dataset)
+            self.data_collator = CheckedLabels(self.data_collator, self.head, dataset)
         if kwargs.get("is_training") and self._graphed is not None and all(map(can_pad, self._models())):
             self.data_collator = Padded(self.data_collator, self._models())
         try:
