@@ -4,12 +4,13 @@ import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers import TrainerCallback
+from transformers import PreTrainedModel, Trainer, TrainerCallback
 
 from fastdistill import MSE, DistillationTrainer, LogitsKD, WeightedSum
 from fastdistill.objectives.base import Needs, Objective
@@ -185,6 +186,21 @@ def test_a_stream_without_logits_and_teacher_is_an_error_when_it_is_read(tmp_pat
 
 
 # Logs
+
+
+def test_operations_are_as_in_transformers_and_weights_counted_once(tmp_path: Path) -> None:
+    t = bert_trainer(tmp_path)
+    with patch.object(type(t.model), "num_parameters", autospec=True) as counted:
+        counted.side_effect = PreTrainedModel.num_parameters
+        t.train()
+        times = counted.call_count
+        t.train()
+        assert counted.call_count == 2 * times < t.state.global_step  # once in each
+    for shape in ((3, 4), (2, 9)):
+        inputs = {"input_ids": torch.zeros(shape)}
+        assert t.floating_point_ops(inputs) == Trainer.floating_point_ops(t, inputs) > 0
+    assert t.floating_point_ops({}) == 0
+    assert t.state.total_flos > 0
 
 
 @pytest.mark.parametrize("accumulate", [1, 3])
