@@ -148,8 +148,9 @@ def _tile(size: int, wide: torch.dtype) -> dict[str, int]:
     return {"ROWS": rows, "BLOCK": block, "num_warps": max(1, rows * block * wide.itemsize // BYTES_PER_WARP)}
 
 
-def _fits(size: int, wide: torch.dtype) -> bool:
-    return size <= (LARGEST // 4 if wide == torch.float64 else LARGEST)
+def _fits(size: int, wide: torch.dtype, seed: Tensor | None) -> bool:
+    """Not of float64 with dropout: a kernel is told its probability in float32."""
+    return size <= LARGEST if wide == torch.float32 else seed is None and size <= LARGEST // 4
 
 
 def dropout_add_layer_norm(
@@ -157,7 +158,7 @@ def dropout_add_layer_norm(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The op of the same name, in one launch."""
     size, wide = x.shape[-1], reference.accumulation_dtype(x, residual, weight)
-    if not _fits(size, wide):
+    if not _fits(size, wide, seed):
         return reference.dropout_add_layer_norm(x, residual, weight, bias, seed, dropout_p, eps)
     out = torch.empty(x.shape, dtype=reference.promoted_dtype(x, residual, weight), device=x.device)
     mean, rstd = (torch.empty(x.shape[:-1], dtype=wide, device=x.device) for _ in range(2))
@@ -186,7 +187,7 @@ def dropout_add_layer_norm_backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """The op of the same name, in one launch, and a sum each for weight and bias."""
     size = x.shape[-1]
-    if not _fits(size, mean.dtype):
+    if not _fits(size, mean.dtype, seed):
         return reference.dropout_add_layer_norm_backward(
             grad_output, x, residual, weight, mean, rstd, seed, dropout_p, want_weight
         )

@@ -30,8 +30,8 @@ def frozen(*models: nn.Module | None) -> Iterator[None]:
     products read them in, where these are faster. What the model says is the same, within rounding.
 
     Args:
-        models: their weights do not change within it. What is None, compiled, wrapped, or of an unknown architecture
-            is computed as it is, and so are linear maps that are no plain ones.
+        models: layers whose weights are changed within it are computed as they are then. What is None, compiled,
+            wrapped, or of an unknown architecture is computed as it is, and so are linear maps that are no plain ones.
     """
     with ExitStack() as leave:
         for model in models:
@@ -56,6 +56,7 @@ class _Copy:
 
     def __init__(self, module: Any, rows: int = 0, columns: int = 0) -> None:
         weight, self.bias = module.weight.detach(), module.bias
+        self.module, self.of = module, _state(module.weight)
         self.is_whole = not (rows or columns)
         self.weight = weight if self.is_whole else F.pad(weight, (0, columns, 0, rows))
         if rows and self.bias is not None:
@@ -63,5 +64,12 @@ class _Copy:
         self.packed = pack_weight(self.weight, ROWS)
 
     def forward(self, own: Any, x: Tensor) -> Any:
-        is_ours = not torch.is_grad_enabled() and x.shape[-1] == self.weight.shape[1]
-        return linear(x, self.weight, self.bias, self.packed) if is_ours else own(x)
+        weight = self.module.weight
+        is_ours = not torch.is_grad_enabled() and x.shape[-1] == self.weight.shape[1] and _state(weight) == self.of
+        # else without what another layer's copy added
+        return linear(x, self.weight, self.bias, self.packed) if is_ours else own(x[..., : weight.shape[1]])
+
+
+def _state(weight: Tensor) -> tuple[int, ...]:
+    """Another where it was replaced, moved, or changed."""
+    return id(weight), weight.data_ptr(), 0 if weight.is_inference() else weight._version

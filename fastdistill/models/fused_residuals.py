@@ -7,6 +7,7 @@ from contextlib import ExitStack, contextmanager
 from functools import partial
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from fastdistill.models.hooks import forward_changed, hooked, is_plain, uncompiled
@@ -59,6 +60,8 @@ def _forward(module: Any, served: Collection[str], own: Any, hidden_states: Tens
         hidden_states.device.type not in served
         or not (is_plain(norm, nn.LayerNorm, StackedLayerNorm) and is_plain(dropout, nn.Dropout))
         or norm.weight is None
+        or not (torch.is_autocast_enabled(hidden_states.device.type) or norm.weight.dtype == input_tensor.dtype)
+        or not 0 < norm.eps < 1
         or p == 1
         or followed()
     ):

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from functools import partial
+from types import MethodType
 from typing import TYPE_CHECKING, Any
 
 from torch import nn
@@ -101,19 +103,30 @@ def forward_changed(module: nn.Module, change: Callable[..., Any], *, same: bool
 
     By a `forward` of its own and not by a hook, since a compiled model does not notice hooks that come or go later.
     """
-    forward, before = module.forward, module.__dict__.get("forward")
-
-    def changed(*inputs: Any, **others: Any) -> Any:
-        return change(forward, *inputs, **others)
-
-    changed.same = same  # type: ignore[attr-defined]
-    module.forward = changed
+    before = module.__dict__.get("forward")
+    module.forward = _Changed(module, change, same)
     try:
         yield
     finally:
         del module.forward
         if before is not None:
             module.forward = before
+
+
+class _Changed:
+    """A module's forward for a while. A copy of the module has what it had before, on its own weights."""
+
+    def __init__(self, module: nn.Module, change: Callable[..., Any], same: bool) -> None:
+        self.module, self.before, self.change, self.same = module, module.forward, change, same
+
+    def __call__(self, *inputs: Any, **others: Any) -> Any:
+        return self.change(self.before, *inputs, **others)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
+        before: Any = self.before
+        if isinstance(before, MethodType) and before.__self__ is self.module:
+            return MethodType(before.__func__, memo.get(id(self.module), self.module))
+        return copy.deepcopy(before, memo)
 
 
 def inputs_changed(module: nn.Module, change: Callable[..., tuple[Any, ...]]) -> AbstractContextManager[None]:
@@ -125,7 +138,8 @@ def is_plain(module: nn.Module, *kinds: type[nn.Module]) -> bool:
     """Whether it is of one of these kinds, computes as all of that kind do, and nobody looks at it."""
     forward = vars(module).get("forward")
     is_own = forward is None or getattr(forward, "same", False)
-    return type(module) in kinds and is_own and not (module._forward_hooks or module._forward_pre_hooks)
+    hooks = module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks
+    return type(module) in kinds and is_own and not any(hooks)
 
 
 def refuse_peft(model: object) -> None:

@@ -49,8 +49,8 @@ def dropout_add_layer_norm(
         eps: :math:`\epsilon`, more than 0.
 
     Returns:
-        ``[..., D]``, contiguous, in the dtype that x, residual and weight promote to, or under autocast, as from
-        `layer_norm`, at least float32. Computed in float32 (float64 if any has it) and rounded once.
+        ``[..., D]``, contiguous, in the dtype that x, residual and weight promote to, and under autocast at
+        least float32, as from `layer_norm` on CUDA. Computed in float32 (float64 if any has it) and rounded once.
 
     Raises:
         TypeError: an argument of the wrong type or dtype.

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from fastdistill.ops.library import followed
@@ -23,17 +23,18 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None, packed: Tensor | None
     Args:
         packed: what `pack_weight` made of the weight, where there are no gradients.
     """
-    if not _takes(x, weight):
+    if not _takes(x, weight, bias):
         return F.linear(x, weight, bias)
     if torch.is_grad_enabled():
-        found: Tensor = _Linear.apply(x, weight, bias)  # type: ignore[no-untyped-call]
-        return found
+        # of two dimensions, since what a Function returns as a view cannot be changed in place
+        found: Tensor = _Linear.apply(x.flatten(0, -2), weight, bias)  # type: ignore[no-untyped-call]
+        return found.view(*x.shape[:-1], -1)
     return _product(x, weight if packed is None else packed, bias)
 
 
 def pack_weight(weight: Tensor, rows: int) -> Tensor | None:
     """A weight in the order that oneDNN's products of about so many rows read it in; None where it is not asked."""
-    if not (by_onednn() and weight.is_cpu and weight.dtype == torch.float32 and weight.numel()):
+    if not (by_onednn() and _is_known(weight) and weight.dim() == 2 and weight.numel()):
         return None
     packed: Tensor = torch.ops.mkldnn._reorder_linear_weight(weight.detach().contiguous(), rows)
     return packed
@@ -63,17 +64,25 @@ def _said(file: str) -> str:
         return ""
 
 
-def _takes(x: Tensor, weight: Tensor) -> bool:
+def _takes(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
     return (
         not followed()
         and by_onednn()
-        and x.dtype == weight.dtype == torch.float32
-        and x.is_cpu
+        and _is_known(x)
+        and _is_known(weight)
         and x.numel() >= ROWS * x.shape[-1]
+        and weight.dim() == 2
         and weight.numel() > 0
+        # the bias is read as if it were contiguous
+        and (bias is None or (_is_known(bias) and bias.shape == weight.shape[:1] and bias.is_contiguous()))
         and not torch.is_autocast_enabled("cpu")
         and bool(torch.backends.mkldnn.enabled)
     )
+
+
+def _is_known(x: Tensor) -> bool:
+    is_dense = type(x) in (Tensor, nn.Parameter) and x.layout == torch.strided
+    return is_dense and x.is_cpu and x.dtype == torch.float32
 
 
 def _product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -85,7 +94,8 @@ def _product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 class _Linear(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        ctx.save_for_backward(x, weight)
+        of_x, of_weight, _ = ctx.needs_input_grad
+        ctx.save_for_backward(x if of_weight else None, weight if of_x else None)
         return _product(x, weight, bias)
 
     @staticmethod
@@ -93,9 +103,11 @@ class _Linear(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, weight = ctx.saved_tensors
         of_x, of_weight, of_bias = ctx.needs_input_grad
-        rows = grad.flatten(0, -2)
+        found = None
+        if of_x:  # of several gradients at once each product is PyTorch's
+            found = grad @ weight if followed() else _product(grad.contiguous(), weight.T, None)
         return (
-            _product(grad.contiguous(), weight.T, None) if of_x else None,
-            rows.T @ x.flatten(0, -2) if of_weight else None,  # BLAS's is as fast
-            rows.sum(0) if of_bias else None,
+            found,
+            grad.T @ x if of_weight else None,  # BLAS's is as fast
+            grad.sum(0) if of_bias else None,
         )

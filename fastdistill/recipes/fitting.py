@@ -219,7 +219,7 @@ def config_of(
 ) -> DistillationConfig:
     """Trainer's arguments; `checkpoints` are as of `Stages`."""
     number = CHECKPOINTS if checkpoints is None else checkpoints
-    return DistillationConfig(
+    config = DistillationConfig(
         output_dir=str(folder),
         num_train_epochs=training.epochs,
         learning_rate=training.learning_rate,
@@ -240,6 +240,8 @@ def config_of(
         log_level="error",
         disable_tqdm=False,
     )
+    config._n_gpu = min(config.n_gpu, 1)  # torchrun is for several: DataParallel would have a batch of each
+    return config
 
 
 class _ProgressBar(ProgressCallback):

@@ -72,6 +72,21 @@ def test_dropout(rows: int, size: int) -> None:
     assert not torch.equal(other, output)
 
 
+def test_dropout_in_float64_is_in_float64() -> None:
+    """By the reference: a kernel would know 1 - p in float32."""
+    grad, x, residual, weight, bias = make(9, 40, DOUBLE, DOUBLE)
+    given = (x, residual, weight, bias, torch.tensor(3, device=DEVICE), 0.1, 1e-5)
+    found = module.dropout_add_layer_norm(*given)
+    torch.testing.assert_close(found, reference.dropout_add_layer_norm(*given), rtol=1e-14, atol=1e-14)
+    rest = (grad, x, residual, weight, *found[1:], *given[4:6], True)
+    torch.testing.assert_close(
+        module.dropout_add_layer_norm_backward(*rest),
+        reference.dropout_add_layer_norm_backward(*rest),
+        rtol=1e-14,
+        atol=1e-14,
+    )
+
+
 def test_strides_and_no_rows() -> None:
     grad, x, residual, weight, bias = make(12, 40, FLOAT, FLOAT)
     first = [t.view(3, 4, 40)[:, :1] for t in (grad, x, residual)]

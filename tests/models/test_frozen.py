@@ -98,3 +98,25 @@ def test_what_stays_as_it_is() -> None:
             inner = getattr(model, "_orig_mod", model)
             assert all(getattr(vars(module).get("forward"), "same", True) for module in inner.modules())
     assert all("forward" not in vars(module) for module in compiled._orig_mod.modules())
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("change", ["moved", "loaded", "replaced", "one of two"])
+def test_weights_that_change_are_seen(change: str) -> None:
+    """As where transformers' `bf16_full_eval` moves a model once it evaluates."""
+    model, other, batch = pruned("bert"), pruned("bert", initializer_range=0.5), batch_of("bert")
+    with frozen(model):
+        model(**batch)
+        if change == "moved":
+            model.bfloat16()
+        elif change == "loaded":
+            model.load_state_dict(other.state_dict())
+        elif change == "replaced":
+            for name, weight in other.named_parameters():
+                owner, _, own = name.rpartition(".")
+                setattr(model.get_submodule(owner), own, weight)
+        else:
+            for block in blocks(model):
+                block.neuron_out.weight.mul_(2)
+        found = model(**batch).logits
+    torch.testing.assert_close(found, model(**batch).logits)

@@ -98,7 +98,14 @@ def test_what_stays_as_it_is() -> None:
         layer.output.LayerNorm = nn.LayerNorm(32, elementwise_affine=False)
     for layer in all_left_out.bert.encoder.layer:
         layer.attention.output.dropout.p = layer.output.dropout.p = 1.0
-    for model in (watched, other, all_left_out.train()):
+    differentiated, exact = model_of("bert"), model_of("bert", layer_norm_eps=0.0)
+    for layer in differentiated.bert.encoder.layer:
+        layer.attention.output.LayerNorm.register_full_backward_hook(lambda *_: None)
+        layer.output.dropout.register_full_backward_pre_hook(lambda *_: None)
+    mixed = model_of("bert").bfloat16()
+    for norm in (each for each in mixed.modules() if isinstance(each, nn.LayerNorm)):
+        norm.float()
+    for model in (watched, other, all_left_out.train(), differentiated, exact, mixed):
         with fused_residuals(model):
             assert run(model, batch)[1] == 0
     model = model_of("bert", attn_implementation="eager")

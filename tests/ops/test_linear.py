@@ -74,6 +74,58 @@ def test_what_pytorch_computes(onednn: Mock) -> None:
     assert onednn.called
 
 
+def test_what_is_given_may_be_changed_in_place(onednn: Mock) -> None:
+    x, weight = torch.randn(2, 40, 8), torch.randn(5, 8)
+    ours, plain = (gradients(lambda *given, f=f: f(*given, None).relu_(), x, weight) for f in (linear, F.linear))
+    assert onednn.called
+    torch.testing.assert_close(ours, plain)
+
+
+def test_biases_that_are_not_contiguous(onednn: Mock) -> None:
+    x, weight = torch.randn(64, 8), torch.randn(5, 8)
+    for bias in (torch.randn(10)[::2], torch.randn(1).expand(5), torch.randn(1), torch.randn(1, 5)):
+        for mode in (torch.enable_grad, torch.no_grad):
+            with mode():
+                torch.testing.assert_close(linear(x, weight, bias), F.linear(x, weight, bias))
+    assert not onednn.called
+
+
+def test_operands_of_other_kinds(onednn: Mock) -> None:
+    """Subclasses, which say themselves what a product is, and other layouts."""
+
+    class Own(Tensor):
+        pass
+
+    x, weight = torch.randn(64, 8), torch.randn(5, 8)
+    assert type(linear(x, weight.as_subclass(Own), None)) is Own
+    torch.testing.assert_close(linear(x, weight.to_sparse(), None), F.linear(x, weight))
+    assert pack_weight(weight.as_subclass(Own), 64) is None and pack_weight(weight.to_sparse(), 64) is None
+    assert not onednn.called
+
+
+@pytest.mark.parametrize("learns", [(True, False), (False, True), (True, True)])
+def test_nothing_is_kept_in_vain(learns: tuple[bool, bool], onednn: Mock) -> None:
+    """As PyTorch does: the input for the weight's gradient, and the weight for the input's."""
+    kept: list[list[tuple[int, ...]]] = []
+    for function in (linear, F.linear):
+        x, weight = (torch.randn(*of).requires_grad_(one) for of, one in zip(((64, 8), (5, 8)), learns, strict=True))
+        kept.append([])
+        with torch.autograd.graph.saved_tensors_hooks(lambda t: kept[-1].append(tuple(t.shape)) or t, lambda t: t):
+            function(x, weight, None)
+    ours, plain = kept
+    assert len(ours) == len(plain) == sum(learns)
+
+
+def test_several_gradients_at_once(onednn: Mock) -> None:
+    x, weight, bias = (torch.randn(*of, requires_grad=True) for of in ((64, 8), (5, 8), (5,)))
+    upstream = torch.randn(3, 64, 5)
+    found, expected = (
+        torch.autograd.grad(function(x, weight, bias), (x, weight, bias), upstream, is_grads_batched=True)
+        for function in (linear, F.linear)
+    )
+    torch.testing.assert_close(found, expected)
+
+
 def test_few_tokens(onednn: Mock) -> None:
     with patch.object(module, "ROWS", 64):
         linear(torch.randn(63, 8), torch.randn(5, 8), None)

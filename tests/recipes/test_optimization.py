@@ -4,13 +4,17 @@ from __future__ import annotations
 
 from pathlib import Path
 from typing import Any
+from unittest.mock import PropertyMock, patch
 
 import pytest
 import torch
 from transformers import Trainer
 
+from fastdistill import LogitsKD
+from fastdistill.recipes.fitting import config_of
 from fastdistill.recipes.optimization import IMAGES, TEXT, Optimization, optimization_of
 from fastdistill.recipes.settings import KDSettings
+from fastdistill.recipes.training import Training
 from fastdistill.training.config import DistillationConfig
 from tests import tiny
 
@@ -61,3 +65,15 @@ def test_trainer_has_what_was_asked(optimization: Optimization, kind: type, tmp_
         optimization.lr_scheduler_type,
         optimization.max_grad_norm,
     )
+
+
+def test_one_process_has_one_gpu(tmp_path: Path) -> None:
+    """Else transformers would give each of a machine's GPUs a batch of that size."""
+    training = Training(
+        name="kd", model=tiny.bert(1), objective=LogitsKD(), epochs=1, learning_rate=1e-4, batch_size=32
+    )
+    options: dict[str, Any] = {"seed": 0, "bf16": False, "cuda_graphs": False, "checkpoints": None}
+    for there_are, used in ((0, 0), (1, 1), (4, 1)):
+        with patch.object(DistillationConfig, "n_gpu", PropertyMock(return_value=there_are)):
+            config = config_of(training, tmp_path, TEXT, tensorboard=False, **options)
+        assert config.n_gpu == used

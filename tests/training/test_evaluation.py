@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from functools import partial
 from pathlib import Path
 
@@ -23,7 +24,7 @@ from fastdistill import (
 from fastdistill.data.sequence_metrics import answer_metrics, entity_metrics, text_metrics
 from fastdistill.models import packed
 from tests import heads, tiny
-from tests.training.trained import GENERATORS, trainer, without_labels
+from tests.training.trained import GENERATORS, bert_trainer, trainer, without_labels
 
 # Evaluation without labels
 
@@ -142,3 +143,12 @@ def test_much_padding_is_left_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     labels = torch.tensor(data["labels"][:])
     loss = torch.nn.functional.cross_entropy(torch.tensor(expected), labels)
     assert predicted.metrics["test_loss"] == pytest.approx(float(loss))
+
+
+@pytest.mark.parametrize("width", [32, 20])
+def test_evaluation_in_fewer_bits(tmp_path: Path, width: int) -> None:
+    """transformers moves the model once it evaluates."""
+    student = tiny.bert(1, intermediate_size=width)
+    t = bert_trainer(tmp_path, student, eval_dataset=tiny.dataset(16), args_bf16_full_eval=True)
+    loss = t.evaluate()["eval_loss"]
+    assert next(student.parameters()).dtype == torch.bfloat16 and math.isfinite(loss)
