@@ -25,6 +25,8 @@ if TYPE_CHECKING:
     from fastdistill.models.students import shuffled_sharing as shuffled_sharing
     from fastdistill.models.tokenizers import shared_tokens as shared_tokens
     from fastdistill.models.vocabulary import compact_vocabulary as compact_vocabulary
+    from fastdistill.objectives.base import Needs as Needs
+    from fastdistill.objectives.base import Objective as Objective
     from fastdistill.objectives.base import WeightedSum as WeightedSum
     from fastdistill.objectives.ckd import CKD as CKD
     from fastdistill.objectives.dekd import DeKD as DeKD
@@ -33,6 +35,7 @@ if TYPE_CHECKING:
     from fastdistill.objectives.logits import MSE as MSE
     from fastdistill.objectives.logits import LogitsKD as LogitsKD
     from fastdistill.objectives.logits import MultiLabelKD as MultiLabelKD
+    from fastdistill.objectives.logits import TaskLoss as TaskLoss
     from fastdistill.objectives.metakd import MetaKD as MetaKD
     from fastdistill.objectives.pkd import PKD as PKD
     from fastdistill.objectives.team import MTBERT as MTBERT
@@ -81,12 +84,15 @@ _LAZY = {
     "MetaKD": "objectives.metakd",
     "MetaTrainer": "training.meta",
     "MultiLabelKD": "objectives.logits",
+    "Needs": "objectives.base",
+    "Objective": "objectives.base",
     "PKD": "objectives.pkd",
     "SampledTeacher": "objectives.team",
     "Scores": "models.scores",
     "SelectEachEpoch": "training.each_epoch",
     "Seq2SeqDistillationConfig": "training.seq2seq",
     "Seq2SeqDistillationTrainer": "training.seq2seq",
+    "TaskLoss": "objectives.logits",
     "TeacherOutputs": "teachers.outputs",
     "TeacherTeam": "teachers.team",
     "TinyBERT": "objectives.tinybert",

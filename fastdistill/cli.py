@@ -44,7 +44,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         recipe_parser = commands.add_parser(name, help=does, description=f"{does[0].upper()}{does[1:]}.")
         recipe_parser.add_argument("--traceback", action="store_true", help="show where an error comes from")
         add_arguments(recipe_parser, settings)
-    asked = parser.parse_args(arguments)
+    asked, unknown = parser.parse_known_args(arguments)
+    if unknown:
+        commands.choices[asked.command].error(f"unrecognized arguments: {' '.join(unknown)}")
     if asked.command == "doctor":
         return _doctor()
     return _run(_export if asked.command == "export" else partial(_recipe, RECIPES[asked.command]), asked)

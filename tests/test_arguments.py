@@ -9,11 +9,16 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
+from torch.ao.quantization import quantize_dynamic
 
 import fastdistill
+from fastdistill.models.scores import Scores
 from fastdistill.objectives.team import AvgKD, SampledTeacher
+from fastdistill.sensitivity.units import Sensitivities
 from fastdistill.training.trainer import DistillationTrainer
 from tests import tiny
+
+NONE = Scores([], [])
 
 
 def meta() -> Any:
@@ -36,6 +41,16 @@ def trained_by(teacher: Any) -> DistillationTrainer:
 
 CALLS: list[tuple[Callable[[], Any], type[Exception], str]] = [
     (lambda: fastdistill.prune(tiny.bert(), None, 0.5), TypeError, "scores is a NoneType; expected Scores"),
+    (
+        lambda: fastdistill.prune(tiny.bert(), Sensitivities(NONE, None), 0.5),
+        TypeError,
+        r"scores is a Sensitivities; .*knowledgeable\(\)",
+    ),
+    (
+        lambda: fastdistill.prune(quantize_dynamic(tiny.bert(), {nn.Linear}), NONE, 0.5),
+        ValueError,
+        "model has quantized layers",
+    ),
     (
         lambda: fastdistill.mask_weights(tiny.bert(), None, 0.5),
         TypeError,

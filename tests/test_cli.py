@@ -89,7 +89,7 @@ def test_recipes_are_imported_only_when_run() -> None:
         (["--seed", "4294967296"], "argument --seed: 4294967296 is not an integer from 0 to 4294967295"),
         (["--divergence", "js"], "argument --divergence: invalid choice: 'js'"),
         (["--student-layers", "0"], "argument --student-layers: 0 is not an integer of at least 1"),
-        (["--no-such-option"], "unrecognized arguments: --no-such-option"),
+        (["--no-such-option"], "unrecognized arguments: --no-such-option (see fastdistill kd --help)"),
     ],
 )
 def test_bad_values_are_refused_in_a_line(

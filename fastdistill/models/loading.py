@@ -204,13 +204,24 @@ def load_classifier(name_or_path: str, task: Task, *, seed: int = 0) -> PreTrain
 
 def describe_head(name_or_path: str, task: Task) -> Literal["task", "unnamed", "other", "none"]:
     """What a model's config says of its head: it is a classifier of the task's labels in their order ("task"), of as
-    many labels without names ("unnamed"), of other labels ("other"), or no sequence classifier ("none")."""
-    config = load_config(pretrained(name_or_path))
-    if not any(name.endswith("ForSequenceClassification") for name in config.architectures or ()):
+    many labels where its, or the task's, have no names but their numbers ("unnamed"), of other labels ("other"), or no
+    sequence classifier ("none")."""
+    names = label_names(name_or_path)
+    if names is None:
         return "none"
-    theirs = [str(config.id2label[label]).casefold() for label in sorted(config.id2label)]
-    if len(theirs) != task.num_labels:
+    if len(names) != task.num_labels:
         return "other"
+    theirs = [name.casefold() for name in names]
     if task.label_names is None or theirs == [name.casefold() for name in task.label_names]:
         return "task"
-    return "unnamed" if theirs == [f"label_{label}" for label in range(len(theirs))] else "other"
+    numbers = [str(number) for number in range(len(names))]
+    has_no_names = theirs == [f"label_{number}" for number in numbers] or list(task.label_names) == numbers
+    return "unnamed" if has_no_names else "other"
+
+
+def label_names(name_or_path: str) -> list[str] | None:
+    """Those of a sequence classifier, as its config says; None of any other model."""
+    config = load_config(pretrained(name_or_path))
+    if not any(name.endswith("ForSequenceClassification") for name in config.architectures or ()):
+        return None
+    return [str(config.id2label[label]) for label in sorted(config.id2label)]

@@ -100,7 +100,11 @@ def prune(
 def _check(model: PreTrainedModel, scores: Scores) -> list[Block]:
     """The model's layers."""
     if not isinstance(scores, Scores):
-        raise TypeError(f"scores is a {type(scores).__name__}; expected Scores, as fastdistill.score finds them")
+        raise TypeError(
+            f"scores is a {type(scores).__name__}; expected Scores, as fastdistill.score(...).knowledgeable() has them"
+        )
+    if any(type(module).__module__.startswith("torch.ao.nn.quantized") for module in model.modules()):
+        raise ValueError("model has quantized layers; expected the model as it was before it was quantized")
     refuse_shared(model)
     refuse_hooked(model)
     layers = blocks(model)

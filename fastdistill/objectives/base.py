@@ -248,7 +248,13 @@ class _Function(Objective):
         return repr(self)
 
     def parts(self, student: Any, teacher: Any, labels: Tensor | None) -> tuple[Tensor, dict[str, Tensor]]:
-        return self.function(student, teacher, labels), {}
+        loss = self.function(student, teacher, labels)
+        name = getattr(self.function, "__name__", repr(self.function))
+        if not isinstance(loss, Tensor):
+            raise TypeError(f"objective {name} returned a {type(loss).__name__}; expected a Tensor, the loss")
+        if loss.dim():
+            raise ValueError(f"objective {name} returned {tuple(loss.shape)}; expected a scalar, a mean over examples")
+        return loss, {}
 
 
 def as_objective(objective: Objective | LossFunction, teachers: tuple[str, ...] = ()) -> Objective:

@@ -9,7 +9,7 @@ from transformers import PreTrainedModel
 
 from fastdistill.data.load import load_task
 from fastdistill.data.tasks import Task
-from fastdistill.models.loading import check_tokenizer, describe_head, load_classifier, load_tokenizer
+from fastdistill.models.loading import check_tokenizer, describe_head, label_names, load_classifier, load_tokenizer
 from fastdistill.objectives.logits import TaskLoss
 from fastdistill.processes import join
 from fastdistill.recipes.examples import Examples, of_text
@@ -108,6 +108,8 @@ def begin(settings: RecipeSettings, data: Splits | None = None) -> Beginning:
         )
     if settings.teacher is None:
         raise ValueError(f"--teacher is None; expected a model for {data.task.name}")
+    if data.task.is_regression:
+        print(f"{data.task.name}: its labels are numbers with decimals: a regression")
     optimization_of(settings)  # if it cannot be, say so before anything is loaded
     teacher_epochs = _teacher_epochs(settings.teacher, settings.teacher_epochs, data.task)
     pretrained = load_classifier(settings.teacher, data.task, seed=settings.seed)
@@ -136,15 +138,23 @@ def _student_from(settings: RecipeSettings, teacher_epochs: float) -> str:
 
 def _teacher_epochs(teacher: str, asked: float | None, task: Task) -> float:
     """As asked or, if nothing is asked, none where the teacher's config says that it is a classifier of the task."""
-    head = describe_head(teacher, task)
+    head, names = describe_head(teacher, task), label_names(teacher)
+    wanted = "a number" if task.label_names is None else ", ".join(task.label_names)
     if asked == 0 and head not in ("task", "unnamed"):
+        theirs = "no classifier" if names is None else f"a classifier of {', '.join(names)}"
         raise ValueError(
-            f"--teacher-epochs is 0 but {teacher} is no classifier of {task.name} ({task.num_labels} labels); it must "
-            "be fine-tuned"
+            f"--teacher-epochs is 0 but {teacher} is {theirs}; expected one of {task.name}'s labels, {wanted}, in this "
+            "order, or epochs in which it is fine-tuned"
         )
     if asked is not None:
         return float(asked)
     if head == "task":
         print(f"teacher: {teacher} is a classifier of {task.name} already; taken as it is")
         return 0.0
+    if names is not None:
+        as_it_is = "; --teacher-epochs 0 takes it as it is" if head == "unnamed" else ""
+        print(
+            f"teacher: {teacher} is a classifier of {', '.join(names)}, and {task.name}'s labels are {wanted}: it is "
+            f"fine-tuned on them for {TEACHER_EPOCHS:g} epochs{as_it_is}"
+        )
     return TEACHER_EPOCHS

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -155,6 +156,8 @@ def test_a_pruned_classifier_keeps_its_weights(tmp_path: Path) -> None:
         (("high", "low"), tiny.TASK, "other"),
         (("LABEL_0", "LABEL_1"), tiny.TASK, "unnamed"),
         (("low", "middle", "high"), tiny.TASK, "other"),
+        (("low", "high"), replace(tiny.TASK, label_names=("0", "1")), "unnamed"),
+        (("low", "high"), replace(tiny.TASK, label_names=("1", "0")), "other"),
         (("LABEL_0",), SCORE, "task"),
         (("low", "high"), SCORE, "other"),
     ],

@@ -93,3 +93,38 @@ def test_wide_encoders_learn_slower(sources: Path, tmp_path: Path, width: int, r
     found = begin(replace(asked, learning_rate=0.1))
     assert (found.learning_rate, found.teacher_learning_rate) == pytest.approx((0.1, rates[1]))
     assert asked.learning_rate is None
+
+
+@pytest.mark.parametrize(
+    "labels, said, refusal",
+    [
+        (("0", "1"), "is a classifier of task already; taken as it is", None),
+        (("LABEL_0", "LABEL_1"), "is fine-tuned on them for 2 epochs; --teacher-epochs 0 takes it as it is", None),
+        (("bad", "good"), "is a classifier of bad, good, and task's labels are 0, 1: it is fine-tuned", None),
+        (("a", "b", "c"), "is fine-tuned on them for 2 epochs\n", "is a classifier of a, b, c; expected one of task's"),
+        (None, "", "is no classifier; expected one of task's labels, 0, 1, in this order"),
+    ],
+)
+def test_what_is_done_to_a_teacher_is_told(
+    sources: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], labels: Any, said: str, refusal: str | None
+) -> None:
+    names = dict(enumerate(labels or "ab"))
+    model: Any = tiny.bert(layers=1, id2label=names, label2id={name: place for place, name in names.items()})
+    tiny.model_folder(tmp_path, model if labels else model.bert)
+    asked = KDSettings(task=str(sources / "task"), teacher=str(tmp_path), student_layers=1, output="o")
+    begin(asked)
+    printed = capsys.readouterr().out
+    assert said in printed and ("teacher:" in printed) == bool(said)
+    if refusal is None:
+        assert begin(replace(asked, teacher_epochs=0.0)).teacher_epochs == 0
+    else:
+        with pytest.raises(ValueError, match=refusal):
+            begin(replace(asked, teacher_epochs=0.0))
+
+
+def test_that_labels_are_numbers_is_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """What pandas writes of classes in a column with a gap, 0.0 and 1.0, is a regression."""
+    tiny.model_folder(tmp_path / "encoder", tiny.bert(layers=1).bert)
+    task = tiny.task_folder(tmp_path / "scores", regression=True)
+    begin(KDSettings(task=str(task), teacher=str(tmp_path / "encoder"), student_layers=1, output="o"))
+    assert "its labels are numbers with decimals: a regression" in capsys.readouterr().out

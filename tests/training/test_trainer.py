@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import PreTrainedModel, Trainer, TrainerCallback
 
+import fastdistill
 from fastdistill import MSE, DistillationTrainer, LogitsKD, WeightedSum
 from fastdistill.objectives.base import Needs, Objective
 from fastdistill.objectives.logits import TaskLoss
@@ -69,6 +70,42 @@ def test_any_function_is_an_objective(tmp_path: Path) -> None:
     with torch.no_grad():
         expected = squared(t.model(**inputs), t.teacher_model(**inputs), labels)
     assert t.train().training_loss == pytest.approx(expected.item(), rel=1e-5)
+
+
+@pytest.mark.parametrize(
+    "returned, error, said",
+    [
+        (lambda loss: {"loss": loss.sum()}, TypeError, "objective wrong returned a dict; expected a Tensor, the loss"),
+        (lambda loss: loss, ValueError, r"objective wrong returned \(8, 2\); expected a scalar"),
+    ],
+)
+def test_what_a_function_returns_is_a_loss(tmp_path: Path, returned: Any, error: type[Exception], said: str) -> None:
+    def wrong(student: Any, teacher: Any, labels: Tensor | None) -> Any:
+        return returned((student.logits - teacher.logits).square())
+
+    t = bert_trainer(tmp_path, objective=wrong, train_dataset=tiny.dataset(8))
+    with pytest.raises(error, match=said):
+        t.train()
+
+
+def test_an_objective_of_a_user_s_own(tmp_path: Path) -> None:
+    """As README has it."""
+
+    @dataclass(frozen=True)
+    class CosineOfFirstTokens(fastdistill.Objective):
+        weight: float = 0.1
+        needs = fastdistill.Needs(hidden_states=True)  # type: ignore[assignment]
+
+        def parts(self, student: Any, teacher: Any, labels: Tensor | None) -> Any:
+            ce = F.cross_entropy(student.logits, labels)
+            first = (each.hidden_states[-1][:, 0] for each in (student, teacher))
+            cosine = 1 - F.cosine_similarity(*first).mean()
+            return ce + self.weight * cosine, {"ce": ce.detach(), "cosine": cosine.detach()}
+
+    t = bert_trainer(tmp_path, objective=CosineOfFirstTokens(), args_logging_steps=1, args_max_steps=2)
+    t.train()
+    for entry in t.state.log_history[:2]:
+        assert entry["loss"] == pytest.approx(entry["ce"] + 0.1 * entry["cosine"], rel=1e-3) and entry["cosine"] > 0
 
 
 def test_a_stream_of_stored_logits_trains(tmp_path: Path) -> None:
