@@ -44,8 +44,8 @@ class GraphedTrainer(PartsTrainer):
             self._graphed = None
 
     def floating_point_ops(self, inputs: dict[str, Any]) -> int:
-        """As transformers has it, which counts the weights in each step: of 12 layers that is a millisecond in which a
-        host asks nothing of its GPU. Here they are counted once a training."""
+        """As transformers has it, which counts the weights in each step: of 12 layers that is half a millisecond in
+        which a host asks nothing of its GPU. Here they are counted once a training."""
         given = inputs.get(getattr(self.model, "main_input_name", "input_ids"))
         if not isinstance(given, Tensor) or not given.numel():
             return int(super().floating_point_ops(inputs))
