@@ -56,7 +56,7 @@ class _Copy:
 
     def __init__(self, module: Any, rows: int = 0, columns: int = 0) -> None:
         weight, self.bias = module.weight.detach(), module.bias
-        self.module, self.of = module, _state(module.weight)
+        self.module, self.of = module, _state(module)
         self.is_whole = not (rows or columns)
         self.weight = weight if self.is_whole else F.pad(weight, (0, columns, 0, rows))
         if rows and self.bias is not None:
@@ -64,12 +64,13 @@ class _Copy:
         self.packed = pack_weight(self.weight, ROWS)
 
     def forward(self, own: Any, x: Tensor) -> Any:
-        weight = self.module.weight
-        is_ours = not torch.is_grad_enabled() and x.shape[-1] == self.weight.shape[1] and _state(weight) == self.of
-        # else without what another layer's copy added
-        return linear(x, self.weight, self.bias, self.packed) if is_ours else own(x[..., : weight.shape[1]])
+        is_known = x.shape[-1] == self.weight.shape[1] and _state(self.module) == self.of
+        if is_known and not torch.is_grad_enabled():
+            return linear(x, self.weight, self.bias, self.packed)
+        return own(x[..., : self.module.weight.shape[1]])  # without what another layer's copy added
 
 
-def _state(weight: Tensor) -> tuple[int, ...]:
-    """Another where it was replaced, moved, or changed."""
-    return id(weight), weight.data_ptr(), 0 if weight.is_inference() else weight._version
+def _state(module: Any) -> list[tuple[int, ...]]:
+    """Another where weight or bias was replaced, moved, or changed."""
+    own: list[Tensor] = [one for one in (module.weight, module.bias) if one is not None]
+    return [(id(one), one.data_ptr(), 0 if one.is_inference() else one._version) for one in own]

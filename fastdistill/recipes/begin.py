@@ -11,7 +11,7 @@ from fastdistill.data.load import load_task
 from fastdistill.data.tasks import Task
 from fastdistill.models.loading import check_tokenizer, describe_head, label_names, load_classifier, load_tokenizer
 from fastdistill.objectives.logits import TaskLoss
-from fastdistill.processes import join
+from fastdistill.processes import join, rank_and_number
 from fastdistill.recipes.examples import Examples, of_text
 from fastdistill.recipes.optimization import optimization_of
 from fastdistill.recipes.settings import RecipeSettings
@@ -109,7 +109,7 @@ def begin(settings: RecipeSettings, data: Splits | None = None) -> Beginning:
     if settings.teacher is None:
         raise ValueError(f"--teacher is None; expected a model for {data.task.name}")
     if data.task.is_regression:
-        print(f"{data.task.name}: its labels are numbers with decimals: a regression")
+        _tell(f"{data.task.name}: its labels are numbers with decimals: a regression")
     optimization_of(settings)  # if it cannot be, say so before anything is loaded
     teacher_epochs = _teacher_epochs(settings.teacher, settings.teacher_epochs, data.task)
     pretrained = load_classifier(settings.teacher, data.task, seed=settings.seed)
@@ -123,6 +123,11 @@ def begin(settings: RecipeSettings, data: Splits | None = None) -> Beginning:
         settings.learning_rate or STUDENT_RATE * narrow,
         settings.teacher_learning_rate or TEACHER_RATE * narrow,
     )
+
+
+def _tell(text: str) -> None:
+    if rank_and_number()[0] == 0:
+        print(text)
 
 
 def _student_from(settings: RecipeSettings, teacher_epochs: float) -> str:
@@ -149,11 +154,11 @@ def _teacher_epochs(teacher: str, asked: float | None, task: Task) -> float:
     if asked is not None:
         return float(asked)
     if head == "task":
-        print(f"teacher: {teacher} is a classifier of {task.name} already; taken as it is")
+        _tell(f"teacher: {teacher} is a classifier of {task.name} already; taken as it is")
         return 0.0
     if names is not None:
         as_it_is = "; --teacher-epochs 0 takes it as it is" if head == "unnamed" else ""
-        print(
+        _tell(
             f"teacher: {teacher} is a classifier of {', '.join(names)}, and {task.name}'s labels are {wanted}: it is "
             f"fine-tuned on them for {TEACHER_EPOCHS:g} epochs{as_it_is}"
         )

@@ -118,5 +118,6 @@ def test_weights_that_change_are_seen(change: str) -> None:
         else:
             for block in blocks(model):
                 block.neuron_out.weight.mul_(2)
+                block.neuron_in[0].bias.add_(1)
         found = model(**batch).logits
     torch.testing.assert_close(found, model(**batch).logits)
