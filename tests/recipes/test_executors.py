@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -119,9 +120,21 @@ def test_a_trial_that_fails_tells_its_error(tmp_path: Path, monkeypatch: pytest.
         batch_size=16,
     )
     trials = [Trial(begun, right), Trial(begun, replace(right, name="wrong", objective=Wrong()))]
-    with pytest.raises(ValueError, match="^ray/wrong: there is no such loss"):
+    with (
+        patch.object(ray, "cancel") as cancelled,
+        pytest.raises(ValueError, match="^ray/wrong: there is no such loss"),
+    ):
         Ray()(trials)
+    assert not cancelled.called  # of what has ended: Ray might take this process down
     assert begun.load("right").result["accuracy"] > 0
+
+    def interrupted(running: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(tasks_of_ray, "_wait_for", interrupted)
+    with patch.object(ray, "cancel", wraps=ray.cancel) as cancelled, pytest.raises(KeyboardInterrupt):
+        Ray()([Trial(begun, replace(right, name="other", epochs=50))])
+    assert cancelled.call_count == 1
 
 
 @pytest.mark.slow

@@ -62,7 +62,9 @@ class Ray(Local):
                     running[task.remote(sent)] = f"{stages.output.name}/{name}"
             _wait_for(running)
         except BaseException:
-            for task in running:
+            # only what runs: a task that ends while it is cancelled takes this process down (Ray 2.60)
+            left = ray.wait(list(running), num_returns=len(running), timeout=0)[1] if running else []
+            for task in left:
                 ray.cancel(task, force=True)
             raise
         for stages, name in places:
