@@ -149,7 +149,8 @@ def _tile(size: int, wide: torch.dtype) -> dict[str, int]:
 
 
 def _fits(size: int, wide: torch.dtype, seed: Tensor | None) -> bool:
-    """Not of float64 with dropout: a kernel is told its probability in float32."""
+    """Not of float64 with dropout: a kernel is told its probability in float32. The reference, which
+    serves these, reads the seed on the host."""
     return size <= LARGEST if wide == torch.float32 else seed is None and size <= LARGEST // 4
 
 
