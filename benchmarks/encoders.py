@@ -51,6 +51,22 @@ def batch(size: int, tokens: int, classes: int = 2) -> dict[str, torch.Tensor]:
     return {name: tensor.to(DEVICE) for name, tensor in made.items()}
 
 
+@functools.cache
+def ragged(size: int, number: int, tokens: int, grouped: bool) -> list[tuple[dict[str, torch.Tensor], torch.Tensor]]:
+    """So many batches of sentences of up to so many tokens, of which short ones are the most frequent, as in SST-2; in
+    any order, or grouped by length. Each with its mask on the CPU, where a collator makes it."""
+    generator = torch.Generator().manual_seed(0)
+    lengths = (torch.rand(size * number, generator=generator) ** 2 * (tokens - 3)).int() + 3
+    if grouped:
+        lengths = lengths.sort().values
+    found = []
+    for own in lengths.split(size):
+        mask = (torch.arange(int(own.max())) < own[:, None]).long()
+        ids = torch.randint(1000, 30000, mask.shape, generator=generator) * mask
+        found.append(({"input_ids": ids.to(DEVICE), "attention_mask": mask.to(DEVICE)}, mask))
+    return found
+
+
 @contextmanager
 def multiplications() -> Iterator[None]:
     """Within it gates are multiplications in front of the output projections, whatever is closed."""

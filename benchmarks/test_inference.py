@@ -1,11 +1,9 @@
 """Logits of a teacher or student for many sentences, without gradients: the model's own forward pass on batches in
 any order and on batches of similar length, the same compiled, and ours (the last layer for the first token alone, and
-no padding where there is much) on both. Models of MiniLM's width with 1, 2 and 6 layers. Of the lengths, up to 64
-tokens, short ones are the most frequent, as in SST-2."""
+no padding where there is much) on both. Models of MiniLM's width with 1, 2 and 6 layers."""
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable
 from contextlib import nullcontext
 from typing import Any
@@ -13,27 +11,12 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks.encoders import encoder
-from benchmarks.harness import DEVICE, OURS, TINY, measure
+from benchmarks.encoders import encoder, ragged
+from benchmarks.harness import OURS, TINY, measure
 from fastdistill.models.first_token import first_token_only
 from fastdistill.models.packed import packed_forward
 
 SIZE, NUMBER, TOKENS = (4, 2, 16) if TINY else (32, 4, 64)
-
-
-@functools.cache
-def batches(grouped: bool) -> list[tuple[dict[str, torch.Tensor], torch.Tensor]]:
-    """Each with its mask on the CPU, where a collator makes it."""
-    generator = torch.Generator().manual_seed(0)
-    lengths = (torch.rand(SIZE * NUMBER, generator=generator) ** 2 * (TOKENS - 3)).int() + 3
-    if grouped:
-        lengths = lengths.sort().values
-    found = []
-    for own in lengths.split(SIZE):
-        mask = (torch.arange(int(own.max())) < own[:, None]).long()
-        ids = torch.randint(1000, 30000, mask.shape, generator=generator) * mask
-        found.append(({"input_ids": ids.to(DEVICE), "attention_mask": mask.to(DEVICE)}, mask))
-    return found
 
 
 def own(model: Any) -> Callable[..., Any]:
@@ -62,7 +45,7 @@ def test_inference(benchmark: Any, layers: int, order: str, implementation: str)
     forward = IMPLEMENTATIONS[implementation](model)
 
     def run() -> None:
-        for batch, mask in batches(order == "grouped by length"):
+        for batch, mask in ragged(SIZE, NUMBER, TOKENS, order == "grouped by length"):
             forward(batch, mask)
 
     case = f"{layers} layers, {NUMBER} batches of {SIZE}, {order}"

@@ -48,6 +48,15 @@ def has_gate(attention: nn.Module) -> bool:
     return _GATE in vars(attention)
 
 
+def dropout_of(attention: nn.Module) -> float | None:
+    """Of an attention module's probabilities; None where it is not known."""
+    if not attention.training:
+        return 0.0
+    found = getattr(attention, "attention_dropout", getattr(attention, "dropout", None))
+    found = getattr(found, "p", found)
+    return found if isinstance(found, float | int) else None
+
+
 def gates_heads(attention: nn.Module) -> bool:
     """Whether the attention module calls `attention_forward`, at present. MPNet's, which cannot, has no config."""
     return getattr(getattr(attention, "config", None), "_attn_implementation", None) == IMPLEMENTATION

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from fastdistill.models.architectures import Block
-from fastdistill.models.attention import HARMLESS, has_gate
+from fastdistill.models.attention import HARMLESS, dropout_of, has_gate
 from fastdistill.models.hooks import forward_changed, is_plain
 from fastdistill.models.stacking import StackedLinear
 
@@ -46,7 +46,7 @@ def _forward(
     *others: Any,
     **keywords: Any,
 ) -> Any:
-    attention, dropout = block.attention, _dropout(block.attention)
+    attention, dropout = block.attention, dropout_of(block.attention)
     is_asked_more = any(other is not None for other in others) or any(
         value is not None and value is not False and name not in HARMLESS for name, value in keywords.items()
     )
@@ -117,12 +117,3 @@ def _is_plain(block: Block) -> bool:
 
 def _is_mask(mask: object) -> bool:
     return mask is None or (isinstance(mask, Tensor) and mask.dim() == 4)
-
-
-def _dropout(attention: nn.Module) -> float | None:
-    """Of probabilities; None where it is not known."""
-    if not attention.training:
-        return 0.0
-    found = getattr(attention, "dropout", getattr(attention, "attention_dropout", None))
-    found = getattr(found, "p", found)
-    return found if isinstance(found, float | int) else None

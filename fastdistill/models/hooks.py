@@ -138,8 +138,14 @@ def is_plain(module: nn.Module, *kinds: type[nn.Module]) -> bool:
     """Whether it is of one of these kinds, computes as all of that kind do, and nobody looks at it."""
     forward = vars(module).get("forward")
     is_own = forward is None or getattr(forward, "same", False)
-    hooks = module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks
-    return type(module) in kinds and is_own and not any(hooks)
+    return type(module) in kinds and is_own and not has_hooks(module)
+
+
+def has_hooks(module: nn.Module) -> bool:
+    """Whether somebody looks at what it is given or gives, or at their gradients."""
+    return any((
+        module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks,
+    ))  # fmt: skip
 
 
 def refuse_peft(model: object) -> None:

@@ -193,7 +193,7 @@ class DistillationTrainer(GraphedTrainer):
         needs = objective.needs
         batch, features = self._features(inputs)
         teacher = self.teacher_outputs(batch | needs.asked, inputs)
-        student = call(model, features | needs.asked)
+        student = call(model, features | needs.asked) if needs.asked else packed_forward(model, features)
         own_model: Any = self.model  # which `model` may wrap
         seen = self._seen(own_model, student, batch)
         counts = self.head.counted(labels, inputs)

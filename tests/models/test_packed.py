@@ -1,18 +1,24 @@
 from __future__ import annotations
 
 import copy
+from contextlib import nullcontext
+from functools import partial
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 import fastdistill
-from fastdistill import first_token_only
+from fastdistill import compact_vocabulary, first_token_only
 from fastdistill.models import packed
 from fastdistill.models.architectures import blocks, encoder_layers
+from fastdistill.models.fast_linear import fast_linear
+from fastdistill.models.fused_residuals import fused_residuals
 from fastdistill.models.narrowing import without
 from fastdistill.models.packed import PACKABLE, Packing, packed_attention, packed_forward
+from fastdistill.models.short_attention import short_attention
 from tests.accuracy import assert_accurate
 from tests.models.known import model_of
 
@@ -129,22 +135,110 @@ def test_batches_that_are_not_packed(change: Any) -> None:
     torch.testing.assert_close(found, model(**batch).logits, rtol=0, atol=0)
 
 
+def without_dropout(model: Any) -> Any:
+    for module in model.modules():
+        if isinstance(module, torch.nn.Dropout):
+            module.p = 0.0
+        if hasattr(module, "attention_dropout"):
+            module.attention_dropout = 0.0
+    return model
+
+
+def gradients(model: Any, call: Any, batch: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
+    """The logits, and what each weight gets of a loss of them."""
+    model.zero_grad()
+    logits = call(batch).logits
+    (logits * torch.arange(float(logits.numel())).view_as(logits).sin()).sum().backward()
+    return logits, {name: weight.grad for name, weight in model.named_parameters() if weight.grad is not None}
+
+
+@pytest.mark.parametrize("kind", PACKABLE)
+def test_training(kind: str) -> None:
+    model, batch = without_dropout(model_of(kind, **LAYERS).double().train()), ragged(kind)
+    with first_token_only(model):
+        expected = gradients(model, lambda batch: model(**batch), batch)
+        assert seen_by(model, batch)[0] == [(1, 26), (1, 26), (6, 1)]
+        found = gradients(model, partial(packed_forward, model), batch)
+    is_rounded = kind == "layoutlm" and model.config._attn_implementation == "eager"
+    rounded = {"rtol": 1e-5, "atol": 1e-6} if is_rounded else {}
+    torch.testing.assert_close(found, expected, **rounded)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_accuracy_of_gradients(dtype: torch.dtype) -> None:
+    model, batch = without_dropout(model_of("bert", **LAYERS).train()), ragged("bert")
+    high = copy.deepcopy(model).double()
+    _, exact = gradients(high, lambda batch: high(**batch), batch)
+    low = model.to(dtype)
+    _, eager = gradients(low, lambda batch: low(**batch), batch)
+    eager = {name: grad.clone() for name, grad in eager.items()}
+    _, found = gradients(low, partial(packed_forward, low), batch)
+    assert found.keys() == exact.keys()
+    for name, grad in found.items():
+        assert_accurate(grad, exact[name], eager[name])
+
+
+@pytest.mark.parametrize("rate", ["hidden_dropout_prob", "attention_probs_dropout_prob"])
+def test_dropout(rate: str) -> None:
+    """Its numbers are drawn by PyTorch's seed, and the gradient is that of what was computed with them."""
+    rates = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0, "classifier_dropout": 0.0, rate: 0.4}
+    model, batch = model_of("bert", **LAYERS, **rates).double().train(), ragged("bert")
+
+    def call(batch: dict[str, Tensor]) -> Any:
+        torch.manual_seed(3)
+        return packed_forward(model, batch)
+
+    with fused_residuals(model):
+        logits, slope = gradients(model, call, batch)
+        torch.testing.assert_close(call(batch).logits, logits, rtol=0, atol=0)
+        assert not torch.allclose(packed_forward(model, batch).logits, logits)
+        generator = torch.Generator().manual_seed(1)
+        along = {name: torch.randn(grad.shape, dtype=grad.dtype, generator=generator) for name, grad in slope.items()}
+        expected = sum(float((slope[name] * way).sum()) for name, way in along.items())
+        weights, h, found = dict(model.named_parameters()), 1e-6, []
+        with torch.no_grad():
+            for step in (h, -2 * h):
+                for name, way in along.items():
+                    weights[name] += step * way
+                again = call(batch).logits
+                found.append(float((again * torch.arange(float(again.numel())).view_as(again).sin()).sum()))
+    assert (found[0] - found[1]) / (2 * h) == pytest.approx(expected, rel=1e-5)
+
+
+def test_within_what_recipes_train_with() -> None:
+    model, batch = without_dropout(model_of("bert", **LAYERS).train()), ragged("bert")
+    exact = copy.deepcopy(model).double()
+    with first_token_only(exact):
+        _, expected = gradients(exact, lambda batch: exact(**batch), batch)
+    with (
+        compact_vocabulary(model, batch["input_ids"]),
+        fast_linear(model),
+        fused_residuals(model),
+        first_token_only(model),
+        short_attention(model),
+    ):
+        assert seen_by(model, batch)[0][0] == (1, 26)
+        _, found = gradients(model, partial(packed_forward, model), batch)
+        embeddings = next(name for name in found if "word_embeddings" in name)
+        used = batch["input_ids"].unique().tolist()
+        found[embeddings] = found[embeddings][[row for row, token in enumerate(sorted({0, *used})) if token in used]]
+        expected[embeddings] = expected[embeddings][used]
+        for name, grad in found.items():
+            torch.testing.assert_close(grad, expected[name].float(), rtol=1e-3, atol=1e-5)
+
+
 @pytest.mark.parametrize(
-    "why", ["train", "gradients", "hook", "gate", "chunks", "config", "compiled", "mpnet", "tokens"]
+    "why", ["checkpointing", "func", "hook", "gate", "chunks", "config", "compiled", "mpnet", "tokens"]
 )
 def test_models_that_are_not_packed(why: str) -> None:
     head = "AutoModelForTokenClassification" if why == "tokens" else ""
     model, batch = model_of("mpnet" if why == "mpnet" else "bert", head, **LAYERS), ragged("mpnet")
     batch.pop("token_type_ids", None)
     batch["input_ids"] = batch["input_ids"] * batch["attention_mask"] + (1 - batch["attention_mask"])
-    with torch.set_grad_enabled(why == "gradients"):
+    with torch.no_grad(), forward_ad.dual_level() if why == "func" else nullcontext():
         called: Any = model
-        if why == "train":
-            encoder_layers(model)[0].train()
-            model.config.hidden_dropout_prob = 0
-            for module in model.modules():
-                if isinstance(module, torch.nn.Dropout):
-                    module.p = 0.0
+        if why == "checkpointing":
+            without_dropout(model).train().gradient_checkpointing_enable()
         if why == "hook":
             encoder_layers(model)[0].register_forward_hook(lambda module, args, output: output)
         if why == "chunks":
@@ -169,6 +263,14 @@ def test_models_that_are_not_packed(why: str) -> None:
             with pytest.MonkeyPatch.context() as patch:
                 patch.setattr(packed, "packed", None)  # is not called
                 packed_forward(called, batch)
+
+
+def test_an_attention_whose_dropout_is_not_known() -> None:
+    model, batch = model_of("bert", **LAYERS).train(), ragged("bert")
+    assert packed.can_pack(model, batch)
+    blocks(model)[1].attention.dropout = torch.nn.Identity()
+    assert not packed.can_pack(model, batch)
+    assert packed.can_pack(model.eval(), batch)
 
 
 def test_a_mask_on_a_device_is_not_read() -> None:
