@@ -45,8 +45,8 @@ attention has relative positions, XMOD's layers see which language an example ha
 
 PADDING = 0.05
 """The least share of padding of a batch that is packed. MiniLM's forward passes of 2 and 6 layers, one thread, took
-from equally long to 1.2 times as long with padding where it was 5 to 10 %, 1.2 to 1.4 times at 20 %, 1.5 at 40 %; forward
-and backward of 2 layers from equally long to 1.06 at 6 %, 1.2 at 20 %, 1.8 at 65 %."""
+from equally long to 1.2 times as long with padding where it was 5 to 10 %, 1.2 to 1.4 times at 20 %, 1.5 at 40 %;
+forward and backward of 2 layers from equally long to 1.06 at 6 %, 1.2 at 20 %, 1.8 at 65 %."""
 
 _SAME = frozenset({"compact_vocabulary", "fast_linear", "first_token_only", "fused_residuals"})
 """What a model may be within: its logits are the same."""
