@@ -12,11 +12,10 @@ import torch
 from benchmarks.encoders import batch, encoder, ragged
 from benchmarks.harness import DEVICE, OURS, TINY, measure, sizes
 from fastdistill.cuda_graphs import AFTER, CudaGraphs
-from fastdistill.models.fast_linear import fast_linear
+from fastdistill.models.cpu_kernels import cpu_kernels
 from fastdistill.models.first_token import first_token_only
 from fastdistill.models.fused_residuals import fused_residuals
 from fastdistill.models.packed import packed_forward
-from fastdistill.models.short_attention import short_attention
 from fastdistill.training.graphed import GraphedBackward, Told
 
 # like, layers, tokens
@@ -75,5 +74,5 @@ def test_ragged_train_step(benchmark: Any, order: str, implementation: str) -> N
 
     given = (model,) if implementation.startswith(OURS) else ()
     case = f"2 layers, {number} batches of {size}, {order}"
-    with fast_linear(*given), fused_residuals(*given), first_token_only(*given), short_attention(*given):
+    with cpu_kernels(*given), first_token_only(*given):
         measure(benchmark, run, op="training without padding", case=case, implementation=implementation)

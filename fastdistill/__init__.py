@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from fastdistill.data.load import load_task as load_task
     from fastdistill.data.load import tokenize as tokenize
     from fastdistill.models.architectures import Architecture as Architecture
+    from fastdistill.models.cpu_kernels import cpu_kernels as cpu_kernels
     from fastdistill.models.export import export as export
     from fastdistill.models.first_token import first_token_only as first_token_only
     from fastdistill.models.gates import gate as gate
@@ -99,6 +100,7 @@ _LAZY = {
     "WeightedSum": "objectives.base",
     "accumulate_sensitivity_": "ops.accumulate_sensitivity",
     "compact_vocabulary": "models.vocabulary",
+    "cpu_kernels": "models.cpu_kernels",
     "dkd_loss": "ops.dkd_loss",
     "doctor": "ops.doctor",
     "dropout_add_layer_norm": "ops.dropout_add_layer_norm",

@@ -52,6 +52,16 @@ CALLS: list[tuple[Callable[[], Any], type[Exception], str]] = [
         "model has quantized layers",
     ),
     (
+        lambda: fastdistill.first_layers(quantize_dynamic(tiny.bert(), {nn.Linear}), 1),
+        ValueError,
+        "model has quantized layers",
+    ),
+    (
+        lambda: fastdistill.shuffled_sharing(quantize_dynamic(tiny.bert(), {nn.Linear})),
+        ValueError,
+        "model has quantized layers",
+    ),
+    (
         lambda: fastdistill.mask_weights(tiny.bert(), None, 0.5),
         TypeError,
         "scores is a NoneType; expected WeightScores",

@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from fastdistill.models.hooks import forward_changed, hooked, is_plain, uncompiled
+from fastdistill.models.hooks import device_type, forward_changed, hooked, is_plain, uncompiled
 from fastdistill.ops.linear import by_onednn, linear
 
 
@@ -20,11 +20,12 @@ def fast_linear(*models: nn.Module | None) -> Iterator[None]:
     within rounding; there are no gradients of gradients.
 
     Args:
-        models: any; compiled ones, None, and what is no plain `torch.nn.Linear` stay as they are.
+        models: any; compiled ones, those on other devices, None, and what is no plain `torch.nn.Linear` stay as they
+            are.
     """
     with ExitStack() as leave:
         for model in {id(model): model for model in models if by_onednn() and model is not None}.values():
-            if uncompiled(model) is model:
+            if uncompiled(model) is model and device_type(model) == "cpu":
                 leave.enter_context(hooked(model, "fast_linear"))
                 for module in model.modules():
                     if is_plain(module, nn.Linear):

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from fastdistill.models.architectures import ARCHITECTURES, architecture, blocks
 from fastdistill.models.first_token_attention import first_token_attention
 from fastdistill.models.heads import is_causal
-from fastdistill.models.hooks import hooked, inputs_changed, uncompiled
+from fastdistill.models.hooks import hooked, inputs_changed, is_quantized, uncompiled
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -49,12 +49,8 @@ def looks_at_the_first_token(model: nn.Module) -> bool:
     names = ARCHITECTURES.get(getattr(getattr(model, "config", None), "model_type", ""))
     own = type(model).__module__.startswith("transformers.")
     is_classifier = names is not None and bool(names.alone) and own and type(model).__name__.endswith(HEADS)
-    return is_classifier and not is_causal(model) and not _quantizes_activations(model)
-
-
-def _quantizes_activations(model: nn.Module) -> bool:
-    """Whether layers round what they are given by its range, to which all tokens belong."""
-    return any(type(module).__module__.startswith("torch.ao.nn.quantized") for module in model.modules())
+    # quantized layers round by the range of all tokens
+    return is_classifier and not is_causal(model) and not is_quantized(model)
 
 
 def _first(*inputs: Any) -> tuple[Any, ...]:

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fastdistill.models.hooks import forward_changed, hooked, is_plain, uncompiled
+from fastdistill.models.hooks import device_type, forward_changed, hooked, is_plain, uncompiled
 from fastdistill.models.stacking import StackedLayerNorm
 from fastdistill.ops.dropout_add_layer_norm import dropout_add_layer_norm
 from fastdistill.ops.library import followed, has_kernel
@@ -29,13 +29,13 @@ def fused_residuals(*models: nn.Module | None, devices: Collection[str] = DEVICE
 
     Args:
         models: encoders whose modules compute so as BERT's do, or stacks of such (`fastdistill.models.stacking`); other
-            modules, compiled models, and None stay as they are.
+            modules, compiled models, those on other devices, and None stay as they are.
         devices: the types of those on which it is done, where the op has a kernel.
     """
     served = {device for device in devices if has_kernel("dropout_add_layer_norm", device.upper())}
     with ExitStack() as leave:
         for model in {id(model): model for model in models if model is not None}.values():
-            if uncompiled(model) is model:
+            if uncompiled(model) is model and device_type(model) in served:
                 leave.enter_context(hooked(model, "fused_residuals"))
                 for module in model.modules():
                     if _ends_half_a_layer(type(module)) and is_plain(module, type(module)):

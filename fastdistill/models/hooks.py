@@ -22,6 +22,11 @@ def uncompiled(model: Any) -> Any:
     return getattr(model, "_orig_mod", model)
 
 
+def device_type(model: nn.Module) -> str:
+    """Of the device that a model's weights are on."""
+    return next((weight.device.type for weight in model.parameters()), "cpu")
+
+
 def is_peft(model: object) -> bool:
     """Whether it is a model of PEFT, around one of transformers."""
     return any(kind.__module__.startswith("peft.") for kind in type(model).__mro__) and hasattr(model, "get_base_model")
@@ -154,6 +159,18 @@ def refuse_peft(model: object) -> None:
         raise ValueError(
             "model is PEFT's, with adapters beside its weights; merge them first: model.merge_and_unload()"
         )
+
+
+def is_quantized(model: nn.Module) -> bool:
+    """Whether it has layers that PyTorch quantized: these have no parameters, and round what they are given by its
+    range."""
+    return any(type(module).__module__.startswith("torch.ao.nn.quantized") for module in model.modules())
+
+
+def refuse_quantized(model: nn.Module) -> None:
+    """Raises ValueError for a model that `is_quantized`."""
+    if is_quantized(model):
+        raise ValueError("model has quantized layers; expected the model as it was before it was quantized")
 
 
 def refuse_hooked(model: object) -> None:

@@ -61,8 +61,9 @@ def packed_forward(model: Any, batch: Mapping[str, Any], mask: Tensor | None = N
     """``model(**batch)``, without its padding where that is known to give the same logits and to be faster.
 
     Args:
-        model: a classifier whose head takes the first token, of an architecture in `PACKABLE`, also pruned, in training
-            too; any other is called as it is, and one with gradient checkpointing. Dropout draws other numbers.
+        model: a classifier whose head takes the first token, of an architecture in `PACKABLE`, also pruned. It may
+            train: dropout then draws other numbers. Any other is called as it is; with gradients also one with "eager"
+            attention, and one that trains with gradient checkpointing.
         batch: what its forward takes. If more is asked of it than logits, it is called as it is.
         mask: the batch's attention mask ``[B, S]`` on the CPU, by default that in the batch. One on a device is not
             looked at, which would wait for it, and the batch is not packed.
@@ -95,6 +96,8 @@ def can_pack(model: Any, batch: Mapping[str, Any]) -> bool:
         and not any(m._compiled_call_impl or (m is not model and has_hooks(m)) for m in modules)
         and not any(m.training and getattr(m, "gradient_checkpointing", False) for m in modules)
         and all(dropout_of(block.attention) is not None for block in blocks(model))
+        # gradients of gradients are had of "eager" attention alone
+        and not (torch.is_grad_enabled() and getattr(config, "_attn_implementation", None) == "eager")
         and batch.keys() <= _INPUTS
         and hooks_of(model) <= _SAME
         and not getattr(config, "chunk_size_feed_forward", 0)

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from fastdistill.models.architectures import Block, blocks
 from fastdistill.models.budgets import Kept, flops_without, latency_without, parameters_without, within
-from fastdistill.models.hooks import refuse_hooked
+from fastdistill.models.hooks import refuse_hooked, refuse_quantized
 from fastdistill.models.narrowing import without
 from fastdistill.models.scores import Scores
 from fastdistill.models.sharing import refuse_shared
@@ -103,8 +103,7 @@ def _check(model: PreTrainedModel, scores: Scores) -> list[Block]:
         raise TypeError(
             f"scores is a {type(scores).__name__}; expected Scores, as fastdistill.score(...).knowledgeable() has them"
         )
-    if any(type(module).__module__.startswith("torch.ao.nn.quantized") for module in model.modules()):
-        raise ValueError("model has quantized layers; expected the model as it was before it was quantized")
+    refuse_quantized(model)
     refuse_shared(model)
     refuse_hooked(model)
     layers = blocks(model)

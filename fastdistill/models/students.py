@@ -10,7 +10,7 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from fastdistill.models.architectures import architecture, blocks, check_places, layer_stack, set_layers
-from fastdistill.models.hooks import refuse_hooked
+from fastdistill.models.hooks import refuse_hooked, refuse_quantized
 from fastdistill.models.pruning import prune
 from fastdistill.models.scores import Scores
 from fastdistill.models.sharing import CONFIG_KEY as SHARED_KEY
@@ -34,9 +34,10 @@ def first_layers(model: Model, k: int, *, layers: Sequence[int] | None = None) -
     Every weight is copied; all of them train, whether or not the model's do. Of a model that applies one layer again
     and again (ALBERT) the student applies it `k` times.
     Raises ValueError for an unknown architecture, for a `k` or `layers` that the model does not have, for layers that
-    differ by their place and would get another (ModernBERT's first), and for a model with shared layers.
+    differ by their place and would get another (ModernBERT's first), and for a model with shared or quantized layers.
     """
     refuse_hooked(model)
+    refuse_quantized(model)
     stack = layer_stack(model)
     refuse_shared(model)
     depth = model.config.num_hidden_layers
@@ -84,11 +85,12 @@ def shuffled_sharing(model: Model, layers: int | None = None, *, swap: bool = Tr
     `fastdistill.from_pretrained`. transformers' own would draw new weights for the layers above: the config's
     activation says that layers are shared, so that it raises an error in place of that. `fastdistill.export` writes a
     plain model with all layers. All its weights train. Raises TypeError or ValueError for wrong arguments, and
-    ValueError for an unknown architecture, for a model that has shared layers already, also of its own (ALBERT), or
-    linear maps that transformers cannot tie (GPT-2), and for one within `fastdistill.gate`; with `swap`, also where
-    query and key are one linear map, or of different sizes.
+    ValueError for an unknown architecture, for a model that has quantized layers, or shared layers already, also of its
+    own (ALBERT), or linear maps that transformers cannot tie (GPT-2), and for one within `fastdistill.gate`; with
+    `swap`, also where query and key are one linear map, or of different sizes.
     """
     refuse_hooked(model)
+    refuse_quantized(model)
     if (names := architecture(model)).inner:
         raise ValueError("model applies its layers again and again; expected one with each layer once")
     depth = len(layer_stack(model))

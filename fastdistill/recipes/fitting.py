@@ -19,11 +19,9 @@ from transformers.trainer_callback import ProgressCallback
 
 from fastdistill.data.images import Augmented
 from fastdistill.data.metrics import compute_metrics
+from fastdistill.models.cpu_kernels import cpu_kernels
 from fastdistill.models.drawing import draw_anew
-from fastdistill.models.fast_linear import fast_linear
 from fastdistill.models.first_token import first_token_only
-from fastdistill.models.fused_residuals import fused_residuals
-from fastdistill.models.short_attention import short_attention
 from fastdistill.models.vocabulary import can_compact, compact_vocabulary
 from fastdistill.objectives.metakd import MetaKD
 from fastdistill.objectives.selection import EXAMPLE
@@ -129,10 +127,8 @@ def fit(
     others = () if isinstance(trainer, MetaTrainer) else (student, *teachers)
     with (
         _compact(student, examples, trainer),
-        fast_linear(*others),
-        fused_residuals(*others),
+        cpu_kernels(*others),
         first_token_only(*(() if objective.needs.all_tokens else (student, *teachers))),
-        short_attention(*others),
     ):
         if training.epochs:
             yield Prepared(training, trainer, best, checkpoint)

@@ -83,7 +83,9 @@ class DistillationTrainer(GraphedTrainer):
     "eval_loss" is the task's own loss. Of data without labels it is that of an objective that does without.
     `predict` keeps the dataset's order.
 
-    With ``args.cuda_graphs`` forward and backward passes on CUDA are replayed as CUDA graphs (`DistillationConfig`).
+    With ``args.cuda_graphs`` forward and backward passes on CUDA are replayed as CUDA graphs (`DistillationConfig`). On
+    a CPU encoders with a classifier, students and teachers, compute no padding where a batch has 5 % or more, and of
+    their last layer then the first token alone, unless hidden states are asked for (`fastdistill.models.packed`).
 
     What labels mean follows the student's head: `fastdistill.models.heads.Head` tells of each kind which logits they
     are of, and that padding never counts. Each model is given what its own forward takes of a batch, which has the

@@ -104,7 +104,7 @@ def test_strides(layout: str, device: str) -> None:
 def test_weights_of_several_models(
     shape: tuple[int, ...], parts: int, dtype: torch.dtype, has_bias: bool, device: str
 ) -> None:
-    """As of each with its part of the rows."""
+    """As of each with its part of the rows, in whatever order they are in memory."""
     x, r, _, _ = make(*shape, device=device, dtype=dtype)
     w, b, _, _ = make(parts, shape[-1], device=device, dtype=dtype)
     inputs: list[Any] = [x, r, w, b if has_bias else None]
@@ -114,6 +114,13 @@ def test_weights_of_several_models(
         return torch.cat([dropout_add_layer_norm(*each) for each in own])
 
     found, expected = (with_gradients(function, inputs) for function in (dropout_add_layer_norm, one_by_one))
+    torch.testing.assert_close(found, expected)
+    views: list[Any] = [t.T.contiguous().T if t.dim() == 2 else t.mT.contiguous().mT for t in (x, r, w)]
+    views.append(b[:1].expand_as(b) if has_bias else None)
+    found, expected = (
+        with_gradients(dropout_add_layer_norm, [v if v is None else change(v) for v in views])
+        for change in (torch.Tensor.detach, lambda v: v.contiguous())
+    )
     torch.testing.assert_close(found, expected)
     if len(x):
         torch.manual_seed(1)

@@ -14,7 +14,6 @@ from transformers import PreTrainedModel, Trainer, TrainerCallback
 
 import fastdistill
 from fastdistill import MSE, DistillationTrainer, LogitsKD, WeightedSum
-from fastdistill.models import packed
 from fastdistill.objectives.base import Needs, Objective
 from fastdistill.objectives.logits import TaskLoss
 from tests import tiny
@@ -58,35 +57,6 @@ def test_a_model_is_fine_tuned_without_a_teacher(tmp_path: Path) -> None:
     t.train()
     assert t.teacher_model is None
     assert not torch.equal(before["classifier.weight"], t.model.classifier.weight)
-
-
-def test_a_student_learns_without_padding(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """What it learns is the same; an objective of all tokens' states sees them all."""
-    times: list[Any] = []
-    inner, worth_packing = packed.packed, packed.worth_packing
-    monkeypatch.setattr(packed, "packed", lambda *given: times.append(given[0]) or inner(*given))
-
-    def trained(name: str, **options: Any) -> dict[str, Tensor]:
-        times.clear()
-        args = {
-            "args_max_steps": 4,
-            "args_learning_rate": 0.1,
-            "args_optim": "sgd",
-            "args_train_sampling_strategy": "random",
-        }
-        t = bert_trainer(tmp_path / name, tiny.bert(1, dropout=0.0), **args, **options)
-        t.train()
-        return weights(t.model)
-
-    found = trained("packed")
-    assert [model.config.num_hidden_layers for model in times].count(2) == 4
-    monkeypatch.setattr(packed, "worth_packing", lambda mask: False)
-    expected = trained("padded")
-    assert not times
-    torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-5)
-    monkeypatch.setattr(packed, "worth_packing", worth_packing)
-    trained("states", objective=LastState([]), teacher_model=tiny.bert(2))
-    assert not times
 
 
 def test_any_function_is_an_objective(tmp_path: Path) -> None:
