@@ -15,6 +15,7 @@ from torch import Tensor
 
 from fastdistill.models.architectures import Block, blocks
 from fastdistill.models.attention import dropout_of
+from fastdistill.models.attention_scores import call
 from fastdistill.models.first_token import first_token_only, looks_at_the_first_token
 from fastdistill.models.hooks import forward_changed, has_hooks, hooks_of, inputs_changed, uncompiled
 from fastdistill.ops.gate_rules import attention_by_pytorch
@@ -64,13 +65,14 @@ def packed_forward(model: Any, batch: Mapping[str, Any], mask: Tensor | None = N
         model: a classifier whose head takes the first token, of an architecture in `PACKABLE`, also pruned. It may
             train: dropout then draws other numbers. Any other is called as it is; with gradients also one with "eager"
             attention, and one that trains with gradient checkpointing.
-        batch: what its forward takes. If more is asked of it than logits, it is called as it is.
+        batch: what its forward takes. If more is asked of it than logits, it is called as it is, for attention scores
+            by `fastdistill.models.attention_scores.call`.
         mask: the batch's attention mask ``[B, S]`` on the CPU, by default that in the batch. One on a device is not
             looked at, which would wait for it, and the batch is not packed.
     """
     mask = batch.get("attention_mask") if mask is None else mask
     if not worth_packing(mask) or not can_pack(model, batch):
-        return model(**batch)
+        return call(model, batch)
     assert mask is not None
     with packed(model, mask):
         return model(**batch)

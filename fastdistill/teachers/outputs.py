@@ -11,7 +11,6 @@ import torch
 from torch import Tensor, nn
 from transformers.modeling_outputs import SequenceClassifierOutput
 
-from fastdistill.models.attention_scores import ASKED, call
 from fastdistill.models.packed import packed_forward
 
 LOGITS = "_logits"
@@ -78,7 +77,7 @@ class TeacherOutputs:
     def _forward(self, features: Mapping[str, Any]) -> Any:
         assert self.model is not None
         with torch.no_grad(), self.autocast():
-            outputs = call(self.model, features) if features.get(ASKED) else packed_forward(self.model, features)
+            outputs = packed_forward(self.model, features)
             return self._given(outputs if self.aligned is None else self.aligned(outputs, features))
 
     def _given(self, outputs: Any) -> Any:

@@ -18,7 +18,6 @@ from transformers.modeling_outputs import SequenceClassifierOutput
 
 from fastdistill.data.padding import padding_collator
 from fastdistill.models.architectures import ARCHITECTURES, encoder_layers
-from fastdistill.models.attention_scores import call
 from fastdistill.models.frozen import frozen
 from fastdistill.models.heads import LABELS, head_of, used_states
 from fastdistill.models.inputs import inputs_of, taken_by
@@ -195,7 +194,7 @@ class DistillationTrainer(GraphedTrainer):
         needs = objective.needs
         batch, features = self._features(inputs)
         teacher = self.teacher_outputs(batch | needs.asked, inputs)
-        student = call(model, features | needs.asked) if needs.asked else packed_forward(model, features)
+        student = packed_forward(model, features | needs.asked)
         own_model: Any = self.model  # which `model` may wrap
         seen = self._seen(own_model, student, batch)
         counts = self.head.counted(labels, inputs)
