@@ -114,7 +114,7 @@ def measure_recipe(
 
     left = iter(seeds)
     benchmark.pedantic(lambda: once(next(left)), iterations=1, rounds=len(seeds))
-    benchmark.extra_info.update(row, device=DEVICE, dtype="float32", peak_extra_bytes=None, accuracies=accuracies)
+    benchmark.extra_info.update(row, device=DEVICE, peak_extra_bytes=None, accuracies=accuracies)
 
 
 def _on_gpu(benchmark: Any, function: Callable[[], Any], row: dict[str, Any], small: bool) -> None:

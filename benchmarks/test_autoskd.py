@@ -58,4 +58,5 @@ def test_autoskd(benchmark: Any, implementation: str, run: Any, tmp_path: Path) 
     task = Path(whole.TASK).name
     benchmark.group = f"AutoSKD {task}"
     case = f"{task}, {EXAMPLES} examples, team of {len(LAYERS)}, {CANDIDATES} candidates"
-    measure_recipe(benchmark, run, whole.SEEDS, tmp_path, op="AutoSKD", case=case, implementation=implementation)
+    row = {"op": "AutoSKD", "case": case, "dtype": whole.DTYPE, "implementation": implementation}
+    measure_recipe(benchmark, run, whole.SEEDS, tmp_path, **row)

@@ -46,4 +46,5 @@ def test_dekd(benchmark: Any, implementation: str, run: Any, tmp_path: Path) -> 
     task = Path(whole.TASK).name
     benchmark.group = f"DeKD {task}"
     case = f"{task}, {EXAMPLES} examples, assistant of {ASSISTANT} layers"
-    measure_recipe(benchmark, run, whole.SEEDS, tmp_path, op="DeKD", case=case, implementation=implementation)
+    row = {"op": "DeKD", "case": case, "dtype": whole.DTYPE, "implementation": implementation}
+    measure_recipe(benchmark, run, whole.SEEDS, tmp_path, **row)

@@ -46,4 +46,5 @@ def test_stark(benchmark: Any, implementation: str, run: Any, tmp_path: Path) ->
     task = Path(whole.TASK).name
     benchmark.group = f"STARK {task}"
     case = f"{task}, {EXAMPLES} examples, {len(SPARSITIES)} sparsities"
-    measure_recipe(benchmark, run, whole.SEEDS, tmp_path, op="STARK", case=case, implementation=implementation)
+    row = {"op": "STARK", "case": case, "dtype": whole.DTYPE, "implementation": implementation}
+    measure_recipe(benchmark, run, whole.SEEDS, tmp_path, **row)

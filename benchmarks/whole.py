@@ -2,7 +2,8 @@
 them can be timed alone, and what it is compared with.
 
 By default a little of the embedded task. FASTDISTILL_TASK, FASTDISTILL_TRAIN_EXAMPLES and FASTDISTILL_SEEDS (as 0,1,2)
-set another, as a folder of SST-2's files with 4000; the accuracies are noted with the times.
+set another, as a folder of SST-2's files with 4000; with FASTDISTILL_BF16=1 both sides compute in bfloat16 mixed
+precision. The accuracies are noted with the times.
 """
 
 from __future__ import annotations
@@ -12,11 +13,15 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import pytest
+import torch
+from transformers import BertForSequenceClassification
 
 from benchmarks.harness import DEVICE, OURS
 from benchmarks.plain_stark import Form
@@ -27,6 +32,8 @@ from fastdistill.recipes.stages import Stages
 
 SMALL = "FASTDISTILL_TASK" not in os.environ
 TASK = os.environ.get("FASTDISTILL_TASK", "docstrings")
+BF16 = os.environ.get("FASTDISTILL_BF16", "0") != "0"
+DTYPE = "bfloat16" if BF16 else "float32"
 SEEDS = [int(seed) for seed in os.environ.get("FASTDISTILL_SEEDS", "0").split(",")]
 RATE = 3e-4  # the commands' own, for MiniLM's width
 
@@ -39,7 +46,7 @@ def command(recipe: str, output: Path, train: int, epochs: int) -> list[str]:
     return [
         recipe, "--task", TASK, "--teacher", "minilm", "--student-layers", "2", "--output", str(output),
         "--max-train-examples", str(train), "--epochs", str(epochs), "--learning-rate", str(RATE), "--no-plots",
-        "--select-on", "validation", "--report-on", "validation",
+        "--select-on", "validation", "--report-on", "validation", *(["--bf16"] if BF16 else []),
     ]  # fmt: skip
 
 
@@ -73,8 +80,26 @@ def tokenized(train: int, evaluated: int | None = None) -> tuple[Any, Any, Any]:
     return *(tokenize(split, tokenizer, data.task) for split in (data.train, data.validation)), tokenizer
 
 
+@contextmanager
+def mixed_precision() -> Iterator[None]:
+    """Within it plainly written models compute as accelerate's do: under autocast, with logits of float32."""
+    own = BertForSequenceClassification.forward
+
+    @functools.wraps(own)
+    def forward(self: Any, *inputs: Any, **others: Any) -> Any:
+        with torch.autocast("cpu", torch.bfloat16):
+            found = own(self, *inputs, **others)
+        found.logits = found.logits.float()
+        return found
+
+    with patch.object(BertForSequenceClassification, "forward", forward):
+        yield
+
+
 def against_plain(plain: Callable[[Form, int, Path], float], ours: Callable[[int, Path], float]) -> Any:
     """Marks a test that measures `run(seed, output)` of an implementation."""
+    if BF16:
+        plain = mixed_precision()(plain)
     plainly = [(f"written plainly, {form.value}", functools.partial(plain, form)) for form in Form]
     cases = pytest.mark.parametrize("implementation, run", [*plainly, (OURS, ours)])
     on_cpu = pytest.mark.skipif(DEVICE == "cuda", reason="measured on the CPU")

@@ -1,4 +1,5 @@
-"""Models whose weights do not change for a while: they compute with copies of them, laid out for matrix products."""
+"""Models whose weights do not change for a while: they compute with copies of them, cast and laid out for matrix
+products."""
 
 from __future__ import annotations
 
@@ -13,7 +14,8 @@ from transformers import PreTrainedModel
 
 from fastdistill.models.architectures import ARCHITECTURES, blocks
 from fastdistill.models.hooks import forward_changed, is_plain
-from fastdistill.ops.linear import by_onednn, linear, pack_weight
+from fastdistill.ops.checks import autocast_dtype
+from fastdistill.ops.linear import linear, pack_weight
 
 MULTIPLE = 16
 """Neurons. In float32 (MKL, one thread with AVX-512) 1,600 tokens by 1,499 neurons of 384 inputs took 27.2 ms, by 1,504
@@ -24,50 +26,64 @@ ROWS = 1024
 
 
 @contextmanager
-def frozen(*models: nn.Module | None) -> Iterator[None]:
+def frozen(*models: nn.Module | None, autocast: torch.dtype | None = None) -> Iterator[None]:
     """Within it a model computes, without gradients, with copies of its weights: of pruned layers with neurons whose
     weights are 0 beside their own, up to the next multiple of 16, and of all linear layers in the order that oneDNN's
-    products read them in, where these are faster. What the model says is the same, within rounding.
+    products read them in, where these are faster, and in autocast's dtype, in which else each batch casts them anew.
+    What the model says is the same, within rounding.
 
     Args:
         models: layers whose weights are changed within it are computed as they are then. What is None, compiled,
             wrapped, or of an unknown architecture is computed as it is, and so are linear maps that are no plain ones.
+        autocast: the dtype of the autocast that they run under, if they do; without it they are computed as they are.
     """
     with ExitStack() as leave:
         for model in models:
             if not isinstance(model, PreTrainedModel) or model.config.model_type not in ARCHITECTURES:
                 continue
-            copies = {}
-            if by_onednn():
-                copies = {module: _Copy(module) for module in model.modules() if is_plain(module, nn.Linear)}
+            copies = {module: _Copy(module, autocast) for module in model.modules() if is_plain(module, nn.Linear)}
+            copies = {module: copy for module, copy in copies.items() if copy.is_other}
             for block in blocks(model):
                 linears = *block.neuron_in, block.neuron_out
                 is_known = block.names.neuron_parts == 1 and all(is_plain(each, nn.Linear) for each in linears)
                 if is_known and (missing := -block.neurons % MULTIPLE):
-                    copies |= {module: _Copy(module, rows=missing) for module in block.neuron_in}
-                    copies[block.neuron_out] = _Copy(block.neuron_out, columns=missing)
+                    copies |= {module: _Copy(module, autocast, rows=missing) for module in block.neuron_in}
+                    copies[block.neuron_out] = _Copy(block.neuron_out, autocast, columns=missing)
             for module, copy in copies.items():
                 leave.enter_context(forward_changed(module, copy.forward, same=copy.is_whole))
         yield
 
 
 class _Copy:
-    """A linear layer's weight and bias, with zeros beyond their own, and that weight packed."""
+    """A linear layer's weight and bias, with zeros beyond their own, in autocast's dtype, and that weight packed."""
 
-    def __init__(self, module: Any, rows: int = 0, columns: int = 0) -> None:
+    def __init__(self, module: Any, autocast: torch.dtype | None, rows: int = 0, columns: int = 0) -> None:
         weight, self.bias = module.weight.detach(), module.bias
         self.module, self.of = module, _state(module)
         self.is_whole = not (rows or columns)
-        self.weight = weight if self.is_whole else F.pad(weight, (0, columns, 0, rows))
-        if rows and self.bias is not None:
-            self.bias = F.pad(self.bias.detach(), (0, rows))
+        dtype = autocast if autocast and _is_cast(weight.dtype) else weight.dtype
+        self.weight = (weight if self.is_whole else F.pad(weight, (0, columns, 0, rows))).to(dtype)
+        if self.bias is not None and (rows or self.bias.dtype != dtype):
+            self.bias = F.pad(self.bias.detach(), (0, rows)).to(dtype)
         self.packed = pack_weight(self.weight, ROWS)
 
+    @property
+    def is_other(self) -> bool:
+        """Whether it is anything but the layer's own."""
+        return not self.is_whole or self.packed is not None or self.weight.dtype != self.module.weight.dtype
+
     def forward(self, own: Any, x: Tensor) -> Any:
-        is_known = x.shape[-1] == self.weight.shape[1] and _state(self.module) == self.of
-        if is_known and not torch.is_grad_enabled():
-            return linear(x, self.weight, self.bias, self.packed)
+        to = autocast_dtype(x.device)
+        dtype = to if to and _is_cast(x.dtype) else x.dtype
+        is_known = (x.shape[-1], dtype) == (self.weight.shape[1], self.weight.dtype)
+        if is_known and not torch.is_grad_enabled() and _state(self.module) == self.of:
+            return linear(x.to(dtype), self.weight, self.bias, self.packed)
         return own(x[..., : self.module.weight.shape[1]])  # without what another layer's copy added
+
+
+def _is_cast(dtype: torch.dtype) -> bool:
+    """Whether autocast changes it."""
+    return dtype.is_floating_point and dtype != torch.float64
 
 
 def _state(module: Any) -> list[tuple[int, ...]]:

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from fastdistill.ops.checks import autocast_dtype
 from fastdistill.ops.library import followed
 
 ROWS = 64
@@ -18,14 +19,17 @@ ROWS = 64
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None, packed: Tensor | None = None) -> Tensor:
-    """`torch.nn.functional.linear`, by oneDNN where that is known to be faster.
+    """`torch.nn.functional.linear`, by oneDNN where that is known to be faster: in float32, and in bfloat16, where
+    PyTorch's is oneDNN's too, with a weight that is packed.
 
     Args:
-        packed: what `pack_weight` made of the weight, where there are no gradients.
+        packed: what `pack_weight` made of the weight; it serves where there are no gradients.
     """
-    if not _takes(x, weight, bias):
+    with_gradients = torch.is_grad_enabled()
+    dtype = torch.bfloat16 if packed is not None and packed.dtype == torch.bfloat16 else torch.float32
+    if not _takes(x, weight, bias, dtype) or (with_gradients and dtype == torch.bfloat16):
         return F.linear(x, weight, bias)
-    if torch.is_grad_enabled():
+    if with_gradients:
         # of two dimensions, since what a Function returns as a view cannot be changed in place
         found: Tensor = _Linear.apply(x.flatten(0, -2), weight, bias)  # type: ignore[no-untyped-call]
         return found.view(*x.shape[:-1], -1)
@@ -34,7 +38,8 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None, packed: Tensor | None
 
 def pack_weight(weight: Tensor, rows: int) -> Tensor | None:
     """A weight in the order that oneDNN's products of about so many rows read it in; None where it is not asked."""
-    if not (by_onednn() and _is_known(weight) and weight.dim() == 2 and weight.numel()):
+    asked = weight.dtype in (torch.float32, torch.bfloat16) and _asked(weight.dtype)
+    if not (asked and _is_known(weight, weight.dtype) and weight.dim() == 2 and weight.numel()):
         return None
     packed: Tensor = torch.ops.mkldnn._reorder_linear_weight(weight.detach().contiguous(), rows)
     return packed
@@ -45,10 +50,23 @@ def by_onednn() -> bool:
     """Whether oneDNN is asked: on AMD's processors with AVX-512 (docs/cpu.md); Intel's are left to MKL, which is made
     for them."""
     by_amd = "AuthenticAMD" in _said("/proc/cpuinfo")
-    has_ops = torch.backends.mkldnn.is_available() and all(
-        hasattr(torch.ops.mkldnn, name) for name in ("_linear_pointwise", "_reorder_linear_weight")
-    )
-    return by_amd and has_ops and torch.backends.cpu.get_cpu_capability() == "AVX512"
+    return by_amd and _has_ops() and torch.backends.cpu.get_cpu_capability() == "AVX512"
+
+
+@cache
+def packs_bf16() -> bool:
+    """Whether PyTorch's products in bfloat16 are oneDNN's."""
+    known = getattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", None)
+    return _has_ops() and known is not None and bool(known())
+
+
+def _has_ops() -> bool:
+    names = "_linear_pointwise", "_reorder_linear_weight"
+    return torch.backends.mkldnn.is_available() and all(hasattr(torch.ops.mkldnn, name) for name in names)
+
+
+def _asked(dtype: torch.dtype) -> bool:
+    return packs_bf16() if dtype == torch.bfloat16 else by_onednn()
 
 
 def linear_runs_on() -> str:
@@ -64,25 +82,25 @@ def _said(file: str) -> str:
         return ""
 
 
-def _takes(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
+def _takes(x: Tensor, weight: Tensor, bias: Tensor | None, dtype: torch.dtype) -> bool:
     return (
         not followed()
-        and by_onednn()
-        and _is_known(x)
-        and _is_known(weight)
+        and _asked(dtype)
+        and _is_known(x, dtype)
+        and _is_known(weight, dtype)
         and x.numel() >= ROWS * x.shape[-1]
         and weight.dim() == 2
         and weight.numel() > 0
         # the bias is read as if it were contiguous
-        and (bias is None or (_is_known(bias) and bias.shape == weight.shape[:1] and bias.is_contiguous()))
-        and not torch.is_autocast_enabled("cpu")
+        and (bias is None or (_is_known(bias, dtype) and bias.shape == weight.shape[:1] and bias.is_contiguous()))
+        and autocast_dtype(x.device) in (None, dtype)
         and bool(torch.backends.mkldnn.enabled)
     )
 
 
-def _is_known(x: Tensor) -> bool:
+def _is_known(x: Tensor, dtype: torch.dtype) -> bool:
     is_dense = type(x) in (Tensor, nn.Parameter) and x.layout == torch.strided
-    return is_dense and x.is_cpu and x.dtype == torch.float32
+    return is_dense and x.is_cpu and x.dtype == dtype
 
 
 def _product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:

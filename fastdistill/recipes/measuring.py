@@ -72,7 +72,14 @@ class Scoring:
         }
 
     def find(
-        self, data: Dataset, collate: Collate, batch_size: int, checkpoint: Path, *, cuda_graphs: bool = False
+        self,
+        data: Dataset,
+        collate: Collate,
+        batch_size: int,
+        checkpoint: Path,
+        *,
+        cuda_graphs: bool = False,
+        bf16: bool = False,
     ) -> Sensitivities | WeightSensitivities:
         processes = PartialState()
         if self.reduce == "example" and not self.of_weights:  # any batches will do: those with the least padding
@@ -87,7 +94,9 @@ class Scoring:
             collate = Padded(collate, models)
         loader = DataLoader(data.remove_columns("length"), batch_size, collate_fn=collate)
         options: dict[str, Any] = {"progress": processes.is_main_process, "cuda_graphs": cuda_graphs}
-        with _moved(processes.device, self.teacher, self.student):
+        # weights do not change, but are cast anew for each batch: a cast that is kept has the first batch's graph
+        autocast = torch.autocast(processes.device.type, torch.bfloat16, enabled=bf16, cache_enabled=False)
+        with _moved(processes.device, self.teacher, self.student), autocast:
             if self.dynabert:
                 return Sensitivities(importance(self.teacher, loader, **options), None)
             options["objective"] = self.objective
@@ -103,7 +112,9 @@ class Scoring:
 
 
 @torch.inference_mode()
-def examples_per_second(model: PreTrainedModel, data: Dataset, collate: Collate, batch_size: int) -> float:
+def examples_per_second(
+    model: PreTrainedModel, data: Dataset, collate: Collate, batch_size: int, *, bf16: bool = False
+) -> float:
     """Of forward passes alone, on a batch of middling length; the median of the few that fit into a moment."""
     size = min(len(data), max(32, batch_size))
     start = (len(data) - size) // 2
@@ -115,7 +126,8 @@ def examples_per_second(model: PreTrainedModel, data: Dataset, collate: Collate,
     seconds: list[float] = []
     while len(seconds) < least or (len(seconds) < 6 and sum(seconds) < MOMENT):
         began = time.perf_counter()
-        model(**batch).logits.cpu()  # waits for the device
+        with torch.autocast(model.device.type, torch.bfloat16, enabled=bf16):
+            model(**batch).logits.cpu()  # waits for the device
         seconds.append(time.perf_counter() - began)
     return size / statistics.median(seconds[1:] or seconds)
 

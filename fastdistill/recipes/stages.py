@@ -14,6 +14,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+import torch
 from accelerate import PartialState  # type: ignore[import-untyped]
 from rich.console import Console
 from transformers import EvalPrediction, PreTrainedModel
@@ -199,8 +200,11 @@ class Stages:
         examples, metric = self.examples, self.task.metric
         data, teacher = waiting.data, waiting.teacher
         fitted = yield from fit(training, examples, data, teacher, config, checkpoint, self.patience, kind)
-        with first_token_only(None if training.objective.needs.all_tokens else fitted.model), frozen(fitted.model):
-            speed = examples_per_second(fitted.model, examples.report, examples.collate, self.batch_size)
+        narrowed = None if training.objective.needs.all_tokens else fitted.model
+        with first_token_only(narrowed), frozen(fitted.model, autocast=torch.bfloat16 if self.bf16 else None):
+            speed = examples_per_second(
+                fitted.model, examples.report, examples.collate, self.batch_size, bf16=self.bf16
+            )
         reached = compute_metrics(self.task)(EvalPrediction(fitted.outputs, fitted.labels))
         result = {
             metric: reached[metric],
@@ -245,7 +249,9 @@ class Stages:
         def make(folder: Path) -> Callable[[], None]:
             data = self.examples.train if scoring.on == "train" else self.examples.validation
             collate, unfinished = self.examples.collate, folder / UNFINISHED
-            found = scoring.find(data, collate, self.batch_size, unfinished, cuda_graphs=self.cuda_graphs)
+            found = scoring.find(
+                data, collate, self.batch_size, unfinished, cuda_graphs=self.cuda_graphs, bf16=self.bf16
+            )
 
             def save() -> None:
                 for kind in scoring.kinds:

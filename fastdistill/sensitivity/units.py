@@ -216,7 +216,7 @@ def _from_logits(
     multiples of (1, -1), as those of one output are of (1): that one vector goes back, and its result is multiplied."""
     grad_outputs: list[Tensor] = []
     for loss in losses:
-        leaf = logits.detach().requires_grad_()
+        leaf = logits.detach().to(torch.promote_types(logits.dtype, torch.float32)).requires_grad_()
         with torch.enable_grad():
             value = loss(SequenceClassifierOutput(logits=leaf))
         grad_outputs += torch.autograd.grad(value, leaf)
@@ -226,7 +226,10 @@ def _from_logits(
         base = units.gradients(logits, vector)
         return [base * factor[:, :1] for factor in grad_outputs]
     last = len(grad_outputs) - 1
-    return [units.gradients(logits, row, retain_graph=place < last) for place, row in enumerate(grad_outputs)]
+    return [
+        units.gradients(logits, row.to(logits.dtype), retain_graph=place < last)
+        for place, row in enumerate(grad_outputs)
+    ]
 
 
 def objective_of(

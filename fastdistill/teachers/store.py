@@ -269,7 +269,7 @@ class _Teacher:
                 fused_residuals(self.model),
                 first_token_only(self.model),
                 short_attention(self.model),
-                frozen(self.model),
+                frozen(self.model, autocast=torch.bfloat16 if self.bf16 else None),
             ):
                 yield
         finally:

@@ -310,7 +310,8 @@ class DistillationTrainer(GraphedTrainer):
     def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
         if not self.accelerator.is_fsdp2:
             is_whole = not (self.is_fsdp_enabled or self.is_deepspeed_enabled or self.args.torch_compile)
-            with frozen(self.model if is_whole else None):
+            autocast = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(self.accelerator.mixed_precision)
+            with frozen(self.model if is_whole else None, autocast=autocast):
                 return super().evaluation_loop(*args, **kwargs)
         if not self.accelerator._models:  # not trained yet, and accelerate shards a model with its optimizer only
             self.model, self.optimizer = self.accelerator.prepare(self.model, self.create_optimizer())

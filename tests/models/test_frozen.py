@@ -5,6 +5,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from fastdistill.models.architectures import ARCHITECTURES, blocks
 from fastdistill.models.frozen import frozen
@@ -71,6 +72,41 @@ def test_accuracy(dtype: torch.dtype) -> None:
     with frozen(model):
         assert_accurate(model(**batch).logits, exact, plain)
         assert_accurate(packed_forward(model, batch).logits, exact, plain)
+
+
+class Casts(TorchDispatchMode):
+    """Counts a model's weights and biases that are cast."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.places, self.number = {weight.data_ptr() for weight in model.parameters()}, 0
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.number += function is torch.ops.aten._to_copy.default and args[0].data_ptr() in self.places
+        return function(*args, **kwargs or {})
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@torch.no_grad()
+def test_autocast(dtype: torch.dtype) -> None:
+    """Weights are cast once, and only for autocast of that dtype."""
+    model, batch = pruned("bert"), batch_of("bert")
+    single, exact = model(**batch).logits, pruned("bert").double()(**batch).logits
+    with torch.autocast("cpu", dtype), Casts(model) as plainly:
+        plain = model(**batch).logits
+    with frozen(model, autocast=dtype):
+        with torch.autocast("cpu", dtype), Casts(model) as copied:
+            assert_accurate(model(**batch).logits, exact, plain)
+        with torch.autocast("cpu", dtype):
+            assert_accurate(packed_forward(model, batch).logits, exact, plain)
+        torch.testing.assert_close(model(**batch).logits, single)
+        other = torch.float16 if dtype == torch.bfloat16 else torch.bfloat16
+        with torch.autocast("cpu", other):
+            assert model(**batch).logits.dtype == other
+    assert plainly.number == 2 * 14 and copied.number == 0  # two layers of six, pooler and classifier
+    double = model.double()
+    with frozen(double, autocast=dtype), torch.autocast("cpu", dtype):
+        assert double(**batch).logits.dtype == torch.float64
 
 
 def test_gradients_are_those_of_the_weights() -> None:

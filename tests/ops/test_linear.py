@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastdistill.ops import linear as module
-from fastdistill.ops.linear import by_onednn, linear, pack_weight
+from fastdistill.ops.linear import by_onednn, linear, pack_weight, packs_bf16
 from tests.accuracy import assert_accurate
 
 pytestmark = pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="this PyTorch has no oneDNN")
@@ -124,6 +124,26 @@ def test_several_gradients_at_once(onednn: Mock) -> None:
         for function in (linear, F.linear)
     )
     torch.testing.assert_close(found, expected)
+
+
+@pytest.mark.skipif(not packs_bf16(), reason="oneDNN has no bfloat16 on this processor")
+def test_packed_in_bfloat16(onednn: Mock) -> None:
+    g = torch.Generator().manual_seed(0)
+    inputs = [torch.randn(*of, generator=g).bfloat16() for of in ((70, 24), (40, 24), (40,))]
+    x, weight, bias = inputs
+    packed = pack_weight(weight, 64)
+    assert packed is not None
+    plain, exact = F.linear(*inputs), F.linear(*(each.double() for each in inputs))
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        for has_bias in (True, False):
+            expected = exact if has_bias else exact - bias.double()
+            assert_accurate(linear(x, weight, bias if has_bias else None, packed), expected, plain)
+    assert onednn.call_count == 2
+    weight.requires_grad_()  # what is packed has no gradient
+    torch.testing.assert_close(gradients(lambda *given: linear(*given, packed), *inputs), gradients(F.linear, *inputs))
+    with torch.no_grad(), torch.autocast("cpu", torch.float16):
+        assert linear(x, weight, bias, packed).dtype == torch.float16
+    assert onednn.call_count == 2
 
 
 def test_few_tokens(onednn: Mock) -> None:

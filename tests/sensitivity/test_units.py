@@ -10,7 +10,9 @@ from torch import Tensor
 
 import fastdistill
 from fastdistill import CKD, DKD, MSE, PKD, LogitsKD, WeightedSum
+from fastdistill.models import attention
 from fastdistill.objectives.logits import TaskLoss
+from fastdistill.ops.gate_rules import short_keys
 from fastdistill.sensitivity import units
 from tests.processes import start
 from tests.tiny import batches, pair
@@ -236,3 +238,24 @@ def test_what_cannot_be_scored() -> None:
     with pytest.raises(ValueError, match="loader gave a batch without attention_mask: input_ids, labels"):
         bare = [{name: batch[name] for name in ("input_ids", "labels")} for batch in batches()]
         fastdistill.score(teacher, bare, student, objective=CKD(), progress=False)
+
+
+@pytest.mark.parametrize("objective", ["default", "patient"])
+@pytest.mark.parametrize("classes", [2, 3])
+def test_under_autocast(classes: int, objective: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In bfloat16, where attention is this package's also on a CPU; sums are of float32."""
+    teacher, student = (model.float() for model in pair(classes))
+    data, kd = batches(classes=classes), OBJECTIVES[objective]
+    expected = fastdistill.score(teacher, data, student, objective=kd, progress=False)
+    attended = []
+    own = attention.gated_attention
+    monkeypatch.setattr(
+        attention, "gated_attention", lambda query, *others: attended.append(query.dtype) or own(query, *others)
+    )
+    with torch.autocast("cpu", torch.bfloat16):
+        found = fastdistill.score(teacher, data, student, objective=kd, progress=False)
+    assert set(attended) == ({torch.bfloat16} if short_keys() else set())
+    for kind in ("expressiveness", "friendliness"):
+        ours, exact = (torch.cat([*getattr(s, kind).heads, *getattr(s, kind).neurons]) for s in (found, expected))
+        assert ours.dtype == torch.float32 and not torch.equal(ours, exact)
+        assert torch.linalg.vector_norm(ours - exact) < 0.1 * torch.linalg.vector_norm(exact)

@@ -134,9 +134,7 @@ class TrainingSettings(Settings):
         None, kind=Number(low=0, below=1), metavar="X", help="of the students' labels (default: 0)"
     )
     seed: int = option(0, kind=SEED, metavar="N", help="(default: %(default)s)")
-    bf16: bool = flag(
-        "train and evaluate in bfloat16 mixed precision; scores of heads, neurons or weights stay float32"
-    )
+    bf16: bool = flag("train, evaluate and score heads, neurons or weights in bfloat16 mixed precision")
     no_cuda_graphs: bool = flag(
         "on a GPU, launch each operation of a step by itself, and capture no training and scoring step as CUDA graphs, "
         "which take up to twice the memory"
