@@ -309,7 +309,9 @@ class DistillationTrainer(GraphedTrainer):
 
     def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
         if not self.accelerator.is_fsdp2:
-            is_whole = not (self.is_fsdp_enabled or self.is_deepspeed_enabled or self.args.torch_compile)
+            # DataParallel's replicas would compute with the first one's copies
+            is_split = self.is_fsdp_enabled or self.is_deepspeed_enabled or self.args.n_gpu > 1
+            is_whole = not (is_split or self.args.torch_compile)
             autocast = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(self.accelerator.mixed_precision)
             with frozen(self.model if is_whole else None, autocast=autocast):
                 return super().evaluation_loop(*args, **kwargs)

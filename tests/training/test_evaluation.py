@@ -23,6 +23,7 @@ from fastdistill import (
 )
 from fastdistill.data.sequence_metrics import answer_metrics, entity_metrics, text_metrics
 from fastdistill.models import packed
+from fastdistill.training import trainer as trainer_module
 from tests import heads, tiny
 from tests.training.trained import GENERATORS, bert_trainer, trainer, without_labels
 
@@ -123,6 +124,27 @@ def test_entities_and_answers_are_measured(tmp_path: Path) -> None:
     assert [found[1][k] for k in ("eval_f1", "eval_exact_match", "eval_loss")] == pytest.approx(
         [found[0][k] for k in ("eval_f1", "eval_exact_match", "eval_loss")], rel=1e-5
     )
+
+
+# Copies of weights
+
+
+@pytest.mark.parametrize("bf16", [False, True])
+def test_weights_are_copied_in_what_they_are_multiplied_in(
+    tmp_path: Path, bf16: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """But not for DataParallel, each of whose replicas would have the first one's."""
+    given = []
+    frozen = trainer_module.frozen
+    monkeypatch.setattr(
+        trainer_module, "frozen", lambda model, **options: given.append((model, options)) or frozen(model)
+    )
+    t = bert_trainer(tmp_path, eval_dataset=tiny.dataset(16), args_bf16=bf16)
+    t.evaluate()
+    t.args._n_gpu = 2
+    t.evaluate()
+    autocast = {"autocast": torch.bfloat16 if bf16 else None}
+    assert given == [(t.model, autocast), (None, autocast)]
 
 
 # Padding
