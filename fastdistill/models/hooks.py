@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 _HOOKED = "_fastdistill_hooked"
+_CAPTURING = "transformers.utils.output_capturing"
 
 
 def uncompiled(model: Any) -> Any:
@@ -147,9 +148,11 @@ def is_plain(module: nn.Module, *kinds: type[nn.Module]) -> bool:
 
 
 def has_hooks(module: nn.Module) -> bool:
-    """Whether somebody looks at what it is given or gives, or at their gradients."""
+    """Whether somebody looks at what it is given or gives, or at their gradients. Transformers' own hooks do when a
+    model is called for its hidden states, and stay."""
+    forward = (hook for hook in module._forward_hooks.values() if getattr(hook, "__module__", None) != _CAPTURING)
     return any((
-        module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks,
+        *forward, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks,
     ))  # fmt: skip
 
 

@@ -52,30 +52,40 @@ forward and backward of 2 layers from equally long to 1.06 at 6 %, 1.2 at 20 %, 
 _SAME = frozenset({"compact_vocabulary", "fast_linear", "first_token_only", "fused_residuals"})
 """What a model may be within: its logits are the same."""
 
+STATES = "output_hidden_states"
+
 _INPUTS = frozenset({
     "attention_mask", "bbox", "input_ids", "input_pronunciation_ids", "input_shape_ids", "inputs_embeds",
     "position_ids", "token_type_ids",
 })  # fmt: skip
 
 
-def packed_forward(model: Any, batch: Mapping[str, Any], mask: Tensor | None = None) -> Any:
+def packed_forward(
+    model: Any, batch: Mapping[str, Any], mask: Tensor | None = None, *, first_states: bool = False
+) -> Any:
     """``model(**batch)``, without its padding where that is known to give the same logits and to be faster.
 
     Args:
         model: a classifier whose head takes the first token, of an architecture in `PACKABLE`, also pruned. It may
             train: dropout then draws other numbers. Any other is called as it is; with gradients also one with "eager"
             attention, and one that trains with gradient checkpointing.
-        batch: what its forward takes. If more is asked of it than logits, it is called as it is, for attention scores
-            by `fastdistill.models.attention_scores.call`.
+        batch: what its forward takes. If more is asked of it than logits and `first_states`, it is called as it is,
+            for attention scores by `fastdistill.models.attention_scores.call`.
         mask: the batch's attention mask ``[B, S]`` on the CPU, by default that in the batch. One on a device is not
             looked at, which would wait for it, and the batch is not packed.
+        first_states: of hidden states, where the batch asks for them, none but the first token's are looked at: they
+            may be ``[B, 1, d]``.
     """
     mask = batch.get("attention_mask") if mask is None else mask
-    if not worth_packing(mask) or not can_pack(model, batch):
+    others = {name: value for name, value in batch.items() if not (first_states and name == STATES)}
+    if not worth_packing(mask) or not can_pack(model, others):
         return call(model, batch)
     assert mask is not None
-    with packed(model, mask):
-        return model(**batch)
+    with packed(model, mask) as packing:
+        outputs = model(**batch)
+    if len(others) < len(batch) and outputs.hidden_states is not None:
+        outputs.hidden_states = tuple(packing.first_of(layer) for layer in outputs.hidden_states)
+    return outputs
 
 
 def worth_packing(mask: object) -> bool:
@@ -115,11 +125,13 @@ class Packing:
     index: of each token among all places of the batch, ``[T]``.
     groups: how many examples there are of each length, and that length.
     starts: where each example's tokens begin, and where the last one's end, ``[B + 1]``, int32.
+    first: where the first token of each example is, examples in the batch's order, ``[B]``.
     """
 
     index: Tensor
     groups: tuple[tuple[int, int], ...]
     starts: Tensor
+    first: Tensor
 
     @classmethod
     def of(cls, mask: Tensor, device: torch.device) -> Packing:
@@ -129,12 +141,20 @@ class Packing:
         rows, places = present[order].nonzero(as_tuple=True)
         index = order[rows] * mask.shape[1] + places
         groups = tuple((len(list(same)), length) for length, same in groupby(lengths.tolist()))
-        starts = F.pad(lengths.cumsum(0), (1, 0)).int()
-        return cls(index.to(device, non_blocking=True), groups, starts.to(device, non_blocking=True))
+        starts = F.pad(lengths.cumsum(0), (1, 0))
+        first = starts[:-1][order.argsort()]
+        index, starts, first = (x.to(device, non_blocking=True) for x in (index, starts.int(), first))
+        return cls(index, groups, starts, first)
 
     def pack(self, states: Tensor) -> Tensor:
         """``[B, S, d] -> [1, T, d]``."""
         return states.flatten(0, 1).index_select(0, self.index).unsqueeze(0)
+
+    def first_of(self, states: Tensor) -> Tensor:
+        """The first token's, ``[B, 1, d]``, of states ``[1, T, d]``, or ``[B, any, d]``."""
+        if states.shape[:2] == (1, len(self.index)):
+            return states[0].index_select(0, self.first).unsqueeze(1)
+        return states[:, :1]
 
     def unpack(self, packed: Tensor, shape: torch.Size) -> Tensor:
         """``[1, T, d] -> [B, S, d]``, with zeros for padding."""
@@ -144,7 +164,7 @@ class Packing:
 
 
 @contextmanager
-def packed(model: PreTrainedModel, mask: Tensor) -> Iterator[None]:
+def packed(model: PreTrainedModel, mask: Tensor) -> Iterator[Packing]:
     """Within it one batch, which has that mask, runs packed through all layers of the model but the last; of this there
     is the first token alone."""
     *inner, last = blocks(model)
@@ -164,7 +184,7 @@ def packed(model: PreTrainedModel, mask: Tensor) -> Iterator[None]:
             leave.enter_context(inputs_changed(last.layer, unpack))
         for block in (block for block in inner if block.heads):
             leave.enter_context(forward_changed(block.attention, partial(_attention_forward, block, packing)))
-        yield
+        yield packing
 
 
 def _attention_forward(

@@ -37,6 +37,7 @@ class TeacherOutputs:
         model: it is called in the mode that it is in, without gradients. None where `stored` says all.
         features: the batch as the model takes it.
         stored: outputs that are known already, for each row of the batch; the model is then not called.
+        first_states: of hidden states the first token's alone are looked at.
         autocast: makes the context that the model runs in.
         aligned: makes of the model's outputs, and the features that it had, those that are given.
     """
@@ -47,13 +48,14 @@ class TeacherOutputs:
         features: Mapping[str, Any],
         *,
         stored: Any = None,
+        first_states: bool = False,
         autocast: Callable[[], AbstractContextManager[Any]] = nullcontext,
         aligned: Callable[[Any, Mapping[str, Any]], Any] | None = None,
     ) -> None:
         if model is None and stored is None:
             raise ValueError("model and stored are both None; expected one of them")
         self.model, self.features, self.stored, self.autocast = model, features, stored, autocast
-        self.aligned = aligned
+        self.first_states, self.aligned = first_states, aligned
         self.is_nan: Tensor | None = None  # whether any logits that were given are: on the device, which is not asked
 
     def rows(self, indices: Tensor) -> Any:
@@ -77,7 +79,7 @@ class TeacherOutputs:
     def _forward(self, features: Mapping[str, Any]) -> Any:
         assert self.model is not None
         with torch.no_grad(), self.autocast():
-            outputs = packed_forward(self.model, features)
+            outputs = packed_forward(self.model, features, first_states=self.first_states)
             return self._given(outputs if self.aligned is None else self.aligned(outputs, features))
 
     def _given(self, outputs: Any) -> Any:

@@ -304,7 +304,7 @@ class _Teacher:
         batch = send_to_device(here, self.device)
         extra = {"output_hidden_states": True} if self.hidden_states else {}
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16):
-            outputs = packed_forward(self.model, batch | extra, here.get("attention_mask"))
+            outputs = packed_forward(self.model, batch | extra, here.get("attention_mask"), first_states=True)
         logits = outputs.logits
         if logits.dim() != 2 or len(logits) != len(rows):
             raise ValueError(

@@ -84,7 +84,8 @@ class DistillationTrainer(GraphedTrainer):
 
     With ``args.cuda_graphs`` forward and backward passes on CUDA are replayed as CUDA graphs (`DistillationConfig`). On
     a CPU encoders with a classifier, students and teachers, compute no padding where a batch has 5 % or more, and of
-    their last layer then the first token alone, unless hidden states are asked for (`fastdistill.models.packed`).
+    their last layer then the first token alone, unless hidden states of others are asked for
+    (`fastdistill.models.packed`); the first token's are then ``[B, 1, d]``.
 
     What labels mean follows the student's head: `fastdistill.models.heads.Head` tells of each kind which logits they
     are of, and that padding never counts. Each model is given what its own forward takes of a batch, which has the
@@ -194,7 +195,7 @@ class DistillationTrainer(GraphedTrainer):
         needs = objective.needs
         batch, features = self._features(inputs)
         teacher = self.teacher_outputs(batch | needs.asked, inputs)
-        student = packed_forward(model, features | needs.asked)
+        student = packed_forward(model, features | needs.asked, first_states=not needs.all_tokens)
         own_model: Any = self.model  # which `model` may wrap
         seen = self._seen(own_model, student, batch)
         counts = self.head.counted(labels, inputs)
@@ -256,7 +257,12 @@ class DistillationTrainer(GraphedTrainer):
             given = features if model is None else inputs_of(model, features)
             aligned = None if model is None else partial(self._seen, model)
             outputs[name] = TeacherOutputs(
-                model, given, stored=stored, autocast=self.accelerator.autocast, aligned=aligned
+                model,
+                given,
+                stored=stored,
+                first_states=not self._current.needs.all_tokens,
+                autocast=self.accelerator.autocast,
+                aligned=aligned,
             )
         return outputs if names else outputs[TEACHER]
 

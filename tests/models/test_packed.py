@@ -184,6 +184,36 @@ def test_accuracy_of_gradients(dtype: torch.dtype) -> None:
         assert_accurate(grad, exact[name], eager[name])
 
 
+@torch.no_grad()
+@pytest.mark.parametrize("kind", PACKABLE)
+def test_first_tokens_states(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of embeddings and layers; transformers' hooks, which stay, keep no later batch from being packed."""
+    model, batch = model_of(kind, **LAYERS).double(), ragged(kind)
+    times, own = [], packed.packed
+    monkeypatch.setattr(packed, "packed", lambda *given: times.append(given) or own(*given))
+    for rows in (slice(None), slice(1), slice(4, 5)):  # one example alone, of all of its tokens or with padding
+        asked = {name: value[rows] for name, value in batch.items()} | {"output_hidden_states": True}
+        expected = model(**asked).hidden_states
+        found = packed_forward(model, asked, first_states=True).hidden_states
+        assert len(found) == len(expected) == 4 and times
+        for ours, theirs in zip(found, expected, strict=True):
+            assert ours.shape == (len(theirs), 1, 32)
+            torch.testing.assert_close(ours, theirs[:, :1], rtol=1e-6, atol=1e-6)
+        times.clear()
+        assert packed_forward(model, asked).hidden_states[1].shape == expected[1].shape and not times
+    assert seen_by(model, batch)[0][0] == (1, 26)
+
+
+def test_gradients_of_first_tokens_states() -> None:
+    model, batch = without_dropout(model_of("bert", **LAYERS).train()).double(), ragged("bert")
+    found = []
+    for call in (partial(packed_forward, model, first_states=True), lambda batch: model(**batch)):
+        states = call(batch | {"output_hidden_states": True}).hidden_states
+        loss = sum((layer[:, 0] * (1 + place)).sin().sum() for place, layer in enumerate(states))
+        found.append(torch.autograd.grad(loss, list(model.parameters()), materialize_grads=True))
+    torch.testing.assert_close(*found)
+
+
 @pytest.mark.parametrize("rate", ["hidden_dropout_prob", "attention_probs_dropout_prob"])
 def test_dropout(rate: str) -> None:
     """Its numbers are drawn by PyTorch's seed, and the gradient is that of what was computed with them."""
