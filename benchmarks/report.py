@@ -38,6 +38,9 @@ HEADLINES = {
         ("STARK", "sst2, 1000 examples, 3 sparsities"),
         ("DeKD", "sst2, 1000 examples, assistant of 4 layers"),
         ("AutoSKD", "sst2, 256 examples, team of 6, 10 candidates"),
+        ("STARK", "sst2, 1000 examples, 3 sparsities, bfloat16"),
+        ("DeKD", "sst2, 1000 examples, assistant of 4 layers, bfloat16"),
+        ("AutoSKD", "sst2, 256 examples, team of 6, 10 candidates, bfloat16"),
     ],
     "cuda": [
         ("kd_ce_loss", "8192×128256"),

@@ -55,8 +55,7 @@ def plain(form: Form, seed: int, output: Path) -> float:
 @whole.against_plain(plain, ours)
 def test_autoskd(benchmark: Any, implementation: str, run: Any, tmp_path: Path) -> None:
     trained()
-    task = Path(whole.TASK).name
-    benchmark.group = f"AutoSKD {task}"
-    case = f"{task}, {EXAMPLES} examples, team of {len(LAYERS)}, {CANDIDATES} candidates"
+    case = whole.case(f"{EXAMPLES} examples, team of {len(LAYERS)}, {CANDIDATES} candidates")
+    benchmark.group = f"AutoSKD {case}"
     row = {"op": "AutoSKD", "case": case, "dtype": whole.DTYPE, "implementation": implementation}
     measure_recipe(benchmark, run, whole.SEEDS, tmp_path, **row)

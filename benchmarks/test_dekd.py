@@ -43,8 +43,7 @@ def plain(form: Form, seed: int, output: Path) -> float:
 @whole.against_plain(plain, ours)
 def test_dekd(benchmark: Any, implementation: str, run: Any, tmp_path: Path) -> None:
     fine_tuned()
-    task = Path(whole.TASK).name
-    benchmark.group = f"DeKD {task}"
-    case = f"{task}, {EXAMPLES} examples, assistant of {ASSISTANT} layers"
+    case = whole.case(f"{EXAMPLES} examples, assistant of {ASSISTANT} layers")
+    benchmark.group = f"DeKD {case}"
     row = {"op": "DeKD", "case": case, "dtype": whole.DTYPE, "implementation": implementation}
     measure_recipe(benchmark, run, whole.SEEDS, tmp_path, **row)

@@ -43,8 +43,7 @@ def plain(form: Form, seed: int, output: Path) -> float:
 @whole.against_plain(plain, ours)
 def test_stark(benchmark: Any, implementation: str, run: Any, tmp_path: Path) -> None:
     fine_tuned()
-    task = Path(whole.TASK).name
-    benchmark.group = f"STARK {task}"
-    case = f"{task}, {EXAMPLES} examples, {len(SPARSITIES)} sparsities"
+    case = whole.case(f"{EXAMPLES} examples, {len(SPARSITIES)} sparsities")
+    benchmark.group = f"STARK {case}"
     row = {"op": "STARK", "case": case, "dtype": whole.DTYPE, "implementation": implementation}
     measure_recipe(benchmark, run, whole.SEEDS, tmp_path, **row)

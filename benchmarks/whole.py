@@ -42,6 +42,11 @@ def examples(small: int, large: int = 4000) -> int:
     return int(os.environ.get("FASTDISTILL_TRAIN_EXAMPLES", small if SMALL else large))
 
 
+def case(sizes: str) -> str:
+    """How a report calls what is measured."""
+    return ", ".join([Path(TASK).name, sizes, *([DTYPE] if BF16 else [])])
+
+
 def command(recipe: str, output: Path, train: int, epochs: int) -> list[str]:
     return [
         recipe, "--task", TASK, "--teacher", "minilm", "--student-layers", "2", "--output", str(output),
