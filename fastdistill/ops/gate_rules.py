@@ -15,6 +15,9 @@ GATHER_ROWS_CUDA = 2**14
 1.11 ms against .56 to .86 for all of them), of 32,768 by 1024×4096 it saves half (1.63 ms of 3.10)."""
 
 
+SMALL_HEAD = 2**12
+"""Numbers of a head's query: 128 tokens, 32 wide."""
+
 HEADS_BY_KERNEL = ("cpu", "cuda")
 """Devices on which `heads_by_kernel` may be so."""
 
@@ -37,14 +40,15 @@ def heads_by_kernel(query: Tensor) -> bool:
     """Whether PyTorch's attention and a multiplication give way to `gated_attention`.
 
     On CPU not in float32, where `score` of MiniLM takes as long (.98 to 1.02 of the time, batches of 32, 8 to 64
-    tokens), but in 16 bits, in which PyTorch's is slow: under bfloat16 autocast `score` takes .76 of the time. On an
+    tokens), but in 16 bits, where a head is small (`SMALL_HEAD`): under bfloat16 autocast `score` takes .76 of the time
+    for SST-2's lengths, .84 and .90 for 64 and 128 tokens of heads 32 wide, .95 for 64 of 64 wide; 1.22 for 256. On an
     H100 in bfloat16 (docs/gpu.md) 32×12×128×64 with gates by example takes 239 µs in place of 798, and 64×12×512×64 as
     long as cuDNN's and a multiplication; wider heads and longer texts take longer, and float32 was not measured.
     """
     if query.dtype not in (torch.bfloat16, torch.float16):
         return False
     if query.is_cpu:
-        return query.shape[-2] <= short_keys()
+        return query.shape[-2] <= short_keys() and query.shape[-2] * query.shape[-1] <= SMALL_HEAD
     return query.is_cuda and "gated_attention" in TRITON and query.shape[-1] <= 64 and query.shape[-2] <= 512
 
 
@@ -75,7 +79,7 @@ def gates_run_on() -> str:
     """For `fastdistill.doctor`, in one line."""
     neurons = "the activation's sweep (bias_act_gate)" if has_kernel("bias_act_gate", "CPU") else "multiplications"
     return (
-        f"gate and score: on CPU neurons by {neurons}, heads by gated_attention up to {short_keys()} tokens in 16 bits "
+        f"gate and score: on CPU neurons by {neurons}, heads by gated_attention in 16 bits up to {SMALL_HEAD} numbers "
         "and otherwise by PyTorch's attention, and closed units left out of products; training there by "
         f"gated_attention up to {short_keys()} tokens; "
         "on CUDA both by kernels, heads of up to 64 channels and 512 tokens in 16 bits, and closed units left out from "
