@@ -41,23 +41,30 @@ def frozen(*models: nn.Module | None, autocast: torch.dtype | None = None) -> It
         for model in models:
             if not isinstance(model, PreTrainedModel) or model.config.model_type not in ARCHITECTURES:
                 continue
-            copies = {module: _Copy(module, autocast) for module in model.modules() if is_plain(module, nn.Linear)}
-            copies = {module: copy for module, copy in copies.items() if copy.is_other}
-            for block in blocks(model):
-                linears = *block.neuron_in, block.neuron_out
-                is_known = block.names.neuron_parts == 1 and all(is_plain(each, nn.Linear) for each in linears)
-                if is_known and (missing := -block.neurons % MULTIPLE):
-                    copies |= {module: _Copy(module, autocast, rows=missing) for module in block.neuron_in}
-                    copies[block.neuron_out] = _Copy(block.neuron_out, autocast, columns=missing)
-            for module, copy in copies.items():
-                leave.enter_context(forward_changed(module, copy.forward, same=copy.is_whole))
+            added = _added(model)
+            linears = [module for module in model.modules() if is_plain(module, nn.Linear)]
+            for module in linears:
+                copy = _Copy(module, autocast, *added.get(module, (0, 0)))
+                if copy.is_other:
+                    leave.enter_context(forward_changed(module, copy.forward, same=copy.is_whole))
         yield
+
+
+def _added(model: PreTrainedModel) -> dict[nn.Module, tuple[int, int]]:
+    """The rows and columns of zeros that fill up a layer's neurons, by its linear maps."""
+    added: dict[nn.Module, tuple[int, int]] = {}
+    for block in blocks(model):
+        missing = -block.neurons % MULTIPLE
+        is_known = all(is_plain(each, nn.Linear) for each in (*block.neuron_in, block.neuron_out))
+        if missing and is_known and block.names.neuron_parts == 1:
+            added |= dict.fromkeys(block.neuron_in, (missing, 0)) | {block.neuron_out: (0, missing)}
+    return added
 
 
 class _Copy:
     """A linear layer's weight and bias, with zeros beyond their own, in autocast's dtype, and that weight packed."""
 
-    def __init__(self, module: Any, autocast: torch.dtype | None, rows: int = 0, columns: int = 0) -> None:
+    def __init__(self, module: Any, autocast: torch.dtype | None, rows: int, columns: int) -> None:
         weight, self.bias = module.weight.detach(), module.bias
         self.module, self.of = module, _state(module)
         self.is_whole = not (rows or columns)

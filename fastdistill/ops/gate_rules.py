@@ -16,7 +16,7 @@ GATHER_ROWS_CUDA = 2**14
 
 
 SMALL_HEAD = 2**12
-"""Numbers of a head's query: 128 tokens, 32 wide."""
+"""Elements of a head's query: 128 tokens, 32 wide."""
 
 HEADS_BY_KERNEL = ("cpu", "cuda")
 """Devices on which `heads_by_kernel` may be so."""
@@ -78,10 +78,12 @@ def worth_leaving_out(rows: int, units: int, kept: int, device: torch.device) ->
 def gates_run_on() -> str:
     """For `fastdistill.doctor`, in one line."""
     neurons = "the activation's sweep (bias_act_gate)" if has_kernel("bias_act_gate", "CPU") else "multiplications"
+    heads = "PyTorch's attention"
+    if short_keys():
+        heads += f" (in 16 bits by gated_attention, up to {SMALL_HEAD} elements of a head's query)"
     return (
-        f"gate and score: on CPU neurons by {neurons}, heads by gated_attention in 16 bits up to {SMALL_HEAD} numbers "
-        "and otherwise by PyTorch's attention, and closed units left out of products; training there by "
-        f"gated_attention up to {short_keys()} tokens; "
+        f"gate and score: on CPU neurons by {neurons}, heads by {heads}, and closed units left out of products; "
+        f"training there by gated_attention up to {short_keys()} tokens; "
         "on CUDA both by kernels, heads of up to 64 channels and 512 tokens in 16 bits, and closed units left out from "
         "16,384 rows (docs/gpu.md)"
     )

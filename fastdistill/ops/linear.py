@@ -26,8 +26,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None, packed: Tensor | None
         packed: what `pack_weight` made of the weight; it serves where there are no gradients.
     """
     with_gradients = torch.is_grad_enabled()
-    dtype = torch.bfloat16 if packed is not None and packed.dtype == torch.bfloat16 else torch.float32
-    if not _takes(x, weight, bias, dtype) or (with_gradients and dtype == torch.bfloat16):
+    if not _takes(x, weight, bias, torch.float32 if packed is None or with_gradients else packed.dtype):
         return F.linear(x, weight, bias)
     if with_gradients:
         # of two dimensions, since what a Function returns as a view cannot be changed in place
@@ -38,8 +37,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None, packed: Tensor | None
 
 def pack_weight(weight: Tensor, rows: int) -> Tensor | None:
     """A weight in the order that oneDNN's products of about so many rows read it in; None where it is not asked."""
-    asked = weight.dtype in (torch.float32, torch.bfloat16) and _asked(weight.dtype)
-    if not (asked and _is_known(weight, weight.dtype) and weight.dim() == 2 and weight.numel()):
+    if not (_asked(weight.dtype) and _is_known(weight, weight.dtype) and weight.dim() == 2 and weight.numel()):
         return None
     packed: Tensor = torch.ops.mkldnn._reorder_linear_weight(weight.detach().contiguous(), rows)
     return packed
@@ -66,7 +64,7 @@ def _has_ops() -> bool:
 
 
 def _asked(dtype: torch.dtype) -> bool:
-    return packs_bf16() if dtype == torch.bfloat16 else by_onednn()
+    return by_onednn() if dtype == torch.float32 else dtype == torch.bfloat16 and packs_bf16()
 
 
 def linear_runs_on() -> str:

@@ -138,12 +138,24 @@ def test_packed_in_bfloat16(onednn: Mock) -> None:
         for has_bias in (True, False):
             expected = exact if has_bias else exact - bias.double()
             assert_accurate(linear(x, weight, bias if has_bias else None, packed), expected, plain)
-    assert onednn.call_count == 2
+        views = (
+            x.T.contiguous().T,
+            torch.stack([x, x], 2)[..., 0],
+            x[:1].expand(70, -1),
+            x.view(2, 35, 24).transpose(0, 1),
+        )
+        for view in views:
+            expected = F.linear(view.double(), weight.double(), bias.double())
+            assert_accurate(linear(view, weight, bias, packed), expected, F.linear(view, weight, bias))
+        torch.testing.assert_close(
+            pack_weight(weight.T.contiguous().T, 64).to_dense(), packed.to_dense(), rtol=0, atol=0
+        )
+    assert onednn.call_count == 6
     weight.requires_grad_()  # what is packed has no gradient
     torch.testing.assert_close(gradients(lambda *given: linear(*given, packed), *inputs), gradients(F.linear, *inputs))
     with torch.no_grad(), torch.autocast("cpu", torch.float16):
         assert linear(x, weight, bias, packed).dtype == torch.float16
-    assert onednn.call_count == 2
+    assert onednn.call_count == 6
 
 
 def test_few_tokens(onednn: Mock) -> None:
