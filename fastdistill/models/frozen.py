@@ -54,9 +54,9 @@ def _added(model: PreTrainedModel) -> dict[nn.Module, tuple[int, int]]:
     """The rows and columns of zeros that fill up a layer's neurons, by its linear maps."""
     added: dict[nn.Module, tuple[int, int]] = {}
     for block in blocks(model):
-        missing = -block.neurons % MULTIPLE
-        is_known = all(is_plain(each, nn.Linear) for each in (*block.neuron_in, block.neuron_out))
-        if missing and is_known and block.names.neuron_parts == 1:
+        linears = *block.neuron_in, block.neuron_out
+        is_known = block.names.neuron_parts == 1 and all(is_plain(each, nn.Linear) for each in linears)
+        if is_known and (missing := -block.neurons % MULTIPLE):
             added |= dict.fromkeys(block.neuron_in, (missing, 0)) | {block.neuron_out: (0, missing)}
     return added
 
